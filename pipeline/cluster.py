@@ -1,0 +1,62 @@
+"""Getting hold of a Ray cluster: a running one, or one of our own on this machine."""
+
+import os
+from pathlib import Path
+
+import ray
+
+from pipeline.config import Cluster, Storage
+from pipeline.errors import UserError
+
+
+def connect(cluster: Cluster, storage: Storage) -> None:
+    """Connect this process to Ray, once; later calls do nothing.
+
+    Inside a job, or with ``cluster.address``, it joins the cluster that is there; else it starts one on this machine that ends
+    with this process. Ray's token authentication is used unless RAY_AUTH_MODE says otherwise.
+    Raises UserError if the cluster does not answer, or if one machine cannot hold the workers asked for.
+    """
+    if ray.is_initialized():
+        return
+    # Ray Train's report() waits for the controller's next look at its workers: 2 s unless told otherwise.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # Ray warns at every start that a later version will not hide GPUs from tasks that asked for none.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if storage.endpoint_url:
+        os.environ["AWS_ENDPOINT_URL"] = storage.endpoint_url
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address and _has_token():
+        # A cluster that Ray starts here makes and uses a token by itself; a driver that joins one has to be told to.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    env_vars = {name: os.environ[name] for name in ("AWS_ENDPOINT_URL",) if name in os.environ}
+    try:
+        ray.init(
+            address or "local",
+            log_to_driver=False,
+            logging_level="warning",
+            runtime_env={"env_vars": env_vars} if address and "RAY_JOB_ID" not in os.environ else None,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; start one with `ray start --head`, or leave out "
+            "cluster.address to use this machine alone"
+        ) from error
+    check_capacity(cluster)
+
+
+def _has_token() -> bool:
+    in_environment = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    return in_environment or Path("~/.ray/auth_token").expanduser().exists()
+
+
+def check_capacity(cluster: Cluster) -> None:
+    """Raise UserError if no node of the cluster could ever hold one worker, or a fixed cluster not all of them."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    needed = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+    places = sum(min(int(node.get(name, 0) // count) for name, count in needed.items()) for node in nodes)
+    if places < cluster.num_workers:
+        wanted = " and ".join(f"{count} {name}" for name, count in needed.items())
+        raise UserError(
+            f"cluster.num_workers={cluster.num_workers} workers of {wanted} each do not fit: the cluster has room for {places}; "
+            "use fewer or smaller workers, or a larger cluster"
+        )

@@ -1,0 +1,466 @@
+"""The configuration: every option of every command, declared once, with its type, default and meaning.
+
+YAML files in ``configs/`` only choose values. ``load`` composes them with Hydra, applies the command line's ``key=value``
+overrides, and checks everything that can be checked without touching data, so that a mistake ends before any compute.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.resources
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import vlae
+from pipeline.errors import UserError
+
+
+def option(help: str, default: Any = MISSING) -> Any:
+    """A dataclass field with its sentence for ``--help``."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+Config = TypeVar("Config")
+
+
+def section(cls: type, help: str) -> Any:
+    """A nested group of options."""
+    return field(default_factory=cls, metadata={"help": help})
+
+
+def _check(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+# --- sections that several commands share ------------------------------------------------------------------------------
+
+
+@dataclass
+class Storage:
+    root: str = option("where everything is kept: a folder, or s3://bucket/prefix", "vlae-store")
+    endpoint_url: str | None = option("the S3 server's address, if not Amazon's; AWS_ENDPOINT_URL does the same", None)
+
+
+class Source(Enum):
+    mnist = "mnist"
+    idx = "idx"
+    folder = "folder"
+
+
+class Binarization(Enum):
+    dynamic = "dynamic"
+    static = "static"
+
+
+@dataclass
+class Dataset:
+    name: str = option("the name of the data set")
+    source: Source = option("mnist (fetched), idx (IDX files in path), or folder (a folder of images in path)")
+    path: str | None = option("where the source's files are: a local file or folder", None)
+    url: str = option("where the shards and manifest.json are", "${storage.root}/datasets/${dataset.name}")
+    binarization: Binarization = option(
+        "dynamic: every pixel is drawn anew each time it is seen; static: drawn once for each image", Binarization.dynamic
+    )
+
+
+@dataclass
+class Cluster:
+    address: str | None = option("a running Ray cluster's address, auto for one on this machine; none starts one", None)
+    num_workers: int = option("workers of one training run; must divide train.num_streams", 1)
+    cpus_per_worker: int = option("CPU cores of each worker", 1)
+    use_gpu: bool = option("give each worker a GPU", False)
+    max_failures: int = option("how many times a run is restarted after a worker or host is lost", 3)
+
+    def check(self) -> None:
+        _check(self.num_workers >= 1, f"cluster.num_workers is {self.num_workers}; it must be at least 1")
+        _check(self.cpus_per_worker >= 1, f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be at least 1")
+        _check(self.max_failures >= 0, f"cluster.max_failures is {self.max_failures}; it must be at least 0")
+
+
+@dataclass
+class Model:
+    window: str = option("the decoder's receptive field: WIDTHxHEIGHT, 0x0, or full")
+    latents: int = option("size of the code z")
+    flow_depth: int = option("steps of the autoregressive-flow prior; 0 is a standard normal prior")
+    flow_hidden: int = option("width of each step's MADE")
+    encoder_channels: int = option("width of the encoder; twice that below half the image's size")
+    decoder_channels: int = option("width of the network that unfolds z; twice that at its smallest")
+    decoder_maps: int = option("image-sized maps that z unfolds to")
+    decoder_features: int = option("width of the per-pixel network")
+    decoder_blocks: int = option("layers of the per-pixel network")
+
+    def check(self) -> None:
+        try:
+            vlae.Window.parse(self.window)
+        except ValueError as error:
+            raise UserError(f"model.window: {error}") from None
+        for name in ("latents", "flow_hidden", "encoder_channels", "decoder_channels", "decoder_maps", "decoder_features"):
+            _check(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("flow_depth", "decoder_blocks"):
+            _check(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it must be at least 0")
+
+
+@dataclass
+class Optim:
+    learning_rate: float = option("Adam's step size at its highest")
+    warmup_steps: int = option("steps over which it rises from zero")
+    decay_fraction: float = option("the last part of the run over which it falls linearly to zero")
+    clip_norm: float = option("gradients are scaled down to this norm")
+    ema_decay: float = option("decay of the weights' moving average, which is what is evaluated and registered")
+
+    def check(self) -> None:
+        _check(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be above 0")
+        _check(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be at least 0")
+        _check(0 <= self.decay_fraction <= 1, f"optim.decay_fraction is {self.decay_fraction}; it must lie in 0..1")
+        _check(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}; it must be above 0")
+        _check(0 <= self.ema_decay < 1, f"optim.ema_decay is {self.ema_decay}; it must lie in 0..1, below 1")
+
+
+@dataclass
+class Train:
+    images: int = option("how many images the run sees in all, repeats included")
+    global_batch: int = option("images of one step, over all workers")
+    num_streams: int = option(
+        "canonical streams the data is dealt to; any number of workers that divides it gives the same run"
+    )
+    seed: int = option("decides the weights' start, the order of the data and all noise", 0)
+    free_nats: float = option("floor under the rate early in the run, so that the decoder does not learn to do without z")
+    free_fraction: float = option("the part of the run that has this floor; over the next fifth it falls to zero")
+    rate_warmup_fraction: float = option("the first part of the run over which the rate's weight rises from 0 to 1")
+    valid_images: int = option("validation images that progress is judged by (all of them if there are fewer)")
+    valid_every: int = option("images between two validations")
+    report_seconds: float = option("seconds between two reports of progress", 5.0)
+    checkpoint_seconds: float = option("seconds between two checkpoints")
+    keep_checkpoints: int = option("how many of the newest checkpoints are kept", 2)
+
+    @property
+    def num_steps(self) -> int:
+        return self.images // self.global_batch
+
+    def check(self) -> None:
+        for name in ("images", "global_batch", "num_streams", "valid_images", "valid_every", "keep_checkpoints"):
+            _check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("seed", "free_nats", "report_seconds", "checkpoint_seconds"):
+            _check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be at least 0")
+        for name in ("free_fraction", "rate_warmup_fraction"):
+            _check(0 <= getattr(self, name) <= 1, f"train.{name} is {getattr(self, name)}; it must lie in 0..1")
+        _check(
+            self.global_batch % self.num_streams == 0,
+            f"train.global_batch={self.global_batch} cannot be shared by train.num_streams={self.num_streams} streams; "
+            f"use a batch that is a multiple of {self.num_streams}",
+        )
+        _check(
+            self.num_steps >= 1,
+            f"train.images={self.images} is less than one batch of train.global_batch={self.global_batch}",
+        )
+
+
+class Searcher(Enum):
+    optuna = "optuna"
+    random = "random"
+
+
+@dataclass
+class Search:
+    windows: list[str] = option("decoder windows to choose from")
+    latents: list[int] = option("code sizes to choose from")
+    flow_depths: list[int] = option("depths of the prior to choose from")
+    num_trials: int = option("how many models are trained")
+    searcher: Searcher = option("how the next trial is chosen", Searcher.optuna)
+    max_concurrent: int = option("trials that run at once; 0 is as many as the cluster has cores for", 0)
+    grace_fraction: float = option("the part of a run that every trial is given before it may be stopped early")
+    reduction: int = option("of the trials at each rung, one in this many goes on")
+    min_rate_bits: float = option("trials whose code carries less than this are not candidates for the registry", 0.0)
+
+    def check(self) -> None:
+        for name in ("windows", "latents", "flow_depths"):
+            _check(bool(getattr(self, name)), f"search.{name} is empty; give at least one value to choose from")
+        for window in self.windows:
+            try:
+                vlae.Window.parse(window)
+            except ValueError as error:
+                raise UserError(f"search.windows: {error}") from None
+        _check(min(self.latents) >= 1, "search.latents has a size below 1")
+        _check(min(self.flow_depths) >= 0, "search.flow_depths has a depth below 0")
+        _check(self.num_trials >= 1, f"search.num_trials is {self.num_trials}; it must be at least 1")
+        _check(self.max_concurrent >= 0, f"search.max_concurrent is {self.max_concurrent}; it must be at least 0")
+        _check(0 < self.grace_fraction <= 1, f"search.grace_fraction is {self.grace_fraction}; it must lie in 0..1, above 0")
+        _check(self.reduction >= 2, f"search.reduction is {self.reduction}; it must be at least 2")
+
+
+@dataclass
+class Registry:
+    uri: str = option("MLflow's tracking and registry server, or a SQLite file", "sqlite:///vlae-registry.db")
+    artifacts: str = option("where the files of model versions are kept", "${storage.root}/registry")
+
+
+@dataclass
+class Bounds:
+    samples: int = option("k, the number of importance samples of the IWAE bound", 64)
+    num_images: int | None = option("evaluate only the first so many images; none is all", None)
+    pictures: int = option("how many images the pictures show", 40)
+    seed: int = option("decides binarization and all noise", 0)
+
+    def check(self) -> None:
+        _check(self.samples >= 1, f"bounds.samples is {self.samples}; it must be at least 1")
+        _check(
+            self.num_images is None or self.num_images >= 2, f"bounds.num_images is {self.num_images}; it must be at least 2"
+        )
+        _check(self.pictures >= 1, f"bounds.pictures is {self.pictures}; it must be at least 1")
+
+
+# --- commands ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ShardOptions:
+    samples_per_shard: int = option("images in one tar", 5000)
+    block_size: int = option("images in one record of a tar", 250)
+    valid_fraction: float = option(
+        "part of the training images kept for validation, if the source has no split of its own", 1 / 6
+    )
+    test_fraction: float = option("part of a folder's images kept for the test", 1 / 10)
+    image_size: int | None = option("a folder's images are resized to this many pixels square; none keeps their size", None)
+    channels: int = option("1 is grey, 3 is RGB; for a folder's images", 1)
+
+    def check(self) -> None:
+        _check(self.samples_per_shard >= 1, f"shard.samples_per_shard is {self.samples_per_shard}; it must be at least 1")
+        _check(self.block_size >= 1, f"shard.block_size is {self.block_size}; it must be at least 1")
+        _check(self.image_size is None or self.image_size >= 1, f"shard.image_size is {self.image_size}; it must be at least 1")
+        _check(self.channels in (1, 3), f"shard.channels is {self.channels}; it must be 1 (grey) or 3 (RGB)")
+        for name in ("valid_fraction", "test_fraction"):
+            _check(0 < getattr(self, name) < 1, f"shard.{name} is {getattr(self, name)}; it must lie between 0 and 1")
+
+
+@dataclass
+class ShardConfig:
+    """Put images into WebDataset shards with a manifest."""
+
+    storage: Storage = section(Storage, "where things are kept")
+    dataset: Dataset = section(Dataset, "the images")
+    shard: ShardOptions = section(ShardOptions, "how they are written")
+    cluster: Cluster = section(Cluster, "where it runs")
+
+
+@dataclass
+class TrainConfig:
+    """Train one model; the same command again resumes an interrupted run."""
+
+    name: str | None = option("the run's name; by default one made from the data set and the configuration", None)
+    storage: Storage = section(Storage, "where things are kept")
+    dataset: Dataset = section(Dataset, "the images")
+    model: Model = section(Model, "the VLAE")
+    optim: Optim = section(Optim, "how its weights are moved")
+    train: Train = section(Train, "the run")
+    cluster: Cluster = section(Cluster, "where it runs")
+
+    def check(self) -> None:
+        workers, streams = self.cluster.num_workers, self.train.num_streams
+        divisors = [str(n) for n in range(1, streams + 1) if streams % n == 0]
+        _check(
+            streams % workers == 0,
+            f"cluster.num_workers={workers}, but the data is dealt to train.num_streams={streams} streams; "
+            f"use {', '.join(divisors[:-1])}{' or ' if divisors[:-1] else ''}{divisors[-1]} workers, or another train.num_streams",
+        )
+
+    @property
+    def run_name(self) -> str:
+        return self.name or f"{self.dataset.name}-{self.model.window}-{digest(self.identity())}"
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this run this run: everything that its weights depend on, and nothing else."""
+        resolved = to_dict(self)
+        train = {
+            key: value for key, value in resolved["train"].items() if not key.endswith("_seconds") and key != "keep_checkpoints"
+        }
+        dataset = {key: resolved["dataset"][key] for key in ("name", "url", "binarization")}
+        return {"dataset": dataset, "model": resolved["model"], "optim": resolved["optim"], "train": train}
+
+
+@dataclass
+class TuneConfig(TrainConfig):
+    """Search over the decoder's window, the latent size and the prior's depth; register the best models."""
+
+    search: Search = section(Search, "what is searched, and how")
+    bounds: Bounds = section(Bounds, "how candidates are judged on validation data")
+    registry: Registry = section(Registry, "where the best go")
+    register_best: int = option("how many of the best models are registered", 1)
+    model_name: str = option("their name in the registry", "vlae-${dataset.name}")
+
+    def check(self) -> None:
+        super().check()
+        _check(self.register_best >= 1, f"register_best is {self.register_best}; it must be at least 1")
+
+
+@dataclass
+class EvaluateConfig:
+    """Measure a model's rate, distortion, ELBO and IWAE bound, and draw its pictures."""
+
+    model: str = option("a run's folder, or models:/NAME@ALIAS or models:/NAME/VERSION from the registry")
+    split: str = option("the part of the data set: train, valid or test", "test")
+    dataset_url: str | None = option("another data set's folder; by default that of the model's training", None)
+    output: str = option("where the report goes", "outputs/evaluate")
+    bounds: Bounds = section(Bounds, "what is measured")
+    storage: Storage = section(Storage, "where things are kept")
+    registry: Registry = section(Registry, "where models:/ looks")
+
+
+@dataclass
+class RegistryConfig:
+    """List, show and promote registered models."""
+
+    name: str | None = option("a registered model", None)
+    version: int | None = option("one of its versions", None)
+    alias: str = option("the alias that promote gives", "champion")
+    output: str = option("where the result goes", "outputs/registry")
+    storage: Storage = section(Storage, "where things are kept")
+    registry: Registry = section(Registry, "which registry")
+
+
+@dataclass
+class StoreConfig:
+    """Run an S3 server on this machine."""
+
+    folder: str = option("where its data is kept", "vlae-objects")
+    bucket: str = option("a bucket that is made at the start", "vlae")
+    port: int = option("its port on loopback; 0 takes a free one", 8333)
+
+
+@dataclass
+class DemoConfig(TuneConfig):
+    """The main job from start to end on real images: store, shards, search, registry, evaluation."""
+
+    folder: str = option("where everything is kept", "demo")
+    bounds: Bounds = section(Bounds, "the final evaluation, on test images")
+
+
+COMMANDS: dict[str, type] = {
+    "shard": ShardConfig,
+    "train": TrainConfig,
+    "tune": TuneConfig,
+    "evaluate": EvaluateConfig,
+    "registry": RegistryConfig,
+    "serve-store": StoreConfig,
+    "demo": DemoConfig,
+}
+
+
+def choices(command: str) -> dict[str, str | None]:
+    """The config groups that a command composes, each with its default choice: {"dataset": "mnist", ...}."""
+    with initialize_config_module("configs", version_base=None):
+        composed = compose(command, return_hydra_config=True)
+    return {group: choice for group, choice in composed.hydra.runtime.choices.items() if not group.startswith("hydra/")}
+
+
+def options_of(group: str) -> list[str]:
+    """The choices that ``configs/`` holds for a group."""
+    files = importlib.resources.files("configs") / group
+    return sorted(file.name.removesuffix(".yaml") for file in files.iterdir() if file.name.endswith(".yaml"))
+
+
+LOCAL_PATHS = ("storage.root", "dataset.path", "output", "folder")
+
+
+def describe(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every option below a schema as (dotted key, field), sections left out."""
+    for item in dataclasses.fields(schema):
+        nested = item.default_factory
+        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+            yield from describe(nested, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, item
+
+
+def load(command: str, overrides: list[str]) -> Any:
+    """The configuration of ``command`` (a key of COMMANDS), from its YAML and ``key=value`` overrides.
+
+    A key that names a config group chooses a file of it (``model=fast``); any other sets a value (``model.window=7x4``).
+    Raises UserError, in one sentence, on everything that is wrong with it.
+    """
+    groups, schema = choices(command), COMMANDS[command]
+    chosen, values = [], {}
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            raise UserError(f"{text!r} is not understood; write key=value, and quote a value of odd characters") from None
+        key = override.key_or_group
+        if override.type is not OverrideType.CHANGE or override.package or override.is_sweep_override():
+            raise UserError(f"{text!r} is not understood; write plain key=value (to try many values, use vlae tune)")
+        if key in groups:
+            if override.value() not in [*options_of(key), None]:
+                raise UserError(f"{text!r}: there is no such {key}; choose one of {', '.join(options_of(key))}")
+            chosen.append(text)
+        else:
+            values[key] = override.value()
+    with initialize_config_module("configs", version_base=None):
+        try:
+            composed = compose(command, chosen)
+        except HydraException as error:
+            raise UserError(" ".join(str(error).split())) from None
+    return build(schema, composed, values)
+
+
+def build(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:
+    """A checked configuration from nested values and dotted ``values`` on top of them.
+
+    Used for the command line, and for the samples of a search. Raises UserError as ``load`` does.
+    """
+    known = [key for key, _ in describe(schema)]
+    key = "the configuration"
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(schema), base)
+        for key, value in values.items():
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                raise UserError(f"{key} is not an option" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+            OmegaConf.update(config, key, value)
+        for key in set(LOCAL_PATHS).intersection(known):
+            # A folder means the same to every process, whatever its working directory.
+            path = OmegaConf.select(config, key)
+            if path and "://" not in path:
+                OmegaConf.update(config, key, str(Path(path).expanduser().absolute()))
+        for key in known:
+            parent, _, name = key.rpartition(".")
+            if OmegaConf.is_missing(OmegaConf.select(config, parent) if parent else config, name):
+                raise UserError(f"{key} is needed; give {key}=VALUE")
+        built = typing.cast(Config, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        # The first line says what is wrong; the rest repeats the key and the class.
+        raise UserError(f"{getattr(error, 'full_key', None) or key}: {str(error).splitlines()[0]}") from None
+    _check_all(built)
+    return built
+
+
+def _check_all(config: Any) -> None:
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            _check_all(value)
+    if hasattr(config, "check"):
+        config.check()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain values, ready for JSON."""
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)  # type: ignore[return-value]
+
+
+def digest(value: Any) -> str:
+    """Eight hex digits that stand for a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,81 @@
+"""``vlae demo``: the main job from start to end, with an S3 server, a Ray cluster and a registry of its own."""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import DemoConfig, load
+from pipeline.storage import open_storage
+from pipeline.store import ObjectStore
+
+
+def run(config: DemoConfig) -> dict[str, Any]:
+    """Shard MNIST, search, register the best model, evaluate it on the test images. What is there already is reused.
+
+    Everything stays in ``config.folder``. Returns the summary.
+    """
+    from pipeline import evaluate, shard, tune
+
+    started = time.monotonic()
+    folder = Path(config.folder)
+    with ObjectStore(folder / "objects", "vlae") as store:
+        os.environ.update(store.environment())
+        _say(f"object storage at {store.endpoint_url}, data in {folder / 'objects'}")
+        shards = dataclasses.replace(load("shard", []), storage=config.storage, dataset=config.dataset, cluster=config.cluster)
+        data = shard.run(shards)
+        _say(
+            f"data set {config.dataset.name}: "
+            + ", ".join(f"{split['images']:,} {name}" for name, split in data["splits"].items())
+        )
+        found = tune.run(config)
+        chosen = found["registered"][0]
+        best = next(row for row in found["trials"] if row["run"] == chosen["run"])
+        _say(f"best model: {chosen['name']} version {chosen['version']}; evaluating it on the test images")
+        reference = f"models:/{chosen['name']}/{chosen['version']}"
+        evaluation = dataclasses.replace(
+            load("evaluate", [f"model={reference}"]),
+            output=str(folder / "evaluation"),
+            bounds=config.bounds,
+            storage=config.storage,
+            registry=config.registry,
+        )
+        result_file = open_storage(evaluation.output)
+        measured = result_file.read_json("result.json") if result_file.exists("result.json") else {}
+        if measured.get("registry") != {"name": chosen["name"], "version": chosen["version"]}:
+            measured = evaluate.run(evaluation)
+    result = {
+        "dataset": {"name": config.dataset.name, "splits": data["splits"], "manifest": data["manifest_digest"]},
+        "search": {"name": found["name"], "trials": found["trials"]},
+        "best": best,
+        "test": measured["test"],
+        "pictures": measured["pictures"],
+        "registry": {"name": chosen["name"], "version": chosen["version"], "uri": config.registry.uri},
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    open_storage(str(folder)).write_json("result.json", result)
+    return result
+
+
+def format_summary(result: dict[str, Any]) -> str:
+    """The summary as a table."""
+    best, test, registry = result["best"], result["test"], result["registry"]
+    splits = ", ".join(f"{split['images']:,} {name}" for name, split in result["dataset"]["splits"].items())
+    finished = sum(row["status"] == "finished" for row in result["search"]["trials"])
+    rows = {
+        "data set": f"{result['dataset']['name']}: {splits}",
+        "trials": f"{len(result['search']['trials'])}, of which {finished} ran to the end",
+        "best": f"window {best['model.window']}, {best['model.latents']} latents, flow depth {best['model.flow_depth']}",
+        "rate": f"{test['rate_bits']:.1f} bits per image",
+        "NLL": f"<= {test['iwae_nats']:.2f} +- {test['iwae_nats_se']:.2f} nats (IWAE bound, k = {test['iwae_samples']}); "
+        f"ELBO {test['elbo_nats']:.2f}; on {test['num_images']:,} test images",
+        "registry": f"{registry['name']} version {registry['version']} in {registry['uri']}",
+        "time": f"{result['seconds']:.0f} s",
+    }
+    lines = [f"  {label:<11}{text}" for label, text in rows.items()]
+    return "\n".join(["", *lines, *(f"  {'picture':<11}{path}" for path in result["pictures"])])
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,8 @@
+"""The one kind of error that a command shows without a traceback."""
+
+
+class UserError(Exception):
+    """Something the user can mend: one sentence that names the file, key or object, and says what to do.
+
+    The command line prints it and exits with code 2.
+    """

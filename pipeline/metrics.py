@@ -1,0 +1,157 @@
+"""Metrics: sums and counts that are divided once, and the log of a run that people and programs read."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.loader import Batch
+from pipeline.storage import Storage
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, without gradient; itself where there is one rank."""
+    values = values.detach()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+class Moments:
+    """Mean and standard error of per-image quantities, from sums that add up over batches and ranks (float64)."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Take in one value per image for each name: tensors of shape (batch,)."""
+        for name, value in values.items():
+            value = value.detach().double().cpu()
+            moments = torch.stack([torch.tensor(float(len(value)), dtype=torch.float64), value.sum(), value.square().sum()])
+            self.sums[name] = self.sums.get(name, 0) + moments
+
+    def reduce(self, names: list[str], device: torch.device) -> None:
+        """Add up over all ranks; a rank that saw no image takes part with zeros."""
+        zero = torch.zeros(3, dtype=torch.float64)
+        table = torch.stack([self.sums.get(name, zero) for name in names]).to(device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(table)
+        self.sums = dict(zip(names, table.cpu(), strict=True))
+
+    def count(self, name: str) -> int:
+        return int(self.sums[name][0])
+
+    def mean(self, name: str) -> float:
+        count, total, _ = self.sums[name].tolist()
+        return total / count
+
+    def standard_error(self, name: str) -> float:
+        """Standard deviation over images / sqrt(images); nan for a single image."""
+        count, total, squares = self.sums[name].tolist()
+        if count < 2:
+            return math.nan
+        variance = max(0.0, squares / count - (total / count) ** 2) * count / (count - 1)
+        return math.sqrt(variance / count)
+
+
+class StepMeter:
+    """Averages over the steps since the last report, and where their time went.
+
+    Nothing here asks the device for a value before ``report``, so that a GPU is not made to wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = torch.zeros(2, device=device)
+        self.restart()
+
+    def restart(self) -> None:
+        self.total.zero_()
+        self.steps, self.waited, self.started = 0, 0.0, time.monotonic()
+
+    def waits(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Give on the batches, keeping account of the time spent waiting for them."""
+        iterator = iter(batches)
+        while True:
+            asked = time.monotonic()
+            batch = next(iterator, None)
+            self.waited += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, distortion_and_rate: Tensor) -> None:
+        """Take in a step's mean distortion and rate over the global batch, in nats per image: shape (2,)."""
+        self.total += distortion_and_rate
+        self.steps += 1
+
+    def report(self, global_batch: int) -> dict[str, float]:
+        """The averages since the last report, which start afresh."""
+        seconds = time.monotonic() - self.started
+        distortion, rate = (self.total / self.steps).tolist()
+        values = {
+            "train/code_length": distortion + rate,
+            "train/distortion": distortion,
+            "train/rate": rate,
+            "train/images_per_s": self.steps * global_batch / seconds,
+            "train/data_wait": self.waited / seconds,
+        }
+        self.restart()
+        return values
+
+
+class MetricLog:
+    """A run's rows of metrics: ``metrics.jsonl`` and TensorBoard event files in the run's storage.
+
+    Rows are kept in a local folder and uploaded by ``flush``. A resumed run continues the log at the step of its checkpoint: rows after
+    it are dropped, since they are about to be written again. On ranks other than 0 (``writes=False``) it does nothing.
+    """
+
+    KEY = "metrics.jsonl"
+
+    def __init__(self, storage: Storage, step: int, writes: bool) -> None:
+        self.storage, self.writes = storage, writes
+        if not writes:
+            return
+        self.folder = tempfile.TemporaryDirectory(prefix="vlae-log-")
+        self.rows = [row for row in read_rows(storage) if row["step"] <= step]
+        # TensorBoard drops what an earlier attempt logged after this step.
+        self.writer = SummaryWriter(self.folder.name, purge_step=step + 1 if step else None)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Log a row of values after ``step`` steps."""
+        if not self.writes:
+            return
+        self.rows.append({"step": step, **values})
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Bring what is in storage up to date."""
+        if not self.writes:
+            return
+        self.writer.flush()
+        self.storage.write(self.KEY, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        for path in Path(self.folder.name).iterdir():
+            self.storage.upload(f"tensorboard/{path.name}", path)
+
+    def close(self) -> None:
+        """Flush for the last time."""
+        self.flush()
+        if self.writes:
+            self.writer.close()
+            self.folder.cleanup()
+
+
+def read_rows(storage: Storage) -> list[dict[str, float]]:
+    """The rows that a run has logged so far; none if it has not started."""
+    if not storage.exists(MetricLog.KEY):
+        return []
+    return [json.loads(line) for line in storage.read(MetricLog.KEY).decode().splitlines()]

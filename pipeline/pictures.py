@@ -1,0 +1,60 @@
+"""The pictures that show what a model has learned, as PNG."""
+
+import io
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MARGIN, GAP, LABEL_HEIGHT = 24, 6, 30
+INK, PAPER, FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
+
+
+def reconstructions(originals: Tensor, drawn: list[Tensor], columns: int = 10) -> bytes:
+    """Each original above several images drawn from its code: what the rows share is in z, what differs is not.
+
+    originals: (num_images, channels, height, width), pixels in [0, 1]; drawn: a list of tensors like it.
+    """
+    blocks = []
+    for start in range(0, len(originals), columns):
+        part = slice(start, start + columns)
+        blocks.append([_row(images[part]) for images in (originals, *drawn)])
+    return _sheet(f"Top row of each block: originals. Below: {len(drawn)} decodings of the same code.", blocks)
+
+
+def samples(images: Tensor, columns: int = 10) -> bytes:
+    """Images drawn from the model; (num_images, channels, height, width), pixels in [0, 1]."""
+    rows = [_row(images[start : start + columns]) for start in range(0, len(images), columns)]
+    return _sheet("Samples: z from the prior, x from the decoder.", [rows])
+
+
+def _row(images: Tensor) -> list[Image.Image]:
+    scale = max(1, round(56 / images.shape[-2]))
+    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    tiles = [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+    return [tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.NEAREST).convert("RGB") for tile in tiles]
+
+
+def _sheet(title: str, blocks: list[list[list[Image.Image]]]) -> bytes:
+    """A titled sheet of blocks of rows of tiles; the first row of a block with several is set off from the rest."""
+    tile = blocks[0][0][0]
+    columns = max(len(row) for block in blocks for row in block)
+    font = ImageFont.load_default(16)
+    block_height = sum(tile.height + GAP for _ in blocks[0]) + (3 * GAP if len(blocks) > 1 else 0)
+    width = max(2 * MARGIN + columns * (tile.width + GAP) - GAP, 2 * MARGIN + round(font.getlength(title)))
+    sheet = Image.new("RGB", (width, 2 * MARGIN + LABEL_HEIGHT + block_height * len(blocks) - GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN - 4), title, INK, font)
+    top = MARGIN + LABEL_HEIGHT
+    for block in blocks:
+        for number, row in enumerate(block):
+            for column, image in enumerate(row):
+                left = MARGIN + column * (tile.width + GAP)
+                if number == 0 and len(block) > 1:
+                    draw.rectangle((left - 2, top - 2, left + tile.width + 1, top + tile.height + 1), outline=FAINT, width=2)
+                sheet.paste(image, (left, top))
+            top += tile.height + GAP
+        top += 3 * GAP if len(blocks) > 1 else 0
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    return file.getvalue()

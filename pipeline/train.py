@@ -1,0 +1,148 @@
+"""``vlae train``: one model, distributed by Ray Train."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from tqdm import tqdm
+
+import vlae
+from pipeline import loop, manifest
+from pipeline.cluster import connect
+from pipeline.config import TrainConfig, build, to_dict
+from pipeline.errors import UserError
+from pipeline.metrics import read_rows
+from pipeline.storage import open_storage
+
+RESULT = "result.json"
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Train to the end, or go on where the same command was interrupted. Returns the run's result.
+
+    A finished run is not trained again. Raises UserError before any compute if the data set is missing or does not fit the model.
+    """
+    check(config)
+    storage = loop.run_storage(config)
+    if storage.exists(RESULT):
+        return {**storage.read_json(RESULT), "reused": True}
+    connect(config.cluster, config.storage)
+    with progress(config):
+        fit(config)
+    return {**storage.read_json(RESULT), "reused": False}
+
+
+def check(config: TrainConfig) -> None:
+    """Raise UserError unless the data set exists, fits the model and the batch, and the run's name is not another run's."""
+    contents = manifest.load(open_storage(config.dataset.url, config.storage.endpoint_url))
+    _, height, width = contents.image_shape
+    try:
+        vlae.Window.parse(config.model.window).check_fits(height, width)
+    except ValueError as error:
+        raise UserError(f"model.window: {error}") from None
+    if contents.num_samples("train") < config.train.global_batch:
+        raise UserError(
+            f"train.global_batch={config.train.global_batch} is more than the {contents.num_samples('train')} training images of "
+            f"{config.dataset.url}; use a smaller batch"
+        )
+    storage, identity = loop.run_storage(config), config.identity() | {"manifest": contents.digest}
+    if storage.exists("identity.json"):
+        earlier = storage.read_json("identity.json")
+        changed = [f"{key}.{name}" for key in ("dataset", "model", "optim", "train") for name in identity[key]
+                   if earlier.get(key, {}).get(name) != identity[key][name]]  # fmt: skip
+        if changed or earlier.get("manifest") != identity["manifest"]:
+            raise UserError(
+                f"run {config.run_name} in {storage.url} was started with another {', '.join(changed) or 'data set of this name'}; "
+                "give this one another name=, or delete that folder"
+            )
+    else:
+        storage.write_json("identity.json", identity)
+    storage.write_json("config.json", to_dict(config))
+
+
+def fit(config: TrainConfig, callbacks: list[UserCallback] | None = None) -> None:
+    """Run ``worker`` on every worker of the cluster until the run is complete. Ray must be connected.
+
+    Raises UserError for a user's mistake that only the workers could see; else what Ray Train raises.
+    """
+    workers = config.cluster
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=to_dict(config),
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=config.run_name,
+            storage_path=f"{config.storage.root}/ray",
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            callbacks=callbacks,
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
+        for failure in failures:
+            cause = getattr(failure, "cause", failure)
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from None
+        raise
+
+
+def worker(config: dict[str, Any]) -> None:
+    """What each worker does: train, and on rank 0 write the result, which marks the run as complete."""
+    typed = build(TrainConfig, config, {})
+    torch.set_num_threads(typed.cluster.cpus_per_worker)
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    validation = loop.fit(
+        typed, rank=rank, world_size=world_size, device=get_device(), on_validation=lambda metrics: ray.train.report(metrics)
+    )
+    if rank == 0:
+        storage = loop.run_storage(typed)
+        result = {"name": typed.run_name, "url": storage.url, "model": to_dict(typed)["model"], "valid": validation}
+        storage.write_json(RESULT, result)
+
+
+@contextlib.contextmanager
+def progress(config: TrainConfig) -> Iterator[None]:
+    """Show a progress bar, fed from the metrics that the run logs to its storage, while the body runs."""
+    storage, done = loop.run_storage(config), threading.Event()
+
+    def follow() -> None:
+        with tqdm(total=config.train.images, unit=" images", unit_scale=True, desc=config.run_name, dynamic_ncols=True) as bar:
+            while True:
+                stop = done.wait(2.0)
+                rows = read_rows(storage)
+                train = [row for row in rows if "train/code_length" in row]
+                valid = [row["valid/elbo_nats"] for row in rows if "valid/elbo_nats" in row]
+                if train:
+                    row = train[-1]
+                    shown = f"code length {row['train/code_length']:.2f} nats, rate {row['train/rate']:.2f} nats"
+                    bar.set_postfix_str(shown + (f", valid {valid[-1]:.2f} nats" if valid else ""), refresh=False)
+                    bar.update(row["images"] - bar.n)
+                if stop:
+                    return
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        done.set()
+        follower.join()
+
+
+if __name__ == "__main__":
+    from pipeline.cli import main
+
+    main("train")

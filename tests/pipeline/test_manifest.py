@@ -1,0 +1,73 @@
+"""The manifest: what is written is read, and nothing else passes for it."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+
+from pipeline import manifest as manifest_module
+from pipeline.errors import UserError
+from pipeline.manifest import Index, Manifest
+from pipeline.storage import Storage
+
+
+def test_a_manifest_survives_storage(storage: Storage, numbered: Manifest) -> None:
+    assert manifest_module.load(storage) == numbered
+    assert numbered.num_samples("train") == 50
+    assert [shard.name for shard in numbered.shards("test")] == ["test/00000.tar", "test/00001.tar"]
+    for shard in numbered.shards("train"):
+        content = storage.read(shard.name)
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (shard.size, shard.sha256)
+
+
+def test_the_digest_stands_for_the_content(numbered: Manifest) -> None:
+    first, *others = numbered.shards("train")
+    altered = replace(numbered, splits={**numbered.splits, "train": (replace(first, sha256="0" * 64), *others)})
+    assert replace(numbered).digest == numbered.digest != altered.digest
+
+
+def test_a_missing_data_set_says_how_to_make_one(storage: Storage) -> None:
+    with pytest.raises(UserError, match=f"no data set at {storage.url}; make one with: vlae shard dataset=NAME"):
+        manifest_module.load(storage)
+
+
+def test_an_unknown_split_is_named_with_the_known_ones(numbered: Manifest) -> None:
+    with pytest.raises(UserError, match="numbered has no split 'validation'; it has train, valid, test"):
+        numbered.shards("validation")
+
+
+def test_a_manifest_of_another_version_is_refused(storage: Storage, numbered: Manifest) -> None:
+    storage.write_json("manifest.json", {**storage.read_json("manifest.json"), "version": 2})
+    with pytest.raises(UserError, match=r"manifest\.json has format \(2, 'npy'\), but this program reads \(1, 'npy'\)"):
+        manifest_module.load(storage)
+    storage.write_json("manifest.json", ["something else"])
+    with pytest.raises(UserError, match="has format"):
+        manifest_module.load(storage)
+
+
+def test_a_damaged_manifest_is_refused(storage: Storage, numbered: Manifest) -> None:
+    content = storage.read_json("manifest.json")
+    for change in ({"splits": None}, {"splits": {"train": [{"name": "x"}]}}, {"image_shape": [1, 2]}, {"unknown": 1}):
+        storage.write_json("manifest.json", {**content, **change})
+        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+            manifest_module.load(storage)
+    storage.write("manifest.json", json.dumps(content).encode()[:-20])
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: it is not JSON"):
+        manifest_module.load(storage)
+
+
+def test_an_index_says_where_the_records_are(storage: Storage, numbered: Manifest) -> None:
+    shard = numbered.shards("train")[3]
+    index = Index.load(storage, shard)
+    assert index.starts.tolist() == [0, 4, 8, 12, 16, 20]
+    assert index.offset[0] == 0 and (index.offset[:-1] + index.size[:-1] == index.offset[1:]).all()
+    for offset, size, sha256 in zip(index.offset, index.size, index.sha256, strict=True):
+        assert hashlib.sha256(storage.read_range(shard.name, int(offset), int(size))).hexdigest() == sha256
+
+
+def test_an_altered_index_is_refused(storage: Storage, numbered: Manifest) -> None:
+    shard = numbered.shards("train")[0]
+    storage.write(shard.index_name, storage.read(shard.index_name).replace(b"3", b"4", 1))
+    with pytest.raises(UserError, match=rf"train/00000\.index\.json is damaged: .* the manifest says {shard.index_sha256}"):
+        Index.load(storage, shard)

@@ -1,0 +1,90 @@
+"""What the tests of the model library share: small models whose every weight is random."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import vlae
+
+SMALL = {
+    "latents": 2,
+    "flow_depth": 2,
+    "flow_hidden": 8,
+    "encoder_channels": 4,
+    "decoder_channels": 4,
+    "decoder_maps": 4,
+    "decoder_features": 16,
+    "decoder_blocks": 2,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """The tensors here are tiny: more threads would only wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def randomize() -> Callable[..., None]:
+    """Replace every parameter of a module by random values.
+
+    Several layers start at zero, where what a test claims of them would hold for nothing.
+    """
+
+    def randomize(module: nn.Module, seed: int = 0, gain: float = 1.2) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                scale = gain / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 0.25 * gain
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+    return randomize
+
+
+@pytest.fixture(scope="session")
+def small_arguments() -> Callable[..., dict[str, Any]]:
+    """The arguments of ``vlae.build`` for a small model."""
+
+    def small_arguments(image_shape: tuple[int, int, int], window: str, **widths: int) -> dict[str, Any]:
+        return {"image_shape": image_shape, "window": window, **SMALL, **widths}
+
+    return small_arguments
+
+
+@pytest.fixture(scope="session")
+def make_model(randomize: Callable[..., None], small_arguments: Callable[..., dict[str, Any]]) -> Callable[..., vlae.VLAE]:
+    """A small model with random weights, in double precision unless asked otherwise."""
+
+    def make_model(
+        image_shape: tuple[int, int, int],
+        window: str,
+        *,
+        seed: int = 0,
+        gain: float = 1.2,
+        dtype: torch.dtype = torch.float64,
+        **widths: int,
+    ) -> vlae.VLAE:
+        model = vlae.build(**small_arguments(image_shape, window, **widths)).to(dtype)
+        randomize(model, seed, gain)
+        return model
+
+    return make_model
+
+
+@pytest.fixture(scope="session")
+def all_images() -> Callable[..., torch.Tensor]:
+    """Every binary image of a shape: (2 ** sub-pixels, channels, height, width), image number n spelling n in binary."""
+
+    def all_images(channels: int, height: int, width: int) -> torch.Tensor:
+        size = channels * height * width
+        numbers = torch.arange(2**size)
+        bits = (numbers[:, None] >> torch.arange(size - 1, -1, -1)) & 1
+        return bits.double().unflatten(1, (channels, height, width))
+
+    return all_images

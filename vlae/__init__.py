@@ -1,0 +1,23 @@
+"""The Variational Lossy Autoencoder, in plain PyTorch."""
+
+from vlae.build import build, load, save
+from vlae.ema import EMA
+from vlae.model import VLAE, Bound
+from vlae.objective import Estimate, estimate, training_loss
+from vlae.sampling import reconstruct, sample
+from vlae.window import Window
+
+__all__ = [
+    "EMA",
+    "VLAE",
+    "Bound",
+    "Estimate",
+    "Window",
+    "build",
+    "estimate",
+    "load",
+    "reconstruct",
+    "sample",
+    "save",
+    "training_loss",
+]

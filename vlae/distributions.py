@@ -1,0 +1,51 @@
+"""The distributions that the networks return: objects with ``log_prob`` and ``sample``, given their noise explicitly.
+
+Noise is an argument, never drawn inside, so that a model's output is a pure function of its inputs: the same noise gives
+the same bound on any number of devices, and the same sample from any sampler.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def standard_normal_log_prob(z: Tensor) -> Tensor:
+    """Elementwise log N(z; 0, 1), in nats."""
+    return -0.5 * z.square() - HALF_LOG_2PI
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """N(mean, exp(log_scale)^2), elementwise; both of shape (..., latents)."""
+
+    mean: Tensor
+    log_scale: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + scale * noise, for standard normal ``noise`` that broadcasts against the mean."""
+        return self.mean + self.log_scale.exp() * noise
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Elementwise log density, in nats, of the shape of ``z``."""
+        return standard_normal_log_prob((z - self.mean) * torch.exp(-self.log_scale)) - self.log_scale
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Independent binary sub-pixels with ``logits`` of shape (..., height, width, channels)."""
+
+    logits: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) in nats, summed over the image: (..., height, width, channels) -> (...)."""
+        # log sigmoid(l) = -softplus(-l), and x is 0 or 1, so log p = -softplus((1 - 2x) l)
+        return -F.softplus((1 - 2 * x) * self.logits).sum((-3, -2, -1))
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        """1 where ``uniform`` noise in [0, 1) falls below the probability, else 0."""
+        return (uniform < torch.sigmoid(self.logits)).to(self.logits.dtype)

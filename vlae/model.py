@@ -1,0 +1,64 @@
+"""The Variational Lossy Autoencoder: its three parts put together, and its bound."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from vlae.decoder import Decoder
+from vlae.encoder import Encoder
+from vlae.prior import AutoregressiveFlow, StandardNormal
+
+
+class Bound(NamedTuple):
+    """The evidence lower bound of a batch, one sample of z per image, in nats per image.
+
+    ``elbo = -(distortion + rate)`` is a lower bound on log p(x) in expectation; its negative, the *code length*, is what
+    bits-back coding achieves.
+    """
+
+    distortion: Tensor
+    """-log p(x|z): (batch,), or (samples, batch) if several codes were drawn for each image."""
+    rate_per_latent: Tensor
+    """log q(z|x) - log p(z), split over the latents: (batch, latents). Single terms may be negative."""
+
+    @property
+    def rate(self) -> Tensor:
+        """log q(z|x) - log p(z): (batch,)."""
+        return self.rate_per_latent.sum(-1)
+
+    @property
+    def elbo(self) -> Tensor:
+        """log p(x|z) + log p(z) - log q(z|x): (batch,)."""
+        return -(self.distortion + self.rate)
+
+
+class VLAE(nn.Module):
+    """A VAE whose autoregressive decoder sees a window, with an autoregressive-flow prior.
+
+    ``forward`` is the evaluation of the bound, so that wrapping the module in DistributedDataParallel is all that
+    distributed training needs.
+
+    Reference: Chen, Kingma, Salimans, Duan, Dhariwal, Schulman, Sutskever, Abbeel, *Variational Lossy Autoencoder*,
+    ICLR 2017, arXiv:1611.02731.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, prior: StandardNormal | AutoregressiveFlow, latents: int) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.prior, self.latents = encoder, decoder, prior, latents
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.decoder.image_shape
+
+    def forward(self, x: Tensor, noise: Tensor) -> Bound:
+        """The bound of binary images, pixels 0 or 1.
+
+        x: (batch, channels, height, width). noise: standard normal, (batch, latents), or (samples, batch, latents) for several
+        codes of each image; then the terms are (samples, batch), and what does not depend on z, the encoder and the
+        decoder's window, is evaluated once for all of them.
+        """
+        posterior = self.encoder(x)
+        z = posterior.sample(noise)
+        distortion = -self.decoder(z, x).log_prob(x.permute(0, 2, 3, 1))
+        return Bound(distortion, posterior.log_prob(z) - self.prior.log_prob(z))
