@@ -113,6 +113,11 @@ class Model:
             _check(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("flow_depth", "decoder_blocks"):
             _check(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it must be at least 0")
+        _check(
+            self.flow_depth == 0 or self.flow_hidden >= self.latents - 1,
+            f"model.flow_hidden={self.flow_hidden} is too narrow for model.latents={self.latents}: it must be at least "
+            f"{self.latents - 1}",
+        )
 
 
 @dataclass

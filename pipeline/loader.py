@@ -48,7 +48,8 @@ def binarize(batch: Batch, mode: Binarization, seed: int) -> torch.Tensor:
     """Black and white images, each pixel white with the probability of its grey value: float32 of 0 and 1, as ``batch.images``.
 
     ``dynamic`` draws anew for every position: in training each time an image is seen (``seed`` is the run's), in an
-    evaluation once for each image (``seed`` is the evaluation's). ``static`` draws once for each sample of a split, whatever the seed.
+    evaluation once for each image (``seed`` is the evaluation's). ``static`` draws once for each sample of a split,
+    whatever the seed.
     """
     size = batch.images[0].numel()
     if mode is Binarization.dynamic:
@@ -63,7 +64,8 @@ class TrainLoader:
     """The batches of steps ``start_step`` to ``num_steps - 1`` of one rank, over as many epochs as they take.
 
     Each iteration begins at ``start_step``; getting there costs one ranged read for each shard that is open at that step.
-    ``group_bytes`` bounds the images that are shuffled together, over all streams; twice that, shared by the ranks, is in memory.
+    ``group_bytes`` bounds the images that are shuffled together, over all streams; the ranks share them. Twice that is in
+    memory: what is in use, and what comes next.
 
     Raises ``UserError`` if the ranks do not divide the streams or there are fewer samples than one batch, and while
     iterating if data is missing or damaged.
@@ -194,8 +196,8 @@ class EvalLoader:
 def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
     """The same items, each made in the background while the one before is in use.
 
-    An error in making an item is raised where the item would have come. The thread makes one item and ends: a consumer that stops early
-    leaves nothing running but that, and a daemon thread does not keep the interpreter from ending.
+    An error in making an item is raised where the item would have come. Each thread makes one item and ends: a consumer
+    that stops early leaves no more than that running, and a daemon thread does not keep the interpreter from ending.
     """
 
     def start() -> Future[Item]:
@@ -251,7 +253,7 @@ class _Reader:
             samples[place[done - (stop - start) : done]] = self._first_samples[number] + np.arange(start, stop)
 
     def _blocks(self, shard: Shard, start: int, stop: int) -> Iterator[tuple[Images, Integers]]:
-        """Images ``(n, channels, height, width)`` and labels ``(n,)`` of a shard's samples ``start`` to ``stop``, record by record.
+        """A shard's samples ``start`` to ``stop``, record by record: images ``(n, channels, height, width)``, labels ``(n,)``.
 
         One ranged read, whatever the number of records.
         """
@@ -271,8 +273,8 @@ class _Reader:
             actual = hashlib.sha256(content).hexdigest()
             if actual != index.sha256[record]:
                 raise UserError(
-                    f"{self._storage.url}/{shard.name} is damaged: record {record} (byte {begin + at}, {len(content)} bytes) has "
-                    f"sha256 {actual}, its index says {index.sha256[record]}; {REMEDY}"
+                    f"{self._storage.url}/{shard.name} is damaged: record {record} (byte {begin + at}, {len(content)} bytes) "
+                    f"has sha256 {actual}, its index says {index.sha256[record]}; {REMEDY}"
                 )
             images, labels = _read_record(content)
             before = int(index.starts[record])

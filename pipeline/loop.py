@@ -49,14 +49,13 @@ def fit(
     optim, train = config.optim, config.train
     data, run = open_storage(config.dataset.url, config.storage.endpoint_url), run_storage(config)
     contents = manifest.load(data)
-    arguments = {"image_shape": contents.image_shape, **to_dict(config)["model"]}
 
     torch.manual_seed(train.seed)
-    model = vlae.build(**arguments).to(device)
+    model = vlae.build(image_shape=contents.image_shape, **to_dict(config)["model"]).to(device)
     ema = vlae.EMA(model, optim.ema_decay)
     optimizer = torch.optim.Adam(model.parameters(), lr=optim.learning_rate)
     step = checkpoint.resume(run, model, ema, optimizer)
-    network = DistributedDataParallel(model) if world_size > 1 else model
+    network = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
 
     def validate() -> dict[str, Any]:
         loader = EvalLoader(
@@ -126,7 +125,7 @@ def fit(
     log.close()
     if rank == 0:
         training = {"config": {**to_dict(config), "name": config.run_name}, "manifest": contents.digest, "valid": validation}
-        publish(run, ema.module, arguments, training)
+        publish(run, ema.module, training)
     return validation
 
 
@@ -155,10 +154,10 @@ def run_storage(config: TrainConfig) -> Storage:
     return open_storage(f"{config.storage.root}/runs/{config.run_name}", config.storage.endpoint_url)
 
 
-def publish(run: Storage, model: vlae.VLAE, arguments: dict[str, Any], training: dict[str, Any]) -> None:
+def publish(run: Storage, model: vlae.VLAE, training: dict[str, Any]) -> None:
     """Put the final model, ready for ``vlae.load``, under ``model/`` of the run, with a record of its training beside it."""
     with tempfile.TemporaryDirectory() as folder:
-        vlae.save(model, arguments, Path(folder))
+        vlae.save(model, folder)
         (Path(folder) / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n")
         for path in sorted(Path(folder).iterdir()):
             run.upload(f"model/{path.name}", path)

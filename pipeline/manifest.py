@@ -9,9 +9,9 @@
 The manifest is written last: a data set exists when it is there. Nothing in it grows with the number of samples; what
 does is in the index, read when its shard is opened.
 
-A record is one WebDataset sample, KEY, of two members: ``KEY.images.npy``, uint8 ``(num_samples, channels, height, width)``, and
-``KEY.labels.npy``, int64 ``(num_samples,)``, -1 where there is no label. Records follow each other without a gap, so any
-run of them is one range of bytes.
+A record is one WebDataset sample, KEY, of two members: ``KEY.images.npy``, uint8 ``(num_samples, channels, height, width)``,
+and ``KEY.labels.npy``, int64 ``(num_samples,)``, -1 where there is no label. Records follow each other without a gap, so
+any run of them is one range of bytes.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 r"""Random numbers as a pure function of a key and a counter: no state to save, the same for every number of workers.
 
 Row ``i`` of what a function here returns depends on ``key`` and ``ids[i]`` alone. So what is drawn for position ``p`` of
-the global batch at step ``s`` is ``uniform((seed, Purpose.BINARIZATION), ids=[s * global_batch + p], ...)``, whichever rank asks,
-in whatever company, and after any number of restarts.
+the global batch at step ``s`` is ``uniform((seed, Purpose.BINARIZATION), ids=[s * global_batch + p], ...)``, whichever rank
+asks, in whatever company, and after any number of restarts.
 
 How: row ``i`` is a SplitMix64 sequence (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators",
 OOPSLA 2014): with :math:`m` the 64-bit finaliser (D. Stafford's variant 13, a bijection in which every input bit moves
@@ -10,10 +10,10 @@ every output bit with probability close to one half),
 
 .. math:: s_i = m(k + \gamma\,\mathrm{id}_i), \quad g_i = m(s_i + \gamma) \mathbin{|} 1, \quad b_{ij} = m(s_i + (j+1)\, g_i)
 
-with :math:`k` a hash of the key and :math:`\gamma` the odd integer next to :math:`2^{64}/\phi`. :math:`m` and the sum are bijections, so
-different ids have different :math:`s_i`: no two rows are the same. Each row has its own increment :math:`g_i`, so two rows that
-meet in one number (which over :math:`10^9` rows of a thousand must happen) part again at the next; with one increment for
-all they would go on together. SplitMix64 passes BigCrush. It is no cipher, and need not be.
+with :math:`k` a hash of the key and :math:`\gamma` the odd integer next to :math:`2^{64}/\phi`. :math:`m` and the sum are
+bijections, so different ids have different :math:`s_i`: no two rows are the same. Each row has its own increment
+:math:`g_i`, so two rows that meet in one number (which over :math:`10^9` rows of a thousand must happen) part again at
+the next; with one increment for all they would go on together. SplitMix64 passes BigCrush. It is no cipher, and need not be.
 
 The integers are exact everywhere; ``normal`` rests on the platform's logarithm and cosine, whose last bit may differ.
 """

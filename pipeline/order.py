@@ -26,8 +26,8 @@ Example: shards of 3, 4 and 5 samples (N = 12), B = 4, C = 2, groups of at most 
 >>> group.segments.tolist(), group.permutation.tolist()
 ([[1, 3, 4], [0, 0, 3]], [1, 2, 3, 0])
 
-The segments of stream 0's first group hold the samples 1:3, 0:0, 0:1, 0:2 (shard:sample); the permutation puts them in the order
-0:0, 0:1, 0:2, 1:3; batch 0 takes the first two of these and the first two of stream 1's group.
+The segments of stream 0's first group hold the samples 1:3, 0:0, 0:1, 0:2 (shard:sample); the permutation puts them in
+the order 0:0, 0:1, 0:2, 1:3; batch 0 takes the first two of these and the first two of stream 1's group.
 """
 
 from dataclasses import dataclass

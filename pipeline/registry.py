@@ -5,6 +5,7 @@ pickle, and loading it needs neither Ray nor the training code.
 """
 
 import json
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -34,6 +35,7 @@ class Registry:
         self.config = config
         if config.uri.startswith("sqlite:///"):
             Path(config.uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         try:
             self.client = MlflowClient(config.uri, config.uri)
             self.client.search_registered_models(max_results=1)

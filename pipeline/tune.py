@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from pipeline.registry import Registry
 from pipeline.search import SEARCHED, OptunaSearcher
 from pipeline.storage import open_storage
 
+LETTERS = {"model.window": "w", "model.latents": "z", "model.flow_depth": "f"}
 OBJECTIVE = "elbo_nats"
 """What is minimised: the code length on validation images. All trials are compared by it; the IWAE bound costs k times more."""
 
@@ -54,21 +56,22 @@ def search_name(config: TuneConfig) -> str:
 def trial_config(config: TuneConfig, point: dict[str, Any]) -> TrainConfig:
     """The training run that tries ``point``: dotted options on top of the search's own."""
     values = to_dict(config)
-    base = {item.name: values[item.name] for item in dataclasses.fields(TrainConfig) if item.name != "name"}
-    trial = build(TrainConfig, base, point)
-    trial.name = "-".join([search_name(config), trial.model.window, f"z{trial.model.latents}", f"f{trial.model.flow_depth}"])
-    return trial
+    base = {item.name: values[item.name] for item in dataclasses.fields(TrainConfig)}
+    tried = "-".join(f"{letter}{point[key]}" for key, letter in LETTERS.items() if key in point)
+    return build(TrainConfig, base, {**point, "name": f"{search_name(config)}-{tried}"})
 
 
 def search(config: TuneConfig, name: str) -> list[dict[str, Any]]:
     """Run the trials; returns one row for each, the best first, those that were stopped early behind those that finished."""
+    # Ray's newer console prints a table for every trial; `Announcer` says it in a line.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     images = config.train.num_steps * config.train.global_batch
     workers = config.cluster
     cores = ray.cluster_resources().get("CPU", 1)
     concurrent = config.search.max_concurrent or max(1, int(cores // (workers.num_workers * workers.cpus_per_worker)))
     tuner = Tuner(
         # The trial itself only waits for its workers: were it to hold a core, trials could starve their own workers.
-        ray.tune.with_resources(ray.tune.with_parameters(trial, config=to_dict(config)), {"memory": 1 << 20}),
+        ray.tune.with_resources(ray.tune.with_parameters(trial, config=config), {"memory": 1 << 20}),
         tune_config=ray.tune.TuneConfig(
             search_alg=OptunaSearcher(config.search, OBJECTIVE, images, config.train.seed),
             scheduler=ASHAScheduler(
@@ -101,9 +104,9 @@ def search(config: TuneConfig, name: str) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["status"] != "finished", row[OBJECTIVE] or math.inf))
 
 
-def trial(point: dict[str, Any], config: dict[str, Any]) -> None:
+def trial(point: dict[str, Any], config: TuneConfig) -> None:
     """What Ray Tune runs for each trial: a training run that reports its validations to the search."""
-    typed = trial_config(build(TuneConfig, config, {}), point)
+    typed = trial_config(config, point)
     storage = loop.run_storage(typed)
     if storage.exists(train.RESULT):
         ray.tune.report(storage.read_json(train.RESULT)["valid"])

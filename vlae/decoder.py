@@ -13,9 +13,10 @@ from vlae.window import Window
 class Decoder(nn.Module):
     """p(x|z) = prod_i p(x_i | z, x_window(i)), for pixels i in raster order.
 
-    The code is unfolded to ``maps`` feature maps at image size; these and the context of earlier pixels enter a residual
-    network that looks at each pixel by itself. Hence the context alone decides which pixels are seen: tests prove
+    The code is unfolded to ``maps`` feature maps at image size; these and the context of earlier pixels enter a network that
+    looks at each pixel by itself. Hence the context alone decides which pixels are seen: tests prove
     it from gradients. With window ``0x0`` there is no context, and the pixels are independent given z.
+    Channels of one pixel do not see each other: for binary images there is one.
     """
 
     def __init__(

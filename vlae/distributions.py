@@ -30,6 +30,10 @@ class DiagonalGaussian:
         """mean + scale * noise, for standard normal ``noise`` that broadcasts against the mean."""
         return self.mean + self.log_scale.exp() * noise
 
+    def sample_with_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """``sample(noise)`` and its elementwise log density in nats, free of the rounding of going back from z to the noise."""
+        return self.sample(noise), standard_normal_log_prob(noise) - self.log_scale
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Elementwise log density, in nats, of the shape of ``z``."""
         return standard_normal_log_prob((z - self.mean) * torch.exp(-self.log_scale)) - self.log_scale
@@ -37,14 +41,13 @@ class DiagonalGaussian:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Independent binary sub-pixels with ``logits`` of shape (..., height, width, channels)."""
+    """Binary sub-pixels, 0 or 1, independent of each other given their ``logits`` of shape (..., height, width, channels)."""
 
     logits: Tensor
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, summed over the image: (..., height, width, channels) -> (...)."""
-        # log sigmoid(l) = -softplus(-l), and x is 0 or 1, so log p = -softplus((1 - 2x) l)
-        return -F.softplus((1 - 2 * x) * self.logits).sum((-3, -2, -1))
+        return F.logsigmoid((2 * x - 1) * self.logits).sum((-3, -2, -1))
 
     def sample(self, uniform: Tensor) -> Tensor:
         """1 where ``uniform`` noise in [0, 1) falls below the probability, else 0."""

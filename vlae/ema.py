@@ -13,7 +13,8 @@ class EMA(Generic[Module]):
     """average <- average + (1 - decay_t) (weights - average) after each step, starting from the initial weights.
 
     decay_t = min(decay, (1 + t) / (10 + t)) at step t = 1, 2, ..., so that the start is soon forgotten.
-    ``module`` is a copy of the model that holds the averaged weights, in evaluation mode.
+    ``module`` is a copy of the model that holds the averaged weights, in evaluation mode. Buffers
+    are not averaged: the model has only constant ones.
     """
 
     def __init__(self, module: Module, decay: float) -> None:
@@ -25,7 +26,8 @@ class EMA(Generic[Module]):
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the weights of ``module`` after step number ``step`` (the first is 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
+        for average, weights in zip(self.module.parameters(), module.parameters(), strict=True):
+            average.lerp_(weights, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights, by the module's own names."""

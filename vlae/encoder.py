@@ -9,13 +9,14 @@ from vlae.layers import ResidualConv, scales
 
 
 class Encoder(nn.Module):
-    """A small residual network that halves the image down to about 7x7 and ends in a diagonal Gaussian over z.
+    """A small residual network that halves the image until its shorter side is about 7, and ends in a diagonal Gaussian over z.
 
     The posterior's log scale is bounded to [-5, 1] by a scaled sigmoid: a single step can neither collapse a latent's
     scale to zero nor blow it up.
     """
 
     MIN_LOG_SCALE, MAX_LOG_SCALE = -5.0, 1.0
+    START = 1.5  # scales begin near 1, the prior's
 
     def __init__(self, image_shape: tuple[int, int, int], latents: int, channels: int) -> None:
         super().__init__()
@@ -38,4 +39,4 @@ class Encoder(nn.Module):
         h = self.layers((2 * x - 1).contiguous(memory_format=torch.channels_last))
         mean, raw = self.head(F.relu(h).flatten(1)).chunk(2, -1)
         span = self.MAX_LOG_SCALE - self.MIN_LOG_SCALE
-        return DiagonalGaussian(mean, self.MIN_LOG_SCALE + span * torch.sigmoid(raw + 1.5))
+        return DiagonalGaussian(mean, self.MIN_LOG_SCALE + span * torch.sigmoid(raw + self.START))

@@ -12,6 +12,8 @@ class ResidualConv(nn.Module):
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.second.weight)
+        assert self.second.bias is not None
+        nn.init.zeros_(self.second.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.relu(self.first(F.relu(x))))
@@ -20,7 +22,7 @@ class ResidualConv(nn.Module):
 class PixelLayer(nn.Module):
     """relu(linear(x)) of each pixel by itself: (..., features) -> same.
 
-    It has no bias, and writes over what it can: on a CPU, passes over memory cost as much here as the matrix product.
+    It has no bias, and the relu overwrites its input: on a CPU, passes over memory cost as much here as the matrix product.
     """
 
     def __init__(self, features: int) -> None:

@@ -24,12 +24,18 @@ class MADE(nn.Module):
     Output ``[:, k, i]`` depends on the inputs ``j`` with ``j < i``, or ``j > i`` if ``reverse``. The last layer starts
     at zero, so that what is built on it starts as the identity.
 
+    Raises ValueError if ``hidden`` is below ``size - 1``: with fewer units some dependencies could not be represented.
+
     Reference: Germain, Gregor, Murray, Larochelle, *MADE: Masked Autoencoder for Distribution Estimation*, ICML 2015,
     arXiv:1502.03509.
     """
 
     def __init__(self, size: int, outputs: int, hidden: int, layers: int = 2, *, reverse: bool = False) -> None:
         super().__init__()
+        if hidden < size - 1:
+            raise ValueError(
+                f"a MADE over {size} inputs needs at least {size - 1} hidden units, not {hidden}; widen it (flow_hidden)"
+            )
         self.size, self.outputs = size, outputs
         position = torch.arange(size)
         if reverse:

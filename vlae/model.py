@@ -1,6 +1,6 @@
 """The Variational Lossy Autoencoder: its three parts put together, and its bound."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -10,16 +10,20 @@ from vlae.prior import AutoregressiveFlow, StandardNormal
 
 
 class Bound(NamedTuple):
-    """The evidence lower bound of a batch, one sample of z per image, in nats per image.
+    """The evidence lower bound of a batch in nats per image, estimated from one sample of z.
 
+    Shapes are those of one code for each image; with several, all have the samples in front: (samples, batch, ...).
     ``elbo = -(distortion + rate)`` is a lower bound on log p(x) in expectation; its negative, the *code length*, is what
     bits-back coding achieves.
     """
 
     distortion: Tensor
-    """-log p(x|z): (batch,), or (samples, batch) if several codes were drawn for each image."""
+    """-log p(x|z): (batch,)."""
     rate_per_latent: Tensor
-    """log q(z|x) - log p(z), split over the latents: (batch, latents). Single terms may be negative."""
+    """log q(z|x) - log p(z), split over the latents: (batch, latents).
+
+    With a flow of more than one step only the sum over the latents is a rate; single terms are not, and may be negative.
+    """
 
     @property
     def rate(self) -> Tensor:
@@ -44,6 +48,8 @@ class VLAE(nn.Module):
 
     def __init__(self, encoder: Encoder, decoder: Decoder, prior: StandardNormal | AutoregressiveFlow, latents: int) -> None:
         super().__init__()
+        self.arguments: dict[str, Any] = {}
+        """What ``vlae.build`` was called with, if it made this model."""
         self.encoder, self.decoder, self.prior, self.latents = encoder, decoder, prior, latents
 
     @property
@@ -58,7 +64,6 @@ class VLAE(nn.Module):
         codes of each image; then the terms are (samples, batch), and what does not depend on z, the encoder and the
         decoder's window, is evaluated once for all of them.
         """
-        posterior = self.encoder(x)
-        z = posterior.sample(noise)
+        z, log_posterior = self.encoder(x).sample_with_log_prob(noise)
         distortion = -self.decoder(z, x).log_prob(x.permute(0, 2, 3, 1))
-        return Bound(distortion, posterior.log_prob(z) - self.prior.log_prob(z))
+        return Bound(distortion, log_posterior - self.prior.log_prob(z))

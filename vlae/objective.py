@@ -1,12 +1,13 @@
 """What is minimised in training, and the bounds that are reported."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlae.model import VLAE, Bound
+from vlae.model import Bound
 
 
 def training_loss(bound: Bound, mean_rate: Tensor, free_nats: float, rate_weight: float) -> Tensor:
@@ -43,12 +44,20 @@ class Estimate(NamedTuple):
 
 
 @torch.no_grad()
-def estimate(model: VLAE, x: Tensor, noise: Tensor, rows: int = 256) -> Estimate:
+def estimate(model: Callable[[Tensor, Tensor], Bound], x: Tensor, noise: Tensor, max_pairs: int = 256) -> Estimate:
     """Measure the bounds of images x (batch, channels, height, width) with standard normal ``noise`` (k, batch, latents).
 
-    ``rows`` bounds the memory: the number of (image, sample) pairs evaluated at once.
+    ``max_pairs`` bounds the memory: the number of (image, sample) pairs evaluated at once.
+    Raises ValueError if the noise is not of that shape.
     """
-    bounds = [model(x, part) for part in noise.split(max(1, rows // len(x)))]
+    if noise.dim() != 3 or noise.shape[1] != len(x):
+        raise ValueError(
+            f"noise has the shape {tuple(noise.shape)}; it must be (samples, {len(x)}, latents), one row for each image"
+        )
+    if len(x) > max_pairs:
+        parts = [estimate(model, *pair, max_pairs) for pair in zip(x.split(max_pairs), noise.split(max_pairs, 1), strict=True)]
+        return Estimate(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    bounds = [model(x, part) for part in noise.split(max(1, max_pairs // max(1, len(x))))]
     distortion, rate = (torch.cat([getattr(bound, name) for bound in bounds]) for name in ("distortion", "rate"))
     iwae = torch.logsumexp(-(distortion + rate), 0) - math.log(len(noise))
     return Estimate(distortion.mean(0), rate.mean(0), iwae)

@@ -40,7 +40,7 @@ class AutoregressiveFlow(nn.Module):
         self.steps = nn.ModuleList(MADE(latents, 2, hidden, reverse=step % 2 == 1) for step in range(depth))
 
     @staticmethod
-    def _shift(step: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _mean_and_log_scale(step: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
         mean, raw = step(z).unbind(-2)
         return mean, LOG_SCALE_BOUND * torch.tanh(raw / LOG_SCALE_BOUND)
 
@@ -48,13 +48,16 @@ class AutoregressiveFlow(nn.Module):
         """z -> (noise, log |d noise / d z| split over the latents), both of shape (..., latents)."""
         log_det = torch.zeros_like(z)
         for step in reversed(self.steps):
-            mean, log_scale = self._shift(step, z)
+            mean, log_scale = self._mean_and_log_scale(step, z)
             z = (z - mean) * torch.exp(-log_scale)
             log_det = log_det - log_scale
         return z, log_det
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z) in nats, split over the latents: (..., latents) -> (..., latents)."""
+        """log p(z) in nats, split over the latents: (..., latents) -> (..., latents).
+
+        With one step the terms are log p(z_i | z_<i); with more, only their sum has a meaning.
+        """
         noise, log_det = self.inverse(z)
         return standard_normal_log_prob(noise) + log_det
 
@@ -64,7 +67,7 @@ class AutoregressiveFlow(nn.Module):
             z = torch.zeros_like(noise)
             # After pass i the first i + 1 latents in the step's order are final; one pass more would change nothing.
             for _ in range(noise.shape[-1]):
-                mean, log_scale = self._shift(step, z)
+                mean, log_scale = self._mean_and_log_scale(step, z)
                 z = noise * torch.exp(log_scale) + mean
             noise = z
         return noise

@@ -25,15 +25,15 @@ class Window:
     def __post_init__(self) -> None:
         if self.full:
             return
-        if self.width < 0 or self.height < 0 or (self.width == 0 and self.height > 0):
-            raise ValueError(f"window {self.width}x{self.height} sees no column; use 0x0, full, or WIDTHxHEIGHT such as 5x2")
+        if min(self.width, self.height) < 0 or (self.width == 0 and self.height > 0):
+            raise ValueError(f"window {self} has no column; use 0x0 to see nothing, or WIDTHxHEIGHT such as 5x2")
 
     @classmethod
     def parse(cls, text: str) -> "Window":
         """Read ``"7x4"``, ``"0x0"`` or ``"full"``. Raises ValueError on anything else."""
         if text == "full":
             return cls(0, 0, full=True)
-        match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
+        match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})", text)
         if not match:
             raise ValueError(f"window {text!r} is not understood; use 0x0, full, or WIDTHxHEIGHT such as 5x2")
         return cls(int(match[1]), int(match[2]))

@@ -1,13 +1,13 @@
 """A small data set whose images say which they are."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from pipeline.manifest import Manifest
 from pipeline.shard import write_shard
-from pipeline.sources import ImageSource, Images, Labels
+from pipeline.sources import Images, ImageSource, Labels
 from pipeline.storage import Storage
 
 SHARDS = {"train": (7, 12, 1, 20, 10), "valid": (9,), "test": (4, 5)}
@@ -17,10 +17,10 @@ BLOCK_SIZE = 4
 class NumberedImages(ImageSource):
     """RGB images of 2 x 3 pixels; every sub-pixel of sample n is (n + its place) mod 256, its label n mod 10."""
 
-    description: dict[str, Any] = {"source": "numbered"}
+    description: ClassVar[dict[str, Any]] = {"source": "numbered"}
     image_shape = (3, 2, 3)
     num_classes = 10
-    splits = {split: sum(sizes) for split, sizes in SHARDS.items()}
+    splits: ClassVar[dict[str, int]] = {split: sum(sizes) for split, sizes in SHARDS.items()}
 
     def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
         numbers = np.arange(start, stop)

@@ -9,10 +9,16 @@ from PIL import Image
 
 def idx_bytes(array: np.ndarray) -> bytes:
     """An IDX file of unsigned bytes."""
-    return bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.astype(np.uint8).tobytes()
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + b"".join(size.to_bytes(4, "big") for size in array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
 
 
-def write_idx(folder: Path, num_train: int = 60, num_test: int = 10, seed: int = 0, packed: bool = False) -> dict[str, np.ndarray]:
+def write_idx(
+    folder: Path, num_train: int = 60, num_test: int = 10, seed: int = 0, packed: bool = False
+) -> dict[str, np.ndarray]:
     """The four files, with random images of 5 x 4; returns the arrays by the file's name."""
     random = np.random.default_rng(seed)
     arrays = {

@@ -16,8 +16,9 @@ import webdataset
 from pipeline import noise
 from pipeline.config import Binarization
 from pipeline.errors import UserError
-from pipeline.loader import Batch, EvalLoader, TrainLoader, binarize, one_ahead
+from pipeline.loader import Batch, EvalLoader, TrainLoader, _read_record, binarize, one_ahead
 from pipeline.manifest import Manifest, Shard
+from pipeline.shard import write_shard
 from pipeline.storage import FolderStorage, Storage, open_storage
 from tests.pipeline.conftest import write
 
@@ -41,7 +42,8 @@ def check_content(batch: Batch) -> None:
     """The images and labels are those of the samples that the batch names."""
     numbers = torch.from_numpy(batch.samples)
     expected = (numbers[:, None] + torch.arange(18)) % 256
-    assert batch.images.dtype == torch.uint8 and batch.labels.dtype == torch.int64
+    assert batch.images.dtype == torch.uint8
+    assert batch.labels.dtype == torch.int64
     torch.testing.assert_close(batch.images, expected.to(torch.uint8).view(-1, 3, 2, 3))
     torch.testing.assert_close(batch.labels, numbers % 10)
 
@@ -68,7 +70,8 @@ def test_an_epoch_gives_every_sample_once_but_for_the_tail(storage: Storage, num
     orders = []
     for epoch in (0, 1):
         samples = np.concatenate([b.samples for b in batches[epoch * STEPS_PER_EPOCH : (epoch + 1) * STEPS_PER_EPOCH]])
-        assert len(samples) == len(set(samples)) == 48 and set(samples) <= set(range(50))
+        assert len(samples) == len(set(samples)) == 48
+        assert set(samples) <= set(range(50))
         orders.append(samples.tolist())
     assert orders[0] != orders[1]
 
@@ -105,13 +108,15 @@ def test_resuming_reads_each_open_shard_once(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(FolderStorage, "read_range", counted)
     assert len(train(storage, manifest, start_step=10, num_steps=11, num_streams=1, global_batch=4, group_bytes=10**6)) == 1
     # The group is the whole epoch of 48 samples in 5 shards; the circle may enter one of them in the middle and end in it.
-    assert len(ranges) <= 6 and len(set(ranges)) == 5
+    assert len(ranges) <= 6
+    assert len(set(ranges)) == 5
 
 
 def test_evaluation_gives_every_sample_once_in_order(storage: Storage, numbered: Manifest) -> None:
     for world_size in (1, 2, 3):
         loaders = [
-            EvalLoader(storage, numbered, split="train", batch_size=4, rank=rank, world_size=world_size) for rank in range(world_size)
+            EvalLoader(storage, numbered, split="train", batch_size=4, rank=rank, world_size=world_size)
+            for rank in range(world_size)
         ]
         batches = [batch for loader in loaders for batch in loader]
         for batch in batches:
@@ -129,7 +134,8 @@ def test_evaluation_of_the_first_so_many(storage: Storage, numbered: Manifest) -
 
 def test_more_ranks_than_images_leave_some_without(storage: Storage, numbered: Manifest) -> None:
     counts = [
-        len(list(EvalLoader(storage, numbered, split="valid", batch_size=4, rank=rank, world_size=4, num_images=2))) for rank in range(4)
+        len(list(EvalLoader(storage, numbered, split="valid", batch_size=4, rank=rank, world_size=4, num_images=2)))
+        for rank in range(4)
     ]
     assert sorted(counts) == [0, 0, 1, 1]
 
@@ -156,7 +162,9 @@ def test_an_altered_record_is_named(storage: Storage, numbered: Manifest) -> Non
     content = bytearray(storage.read(shard.name))
     content[5000] ^= 1
     storage.write(shard.name, bytes(content))
-    message = rf"{storage.url}/train/00003\.tar is damaged: record 2 .* has sha256 [0-9a-f]{{64}}, its index says [0-9a-f]{{64}}"
+    message = (
+        rf"{storage.url}/train/00003\.tar is damaged: record 2 .* has sha256 [0-9a-f]{{64}}, its index says [0-9a-f]{{64}}"
+    )
     with pytest.raises(UserError, match=message):
         train(storage, numbered)
     with pytest.raises(UserError, match=message):
@@ -166,7 +174,9 @@ def test_an_altered_record_is_named(storage: Storage, numbered: Manifest) -> Non
 def test_a_truncated_shard_is_named_even_when_cut_between_members(storage: Storage, numbered: Manifest) -> None:
     shard = damaged(numbered)
     storage.write(shard.name, storage.read(shard.name)[: 512 * 8])
-    with pytest.raises(UserError, match=r"train/00003\.tar is cut short: bytes [0-9]+ to [0-9]+ were wanted, but it has only 4096"):
+    with pytest.raises(
+        UserError, match=r"train/00003\.tar is cut short: bytes [0-9]+ to [0-9]+ were wanted, but it has only 4096"
+    ):
         train(storage, numbered)
 
 
@@ -176,20 +186,14 @@ def test_a_missing_shard_is_named(storage: Storage, numbered: Manifest) -> None:
         train(storage, numbered)
 
 
-def test_nothing_is_unpickled(tmp_path: Path) -> None:
-    """A record with a pickled array, under checksums that are right, is refused all the same."""
-    storage = FolderStorage(tmp_path)
-    manifest = write(storage)
+def test_nothing_is_unpickled() -> None:
     pickled = io.BytesIO()
     np.save(pickled, np.array([{}], dtype=object), allow_pickle=True)
     tar = io.BytesIO()
     with webdataset.TarWriter(tar, encoder=False) as writer:
         writer.write({"__key__": "0", "images.npy": pickled.getvalue(), "labels.npy": pickled.getvalue()})
-    from pipeline.loader import _read_record
-
     with pytest.raises(ValueError, match="allow_pickle=False"):
         _read_record(memoryview(tar.getvalue()))
-    assert manifest.num_samples("train") == 50
 
 
 # --- misuse ------------------------------------------------------------------------------------------------------------
@@ -198,7 +202,9 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 def test_impossible_requests_are_refused_at_once(storage: Storage, numbered: Manifest) -> None:
     with pytest.raises(UserError, match="3 ranks cannot share 4 streams"):
         train(storage, numbered, world_size=3)
-    with pytest.raises(UserError, match="a global batch of 64 is more than all 50 samples; choose another train.global_batch"):
+    with pytest.raises(
+        UserError, match=r"a global batch of 64 is more than all 50 samples; choose another train\.global_batch"
+    ):
         train(storage, numbered, global_batch=64)
 
 
@@ -243,11 +249,10 @@ def test_an_error_in_the_background_comes_after_the_items_before_it() -> None:
         yield 2
         raise UserError("shard 3")
 
-    got = []
+    ahead = one_ahead(items())
+    assert [next(ahead), next(ahead)] == [1, 2]
     with pytest.raises(UserError, match="shard 3"):
-        for number in one_ahead(items()):
-            got.append(number)
-    assert got == [1, 2]
+        next(ahead)
 
 
 # --- binarization ------------------------------------------------------------------------------------------------------
@@ -262,7 +267,8 @@ def test_a_pixel_is_white_with_the_probability_of_its_grey_value() -> None:
     for mode in Binarization:
         for value in (0, 1, 100, 254, 255):
             x = binarize(grey_batch(value, list(range(400)), list(range(400))), mode, seed=3)
-            assert x.dtype == torch.float32 and set(x.unique().tolist()) <= {0.0, 1.0}
+            assert x.dtype == torch.float32
+            assert set(x.unique().tolist()) <= {0.0, 1.0}
             p = value / 255
             assert abs(x.mean().item() - p) <= 5 * np.sqrt(p * (1 - p) / x.numel())
 
@@ -293,12 +299,10 @@ class ManyImages:
 
 
 def test_it_gives_mnist_faster_than_any_model_takes_it(object_store: Any) -> None:
-    from pipeline.shard import write_shard
-
     storage, source = open_storage("s3://tests/many"), ManyImages()
     shards = tuple(
-        write_shard(storage, source, "train", f"train/{number:05d}.tar", number * 5000, number * 5000 + 5000, 250)  # type: ignore[arg-type]
-        for number in range(source.count // 5000)
+        write_shard(storage, source, "train", f"train/{first}.tar", first, first + 5000, 250)  # type: ignore[arg-type]
+        for first in range(0, source.count, 5000)
     )
     manifest = Manifest("many", source.image_shape, 10, 250, {"train": shards})
     start = time.perf_counter()

@@ -61,7 +61,8 @@ def test_an_index_says_where_the_records_are(storage: Storage, numbered: Manifes
     shard = numbered.shards("train")[3]
     index = Index.load(storage, shard)
     assert index.starts.tolist() == [0, 4, 8, 12, 16, 20]
-    assert index.offset[0] == 0 and (index.offset[:-1] + index.size[:-1] == index.offset[1:]).all()
+    assert index.offset[0] == 0
+    assert (index.offset[:-1] + index.size[:-1] == index.offset[1:]).all()
     for offset, size, sha256 in zip(index.offset, index.size, index.sha256, strict=True):
         assert hashlib.sha256(storage.read_range(shard.name, int(offset), int(size))).hexdigest() == sha256
 

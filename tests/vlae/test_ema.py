@@ -17,7 +17,7 @@ def trajectory(num_steps: int) -> list[dict[str, Tensor]]:
     ]
 
 
-def averaged(weights: list[dict[str, Tensor]], decay: float) -> tuple[EMA, nn.Linear]:
+def averaged(weights: list[dict[str, Tensor]], decay: float) -> tuple[EMA[nn.Linear], nn.Linear]:
     module = nn.Linear(3, 2).double()
     module.load_state_dict(weights[0])
     ema = EMA(module, decay)
