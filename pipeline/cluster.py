@@ -1,9 +1,11 @@
 """Getting hold of a Ray cluster: a running one, or one of our own on this machine."""
 
 import os
+import socket
 from pathlib import Path
 
 import ray
+import ray.util
 
 from pipeline.config import Cluster, Storage
 from pipeline.errors import UserError
@@ -25,21 +27,28 @@ def connect(cluster: Cluster, storage: Storage) -> None:
     if storage.endpoint_url:
         os.environ["AWS_ENDPOINT_URL"] = storage.endpoint_url
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if address and _has_token():
-        # A cluster that Ray starts here makes and uses a token by itself; a driver that joins one has to be told to.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     env_vars = {name: os.environ[name] for name in ("AWS_ENDPOINT_URL",) if name in os.environ}
+    if address:
+        if _has_token():
+            # A cluster that Ray starts here makes and uses a token by itself; a driver that joins one has to be told to.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+    else:
+        # Ray Train frees the resources of a stopped trial by a helper that looks for its cluster by itself, and does not find it if
+        # another Ray runs on this machine: its trials would wait for cores forever. So every process is told the address.
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+        env_vars["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
     try:
-        ray.init(
-            address or "local",
-            log_to_driver=False,
-            logging_level="warning",
-            runtime_env={"env_vars": env_vars} if address and "RAY_JOB_ID" not in os.environ else None,
-        )
+        ray.init(address or "local", log_to_driver=False, logging_level="warning", runtime_env={"env_vars": env_vars})
     except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if not address:
+            raise UserError(f"Ray does not start on this machine: {reason}") from error
         raise UserError(
-            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; start one with `ray start --head`, or leave out "
-            "cluster.address to use this machine alone"
+            f"no Ray cluster answers at {address}: {reason}; start one with `ray start --head`, or leave out cluster.address to use "
+            "this machine alone"
         ) from error
     check_capacity(cluster)
 

@@ -78,7 +78,8 @@ def search(config: TuneConfig, name: str) -> list[dict[str, Any]]:
                 time_attr="images",
                 metric=OBJECTIVE,
                 mode="min",
-                max_t=images,
+                # One more than there are: a trial that ASHA ends at its last report would be cut off before it saves its model.
+                max_t=images + 1,
                 grace_period=max(1, round(config.search.grace_fraction * images)),
                 reduction_factor=config.search.reduction,
             ),
@@ -86,7 +87,10 @@ def search(config: TuneConfig, name: str) -> list[dict[str, Any]]:
             max_concurrent_trials=concurrent,
         ),
         run_config=ray.tune.RunConfig(
-            name=name, storage_path=f"{config.storage.root}/ray", verbose=0, callbacks=[Announcer(config.search.num_trials)]
+            name=name,
+            storage_path=f"{config.storage.root}/ray",
+            verbose=0,
+            callbacks=[Announcer(config.search.num_trials, images)],
         ),
     )
     rows = []
@@ -149,8 +153,8 @@ def format_table(trials: list[dict[str, Any]]) -> str:
 class Announcer(Callback):
     """Prints one line for each thing that happens to a trial."""
 
-    def __init__(self, num_trials: int) -> None:
-        self.num_trials = num_trials
+    def __init__(self, num_trials: int, images: int) -> None:
+        self.num_trials, self.images = num_trials, images
         self.numbers: dict[str, int] = {}
 
     def _say(self, trial: Trial, text: str) -> None:
@@ -170,7 +174,7 @@ class Announcer(Callback):
             self._say(trial, f"{result['images']:,} images, {result[OBJECTIVE]:.2f} nats, rate {result['rate_bits']:.1f} bits")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._say(trial, "done")
+        self._say(trial, "finished" if trial.last_result.get("images", 0) >= self.images else "stopped early")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._say(trial, "failed")

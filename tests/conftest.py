@@ -1,12 +1,17 @@
 """What the tests share: the real S3 server, a storage on it and one in a folder, and a Ray cluster."""
 
+import secrets
+import socket
+import subprocess
+import sys
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from pipeline import cluster, config
 from pipeline.storage import Storage, open_storage
 from pipeline.store import ObjectStore
 
@@ -30,10 +35,52 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(object_store: ObjectStore) -> Iterator[None]:
-    """A Ray cluster of this session. It starts after the S3 server, whose environment its workers inherit."""
-    import ray
+def ray_cluster(object_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray cluster started with ``ray start --head``, with a token; gives the address for jobs.
 
-    cluster.connect(config.Cluster(), config.Storage())
-    yield
-    ray.shutdown()
+    It starts after the S3 server, whose environment its workers inherit. RAY_ADDRESS leads every process of this session to it.
+    """
+    gcs, dashboard, agent = free_ports(3)
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    log = tmp_path_factory.mktemp("ray") / "head.log"
+    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += [f"--dashboard-agent-listen-port={agent}"]
+    with pytest.MonkeyPatch.context() as patch, log.open("w") as file:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        head = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            wait_for(lambda: answers(gcs) and answers(dashboard) and answers(agent), head, log)
+            patch.setenv("RAY_ADDRESS", f"127.0.0.1:{gcs}")
+            yield f"http://127.0.0.1:{dashboard}"
+        finally:
+            import ray
+
+            ray.shutdown()
+            head.terminate()
+            head.wait(60)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def answers(port: int) -> bool:
+    """Whether something on this machine accepts connections on ``port``."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Wait up to two minutes for a condition; fails with the process's log if it ends, or time is up."""
+    give_up = time.monotonic() + 120
+    while not condition():
+        if process.poll() is not None or time.monotonic() > give_up:
+            pytest.fail(f"ray start did not come up:\n{log.read_text()}")
+        time.sleep(0.2)

@@ -1,0 +1,27 @@
+"""The demo, made small: its own S3 server, its own Ray, its own registry."""
+
+import json
+import time
+from pathlib import Path
+
+from tests.e2e.conftest import TINY, Run
+
+
+def test_the_demo_goes_from_images_to_a_registered_model_and_reuses_what_exists(run: Run, workplace: Path) -> None:
+    command = ["demo", *TINY, "search.windows=[3x1]", "search.latents=[2,4]", "search.flow_depths=[0]", "search.num_trials=2"]
+    command += ["search.min_rate_bits=0", "bounds.samples=4", "bounds.num_images=100"]
+    started = time.monotonic()
+    done = run(*command, standalone=True)
+    first = time.monotonic() - started
+    assert done.stdout.strip().splitlines()[-1] == f"result: {workplace}/demo/result.json"
+    result = json.loads((workplace / "demo/result.json").read_text())
+    assert result["test"]["iwae_samples"] == 4
+    assert result["test"]["num_images"] == 100
+    assert {"iwae_nats", "elbo_nats", "rate_bits"} <= result["test"].keys()
+    assert result["registry"]["name"] == "vlae-mnist"
+    assert result["registry"]["version"] == 1
+    assert all(Path(picture).exists() for picture in result["pictures"])
+    started = time.monotonic()
+    run(*command, standalone=True)
+    assert time.monotonic() - started < first / 2
+    assert json.loads((workplace / "demo/result.json").read_text())["test"] == result["test"]

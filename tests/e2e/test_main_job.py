@@ -1,0 +1,155 @@
+"""The main job on real MNIST, over the real S3 server, Ray and MLflow; the tests build on each other, in order."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage import open_storage
+from pipeline.store import ObjectStore
+from tests.e2e.conftest import TINY, Run
+
+REPOSITORY = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
+    """What the file named in a command's last line holds."""
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("result: ")
+    folder, _, name = last.removeprefix("result: ").rpartition("/")
+    return open_storage(folder).read_json(name)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def data(run: Run, root: str) -> str:
+    run("shard", f"storage.root={root}")
+    return f"{root}/datasets/mnist"
+
+
+@pytest.fixture(scope="module")
+def searched(run: Run, root: str, data: str) -> dict[str, object]:
+    done = run(
+        "tune", f"storage.root={root}", *TINY, "search.windows=[3x1,5x2]", "search.latents=[2,4]", "search.flow_depths=[0,1]",
+        "search.num_trials=3", "register_best=2",
+    )  # fmt: skip
+    return result_of(done)
+
+
+def test_sharding_again_does_nothing_and_says_so(run: Run, root: str, data: str) -> None:
+    before = open_storage(data).sizes()
+    done = run("shard", f"storage.root={root}")
+    assert "was there already: 50,000 train, 10,000 valid, 10,000 test" in done.stdout
+    assert result_of(done)["reused"] is True
+    assert open_storage(data).sizes().keys() == before.keys()
+
+
+def test_two_workers_train_a_model_and_a_finished_run_is_not_trained_again(run: Run, root: str, data: str) -> None:
+    command = ["train", f"storage.root={root}", "name=two", *TINY, "cluster.num_workers=2"]
+    done = run(*command)
+    result = result_of(done)
+    assert result["valid"]["images"] == 4000  # type: ignore[index]
+    storage = open_storage(f"{root}/runs/two")
+    keys = storage.list()
+    assert any(key.startswith("tensorboard/events.out.tfevents") for key in keys)
+    assert len([key for key in keys if key.startswith("checkpoints/")]) <= 2
+    assert {"model/model.safetensors", "model/model.json", "model/training.json", "metrics.jsonl"} <= set(keys)
+    again = run(*command)
+    assert "was finished already" in again.stdout
+    assert result_of(again)["valid"] == result["valid"]
+
+
+def test_the_number_of_workers_does_not_change_what_is_learned(run: Run, root: str, data: str) -> None:
+    losses = []
+    for workers in (1, 2):
+        name = f"workers-{workers}"
+        run("train", f"storage.root={root}", f"name={name}", *TINY, f"cluster.num_workers={workers}")
+        losses.append(open_storage(f"{root}/runs/{name}").read_json("result.json")["valid"]["elbo_nats"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_another_configuration_under_a_used_name_is_refused(run: Run, root: str, data: str) -> None:
+    run("train", f"storage.root={root}", "name=two", *TINY, "cluster.num_workers=2")
+    done = run("train", f"storage.root={root}", "name=two", *TINY, "model.latents=3", code=2)
+    assert "model.latents" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_search_registers_its_best_models(searched: dict[str, object], run: Run, root: str) -> None:
+    trials = searched["trials"]
+    assert isinstance(trials, list)
+    assert len({(row["model.window"], row["model.latents"], row["model.flow_depth"]) for row in trials}) == 3
+    finished = [row for row in trials if row["status"] == "finished"]
+    assert [row["elbo_nats"] for row in finished] == sorted(row["elbo_nats"] for row in finished)
+    registered = searched["registered"]
+    assert isinstance(registered, list)
+    assert registered[0]["run"] == finished[0]["run"]
+    assert registered[0]["version"] == len(registered)
+
+
+def test_the_same_search_again_is_not_searched_again(searched: dict[str, object], run: Run, root: str) -> None:
+    done = run(
+        "tune", f"storage.root={root}", *TINY, "search.windows=[3x1,5x2]", "search.latents=[2,4]", "search.flow_depths=[0,1]",
+        "search.num_trials=3", "register_best=2",
+    )  # fmt: skip
+    assert "was finished already" in done.stdout
+    assert result_of(done)["trials"] == searched["trials"]
+
+
+def test_a_registered_model_is_listed_shown_and_promoted(searched: dict[str, object], run: Run) -> None:
+    assert "vlae-mnist" in run("registry", "list").stdout
+    version = searched["registered"][0]["version"]  # type: ignore[index]
+    done = run("registry", "promote", "name=vlae-mnist", f"version={version}")
+    assert f"vlae-mnist version {version} is now champion" in done.stdout
+    assert f"version {version} @champion" in run("registry", "show", "name=vlae-mnist").stdout
+
+
+def test_a_registered_model_is_evaluated_in_a_fresh_process_without_ray_and_without_pickle(
+    searched: dict[str, object], run: Run, root: str, workplace: Path
+) -> None:
+    version = searched["registered"][0]["version"]  # type: ignore[index]
+    run("registry", "promote", "name=vlae-mnist", f"version={version}")
+    script = """
+import sys
+sys.modules["ray"] = None  # importing it fails
+import pickle, torch
+def refuse(*arguments, **options): raise AssertionError("something is unpickled")
+from pipeline.cli import main
+import pipeline.evaluate, mlflow
+sys.addaudithook(lambda event, arguments: refuse() if event == "pickle.find_class" else None)
+main("evaluate", sys.argv[1:])
+"""
+    arguments = ["model=models:/vlae-mnist@champion", f"storage.root={root}", "bounds.samples=8", "bounds.num_images=200"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=workplace, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    result = result_of(done)
+    test = result["test"]
+    assert isinstance(test, dict)
+    assert test["num_images"] == 200
+    assert test["iwae_samples"] == 8
+    assert test["iwae_nats"] < test["elbo_nats"]
+    assert test["elbo_nats"] == pytest.approx(test["rate_nats"] + test["distortion_nats"])
+    for picture in ("reconstructions.png", "samples.png"):
+        assert (workplace / "outputs/evaluate" / picture).read_bytes().startswith(b"\x89PNG")
+    shown = run("registry", "show", "name=vlae-mnist", f"version={version}").stdout
+    assert "test: code length" in shown
+
+
+def test_a_job_is_submitted_to_a_running_cluster(data: str, root: str, object_store: ObjectStore, ray_cluster: str) -> None:
+    environment = object_store.environment()
+    command = [
+        str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", ray_cluster, "--working-dir", str(REPOSITORY),
+        "--runtime-env-json", json.dumps({"env_vars": environment}), "--",
+        sys.executable, "-m", "pipeline.train", f"storage.root={root}", "name=job", *TINY,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"result: {root}/runs/job/result.json" in done.stdout
+    assert "succeeded" in done.stdout
+    assert open_storage(f"{root}/runs/job").exists("result.json")
