@@ -40,8 +40,10 @@ def connect(cluster: Cluster, storage: Storage) -> None:
             port = probe.getsockname()[1]
         os.environ["RAY_GCS_SERVER_PORT"] = str(port)
         env_vars["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
+    # A submitted job has its environment from `ray job submit`, and Ray refuses to be told twice.
+    runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else {"env_vars": env_vars}
     try:
-        ray.init(address or "local", log_to_driver=False, logging_level="warning", runtime_env={"env_vars": env_vars})
+        ray.init(address or "local", log_to_driver=False, logging_level="warning", runtime_env=runtime_env)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         if not address:

@@ -39,7 +39,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if registry and version:
-            registry.download(version["name"], version["version"], folder)
+            folder = registry.download(version["name"], version["version"], folder)
         else:
             download_run(config, folder)
         model = vlae.load(folder).to(device)

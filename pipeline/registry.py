@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow.artifacts
 from mlflow import MlflowClient
@@ -114,10 +115,10 @@ class Registry:
                 return row
         raise UserError(f"{uri} is not in the registry at {self.config.uri}; see `vlae registry show name={name}`")
 
-    def download(self, name: str, version: int, folder: Path) -> None:
-        """Fetch a version's files into ``folder``, ready for ``vlae.load``."""
+    def download(self, name: str, version: int, folder: Path) -> Path:
+        """Fetch a version's files to somewhere in ``folder``; returns where they are, ready for ``vlae.load``."""
         source = self.client.get_model_version_download_uri(name, str(version))
-        mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.config.uri)
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.config.uri))
 
     def log_evaluation(self, name: str, version: int, split: str, measured: dict[str, float]) -> None:
         """Keep an evaluation's figures with a version."""

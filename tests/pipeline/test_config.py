@@ -1,0 +1,427 @@
+"""The configuration: every option can be reached and is explained, and whatever is wrong with one ends in one sentence."""
+
+import dataclasses
+import json
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+import configs
+from pipeline.config import COMMANDS, TrainConfig, build, choices, describe, load, options_of, to_dict
+from pipeline.errors import UserError
+
+NEEDED = {"evaluate": ["model=somewhere"]}
+"""What a command does not start without."""
+
+CONFIGS = Path(configs.__file__).parent
+FILES = [path.relative_to(CONFIGS) for path in sorted(CONFIGS.glob("**/*.yaml"))]
+GROUPS = {"dataset", "model", "optim", "train", "search", "cluster", "experiment"}
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def defaults(command: str) -> Any:
+    return load(command, NEEDED.get(command, []))
+
+
+def value_at(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def refused(command: str, overrides: list[str]) -> str:
+    """The sentence with which a configuration is refused."""
+    with pytest.raises(UserError) as raised:
+        load(command, overrides)
+    return check_sentence(str(raised.value))
+
+
+def check_sentence(sentence: str) -> str:
+    assert sentence.strip()
+    assert "\n" not in sentence
+    assert len(sentence) < 300
+    assert not re.search(r"Traceback|\b[A-Z]\w*(Error|Exception)\b", sentence)
+    return sentence
+
+
+# --- what there is -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_composes_from_its_yaml_and_passes_its_own_checks(command: str) -> None:
+    config = defaults(command)
+    assert type(config) is COMMANDS[command]
+    assert defaults(command) == config  # loading leaves nothing behind
+
+
+def test_the_yaml_files_are_those_of_the_commands_and_the_groups() -> None:
+    assert {str(file.with_suffix("")) for file in FILES if len(file.parts) == 1} == set(COMMANDS)
+    assert {file.parts[0] for file in FILES if len(file.parts) > 1} == GROUPS
+    for command in COMMANDS:
+        assert set(choices(command)) <= GROUPS
+    for group in GROUPS:
+        assert [f"{group}/{name}.yaml" for name in options_of(group)] == [str(file) for file in FILES if file.parts[0] == group]
+
+
+@pytest.mark.parametrize("schema", COMMANDS.values())
+def test_every_option_and_section_has_a_sentence_of_help(schema: type) -> None:
+    def fields(cls: type) -> list[dataclasses.Field[Any]]:
+        own = list(dataclasses.fields(cls))
+        sections = [item.default_factory for item in own if dataclasses.is_dataclass(item.default_factory)]
+        return own + [item for nested in sections if isinstance(nested, type) for item in fields(nested)]
+
+    assert schema.__doc__
+    for item in fields(schema):
+        text = item.metadata.get("help", "")
+        assert len(text.split()) >= 2, item.name
+        assert "\n" not in text, item.name
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if len(file.parts) > 1], ids=str)
+def test_every_key_of_a_groups_file_is_an_option_and_is_heeded(file: Path) -> None:
+    group, name = file.parent.name, file.stem
+    values = flat(OmegaConf.to_container(OmegaConf.load(CONFIGS / file)))  # type: ignore[arg-type]
+    is_global = "@package _global_" in (CONFIGS / file).read_text()
+    expected = values if is_global else {f"{group}.{key}": value for key, value in values.items()}
+    assert expected
+    for command in [command for command in COMMANDS if group in choices(command)]:
+        assert set(expected) <= {key for key, _ in describe(COMMANDS[command])}
+    command = next(command for command in COMMANDS if group in choices(command))
+    config = load(command, [f"{group}={name}", *([] if "name" in values or group != "dataset" else ["dataset.name=mine"])])
+    plain = flat(to_dict(config))
+    assert {key: plain[key] for key in expected} == expected
+
+
+def changed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
+    """Another value for an option, which its checks allow if every other option is changed as well."""
+    special = {"model.window": "7x4", "shard.channels": 3, "search.windows": ["full", "0x0"], "evaluate.model": "elsewhere"}
+    if key in special:
+        return special[key]
+    if isinstance(value, Enum):
+        return next(other for other in type(value) if other is not value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return 2 * value or 3
+    if isinstance(value, float):
+        return value / 2 or 0.25
+    if isinstance(value, list):
+        return value[::-1]
+    if value is None:
+        return 7 if "int" in str(item.type) else "/other"
+    return f"/other/{key}"
+
+
+def as_text(value: Any) -> str:
+    """How a value is written on the command line."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(str, value)) + "]"
+    return str(value.value if isinstance(value, Enum) else value).lower() if isinstance(value, bool | Enum) else str(value)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_can_be_set_from_the_command_line(command: str) -> None:
+    before = defaults(command)
+    wanted = {key: changed(key, item, value_at(before, key)) for key, item in describe(COMMANDS[command])}
+    after = load(command, [f"{key}={as_text(value)}" for key, value in wanted.items()])
+    for key, value in wanted.items():
+        assert value != value_at(before, key), key
+        assert value_at(after, key) == value, key
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_configuration_survives_json(command: str) -> None:
+    config = defaults(command)
+    plain = json.loads(json.dumps(to_dict(config)))
+    assert build(COMMANDS[command], plain, {}) == config
+
+
+def test_an_experiment_is_laid_over_the_other_choices() -> None:
+    assert load("train", []).dataset.binarization.value == "dynamic"
+    assert load("train", ["experiment=static"]).dataset.binarization.value == "static"
+
+
+def test_the_last_of_several_overrides_of_one_option_counts() -> None:
+    assert load("train", ["model.window=3x1", "model.window=full"]).model.window == "full"
+    assert load("train", ["model=tiny", "model=fast"]) == load("train", ["model=fast"])
+
+
+def test_a_value_beats_the_group_that_is_chosen_after_it() -> None:
+    assert load("train", ["model.latents=5", "model=tiny"]).model.latents == 5
+
+
+# --- what is wrong -----------------------------------------------------------------------------------------------------
+
+MISTAKES: list[tuple[str, list[str], str]] = [
+    # misspelt keys
+    ("train", ["model.windw=3x1"], "model.windw is not an option; did you mean model.window?"),
+    ("train", ["train.image=3"], "train.image is not an option; did you mean train.images?"),
+    ("tune", ["search.latent=[3]"], "search.latent is not an option; did you mean search.latents?"),
+    ("shard", ["model.window=3x1"], "model.window is not an option"),
+    ("train", ["zzz=1"], "zzz is not an option; see --help"),
+    ("train", ["storage=here"], "storage is not an option; did you mean storage.root?"),
+    ("train", ["model.window.x=1"], "model.window.x is not an option; did you mean model.window?"),
+    ("train", ["hydra.run.dir=x"], "hydra.run.dir is not an option"),
+    # groups
+    ("train", ["model=huge"], "'model=huge': there is no such model; choose one of fast, tiny"),
+    ("train", ["train=5"], "'train=5': there is no such train; choose one of short, standard"),
+    ("train", ["model={window:3x1}"], "there is no such model; choose one of fast, tiny"),
+    ("train", ["experiment=none"], "there is no such experiment; choose one of static"),
+    ("tune", ["dataset=imagenet"], "there is no such dataset; choose one of folder, idx, mnist"),
+    # values of the wrong type
+    ("train", ["train.images=many"], "train.images: Value 'many'"),
+    ("train", ["train.images=1.5"], "train.images: Value '1.5'"),
+    ("train", ["train.images=nan"], "train.images: Value 'nan'"),
+    ("train", ["train.images=true"], "train.images: Value 'True'"),
+    ("train", ["optim.learning_rate=fast"], "optim.learning_rate: Value 'fast'"),
+    ("train", ["cluster.use_gpu=maybe"], "cluster.use_gpu: Value 'maybe'"),
+    ("train", ["storage.root={a:1}"], "storage.root: "),
+    ("tune", ["search.latents=[16,many]"], "search.latents[1]: Value 'many'"),
+    ("tune", ["search.latents=16"], "search.latents: "),
+    ("train", ["dataset.source=ftp"], "dataset.source: Invalid value 'ftp', expected one of [mnist, idx, folder]"),
+    ("tune", ["search.searcher=grid"], "search.searcher: Invalid value 'grid', expected one of [optuna, random]"),
+    # values that are missing
+    ("evaluate", [], "model is needed; give model=VALUE"),
+    ("shard", ["dataset=idx"], "dataset.name is needed; give dataset.name=VALUE"),
+    ("train", ["train.images=???"], "train.images is needed; give train.images=VALUE"),
+    # what Hydra has, and this has not
+    ("train", ["+x=1"], "'+x=1' is not understood; write plain key=value"),
+    ("train", ["++model.window=full"], "'++model.window=full' is not understood; write plain key=value"),
+    ("train", ["~model"], "'~model' is not understood; write plain key=value"),
+    ("train", ["~model.window"], "'~model.window' is not understood; write plain key=value"),
+    (
+        "train",
+        ["model.window=3x1,5x2"],
+        "'model.window=3x1,5x2' is not understood; write plain key=value (to try many values, use",
+    ),
+    (
+        "train",
+        ["model=tiny,fast"],
+        "'model=tiny,fast' is not understood; write plain key=value (to try many values, use vlae tune)",
+    ),
+    ("train", ["train.seed=range(1,3)"], "is not understood; write plain key=value (to try many values, use vlae tune)"),
+    ("train", ["model@other=fast"], "'model@other=fast' is not understood"),
+    # what is no override at all
+    ("train", ["model.window"], "'model.window' is not understood; write key=value"),
+    ("train", [""], "'' is not understood; write key=value"),
+    ("train", ["name='open"], "is not understood; write key=value, and quote a value of odd characters"),
+    ("train", ["name=a=b"], "is not understood; write key=value, and quote a value of odd characters"),
+    # interpolations that lead nowhere
+    ("train", ["name=${nothing}"], "name: Interpolation key 'nothing' not found"),
+    ("train", ["name=${name}"], "name: Recursive interpolation detected"),
+]
+
+
+@pytest.mark.parametrize(("command", "overrides", "sentence"), MISTAKES, ids=[" ".join(case[1]) or "none" for case in MISTAKES])
+def test_a_mistake_ends_in_one_sentence_that_says_what_to_do(command: str, overrides: list[str], sentence: str) -> None:
+    assert sentence in refused(command, overrides)
+
+
+IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
+    # combinations that cannot be
+    ("train", {"cluster.num_workers": 3}, "train.num_streams=8 streams; use 1, 2, 4 or 8 workers"),
+    ("train", {"cluster.num_workers": 5, "train.num_streams": 12, "train.global_batch": 24}, "use 1, 2, 3, 4, 6 or 12 workers"),
+    ("train", {"cluster.num_workers": 2, "train.num_streams": 1}, "train.num_streams=1 streams; use 1 workers"),
+    (
+        "train",
+        {"train.num_streams": 7},
+        "train.global_batch=16 cannot be shared by train.num_streams=7 streams; use a batch that",
+    ),
+    (
+        "tune",
+        {"train.global_batch": 12},
+        "cannot be shared by train.num_streams=8 streams; use a batch that is a multiple of 8",
+    ),
+    ("train", {"train.images": 15}, "train.images=15 is less than one batch of train.global_batch=16"),
+    (
+        "train",
+        {"model.window": "big"},
+        "model.window: window 'big' is not understood; use 0x0, full, or WIDTHxHEIGHT such as 5x2",
+    ),
+    ("train", {"model.window": 3}, "model.window: window '3' is not understood"),
+    ("train", {"model.window": "0x3"}, "model.window: window 0x3 "),
+    ("tune", {"search.windows": ["5x2", "big"]}, "search.windows: window 'big' is not understood"),
+    ("train", {"model.flow_hidden": 30}, "model.flow_hidden=30 is too narrow for model.latents=32: it must be at least 31"),
+    # ranges
+    ("train", {"cluster.num_workers": 0}, "cluster.num_workers is 0; it must be at least 1"),
+    ("train", {"cluster.cpus_per_worker": 0}, "cluster.cpus_per_worker is 0; it must be at least 1"),
+    ("train", {"cluster.max_failures": -1}, "cluster.max_failures is -1; it must be at least 0"),
+    ("train", {"model.latents": 0}, "model.latents is 0; it must be at least 1"),
+    ("train", {"model.flow_depth": -1}, "model.flow_depth is -1; it must be at least 0"),
+    ("train", {"model.decoder_blocks": -1}, "model.decoder_blocks is -1; it must be at least 0"),
+    ("train", {"optim.learning_rate": 0}, "optim.learning_rate is 0.0; it must be above 0"),
+    ("train", {"optim.learning_rate": "nan"}, "optim.learning_rate is nan; it must be above 0"),
+    ("train", {"optim.decay_fraction": 1.1}, "optim.decay_fraction is 1.1; it must lie in 0..1"),
+    ("train", {"optim.ema_decay": 1}, "optim.ema_decay is 1.0; it must lie in 0..1, below 1"),
+    ("train", {"optim.clip_norm": 0}, "optim.clip_norm is 0.0; it must be above 0"),
+    ("train", {"train.num_streams": 0}, "train.num_streams is 0; it must be at least 1"),
+    ("train", {"train.global_batch": 0}, "train.global_batch is 0; it must be at least 1"),
+    ("train", {"train.keep_checkpoints": 0}, "train.keep_checkpoints is 0; it must be at least 1"),
+    ("train", {"train.free_nats": -1}, "train.free_nats is -1.0; it must be at least 0"),
+    ("train", {"train.free_fraction": 2}, "train.free_fraction is 2.0; it must lie in 0..1"),
+    ("tune", {"search.windows": []}, "search.windows is empty; give at least one value to choose from"),
+    ("tune", {"search.latents": [0]}, "search.latents has a size below 1"),
+    ("tune", {"search.flow_depths": [-1]}, "search.flow_depths has a depth below 0"),
+    ("tune", {"search.num_trials": 0}, "search.num_trials is 0; it must be at least 1"),
+    ("tune", {"search.grace_fraction": 0}, "search.grace_fraction is 0.0; it must lie in 0..1, above 0"),
+    ("tune", {"search.reduction": 1}, "search.reduction is 1; it must be at least 2"),
+    ("tune", {"register_best": 0}, "register_best is 0; it must be at least 1"),
+    ("demo", {"bounds.samples": 0}, "bounds.samples is 0; it must be at least 1"),
+    ("evaluate", {"bounds.num_images": 1}, "bounds.num_images is 1; it must be at least 2"),
+    ("evaluate", {"bounds.pictures": 0}, "bounds.pictures is 0; it must be at least 1"),
+    ("shard", {"shard.channels": 2}, "shard.channels is 2; it must be 1 (grey) or 3 (RGB)"),
+    ("shard", {"shard.valid_fraction": 1}, "shard.valid_fraction is 1.0; it must lie between 0 and 1"),
+    ("shard", {"shard.block_size": 0}, "shard.block_size is 0; it must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("command", "values", "sentence"), IMPOSSIBLE, ids=[str(case[1]) for case in IMPOSSIBLE])
+def test_what_cannot_be_is_refused_in_one_sentence_that_says_what_can(
+    command: str, values: dict[str, Any], sentence: str
+) -> None:
+    assert sentence in refused_values(command, values)
+
+
+def test_every_number_of_workers_that_the_sentence_allows_is_allowed() -> None:
+    sentence = refused("train", ["cluster.num_workers=5", "train.num_streams=12", "train.global_batch=24"])
+    allowed = [int(number) for number in re.findall(r"\d+", sentence.partition("; use ")[2])]
+    for number in range(1, 14):
+        overrides = [f"cluster.num_workers={number}", "train.num_streams=12", "train.global_batch=24"]
+        if number in allowed:
+            assert load("train", overrides).cluster.num_workers == number
+        else:
+            refused("train", overrides)
+
+
+def test_a_flow_of_depth_zero_needs_no_width() -> None:
+    assert load("train", ["model.flow_hidden=1", "model.flow_depth=0"]).model.flow_depth == 0
+
+
+# --- where things are --------------------------------------------------------------------------------------------------
+
+
+def test_a_local_folder_is_absolute_whatever_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    train = load("train", ["storage.root=things", "dataset.path=../pictures"])
+    assert train.storage.root == str(tmp_path / "things")
+    assert train.dataset.url == f"{tmp_path}/things/datasets/mnist"
+    assert Path(train.dataset.path or "") == tmp_path / "../pictures"
+    assert load("train", []).storage.root == str(tmp_path / "vlae-store")
+    assert load("train", ["storage.root='~/things'"]).storage.root == str(tmp_path / "home" / "things")
+    assert load("train", ["storage.root=/things"]).storage.root == "/things"
+    assert load("tune", ["storage.root=things"]).registry.artifacts == f"{tmp_path}/things/registry"
+    assert load("evaluate", ["model=x", "output=here"]).output == str(tmp_path / "here")
+    assert load("registry", []).output == str(tmp_path / "outputs/registry")
+    assert load("serve-store", ["folder=objects"]).folder == str(tmp_path / "objects")
+    assert load("demo", []).folder == str(tmp_path / "demo")
+    assert load("demo", []).registry.uri == f"sqlite:///{tmp_path}/demo/registry.db"
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/some/prefix", "s3://bucket", "s3://bucket/~/x"])
+def test_an_s3_address_is_left_as_it_is(root: str) -> None:
+    config = load("tune", [f"storage.root='{root}'"])
+    assert config.storage.root == root
+    assert config.dataset.url == f"{root}/datasets/mnist"
+    assert config.registry.artifacts == f"{root}/registry"
+
+
+# --- what a run is -----------------------------------------------------------------------------------------------------
+
+OF_NO_MATTER = re.compile(r"name|storage\..*|cluster\..*|dataset\.(source|path)|train\.(keep_checkpoints|.*_seconds)")
+"""What the weights of a run do not depend on; where its data is, is dataset.url."""
+
+ONLY_MEASURED = {"train.valid_images", "train.valid_every"}
+"""The weights do not depend on these either, but what is reported of them does."""
+
+
+def test_a_run_is_another_exactly_if_something_changes_that_its_weights_depend_on() -> None:
+    config = load("train", [])
+    plain = to_dict(config)
+    # Each alone must pass the checks: with these, twice or half of any is allowed.
+    plain["train"] |= {"global_batch": 32, "num_streams": 16, "images": 64_000}
+    config = build(TrainConfig, plain, {})
+    seen = [config.identity()]
+    for key, item in describe(TrainConfig):
+        if key in ONLY_MEASURED:
+            continue
+        other = build(TrainConfig, plain, {key: changed(key, item, value_at(config, key))})
+        if OF_NO_MATTER.fullmatch(key):
+            assert other.identity() == config.identity(), key
+            assert key == "name" or other.run_name == config.run_name, key
+        else:
+            assert other.identity() not in seen, key
+            assert other.run_name != config.run_name, key
+            seen.append(other.identity())
+
+
+def test_a_runs_identity_is_plain_json_and_survives_it() -> None:
+    identity = load("train", []).identity()
+    assert json.loads(json.dumps(identity)) == identity
+
+
+def test_a_run_is_named_after_its_data_set_and_window_unless_it_is_given_a_name() -> None:
+    assert re.fullmatch(r"mnist-7x4-[0-9a-f]{8}", load("train", ["model.window=7x4"]).run_name)
+    assert load("train", ["name=mine"]).run_name == "mine"
+
+
+# --- anything at all ---------------------------------------------------------------------------------------------------
+
+SCHEMA_KEYS = [key for key, _ in describe(COMMANDS["tune"])]
+KEYS = st.sampled_from([*SCHEMA_KEYS, *GROUPS, "x", "model.x", "_self_", "defaults", "hydra"])
+VALUES = st.one_of(
+    st.sampled_from(
+        ["null", "???", "", "1", "-1", "1e30", "nan", "inf", "true", "tiny", "5x2", "[1,2]", "[[1]]", "{a:1}", "a,b"]
+    ),
+    st.sampled_from(
+        ["${name}", "${train}", "${x:y}", "'${'", "\\${a}", "int(1)", "glob(*)", "range(3)", "~/x", "s3://", "a/../b"]
+    ),
+    st.text(max_size=8),
+)
+OVERRIDES = st.one_of(st.text(max_size=12), st.builds("{}={}".format, KEYS, VALUES))
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(OVERRIDES, min_size=1, max_size=2))
+@example(["=1"])
+@example(["name=${train}"])
+@example(["train.images=${train}"])
+@example(["name='\x00'"])
+def test_any_words_are_loaded_or_refused_in_one_sentence(overrides: list[str]) -> None:
+    try:
+        config = load("tune", overrides)
+    except UserError as error:
+        check_sentence(str(error))
+    else:
+        json.dumps(config.identity())
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.dictionaries(st.sampled_from(SCHEMA_KEYS), JSON, min_size=1, max_size=2))
+def test_any_values_are_taken_or_refused_in_one_sentence(values: dict[str, Any]) -> None:
+    base = to_dict(load("tune", []))
+    try:
+        config = build(COMMANDS["tune"], base, values)
+    except UserError as error:
+        check_sentence(str(error))
+    else:
+        json.dumps(config.identity())
