@@ -32,8 +32,15 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     Raises UserError if the model, the data set or the split does not exist, or the images have another shape.
     """
     keep_freed_memory()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    threads = (
+        1
+        if device.type == "cuda"
+        else len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
     registry = Registry(config.registry) if config.model.startswith("models:/") else None
     version = registry.resolve(config.model) if registry else None
     with tempfile.TemporaryDirectory() as name:
@@ -65,6 +72,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             binarization=binarization,
             seed=config.bounds.seed,
             device=device,
+            threads=threads,
             progress=bar.update,
         )
     measured = report(moments, model, config.bounds.samples)

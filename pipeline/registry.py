@@ -118,7 +118,9 @@ class Registry:
     def download(self, name: str, version: int, folder: Path) -> Path:
         """Fetch a version's files to somewhere in ``folder``; returns where they are, ready for ``vlae.load``."""
         source = self.client.get_model_version_download_uri(name, str(version))
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.config.uri))
+        return Path(
+            mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.config.uri)
+        )
 
     def log_evaluation(self, name: str, version: int, split: str, measured: dict[str, float]) -> None:
         """Keep an evaluation's figures with a version."""

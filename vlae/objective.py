@@ -44,7 +44,7 @@ class Estimate(NamedTuple):
 
 
 @torch.no_grad()
-def estimate(model: Callable[[Tensor, Tensor], Bound], x: Tensor, noise: Tensor, max_pairs: int = 256) -> Estimate:
+def estimate(model: Callable[[Tensor, Tensor], Bound], x: Tensor, noise: Tensor, max_pairs: int = 64) -> Estimate:
     """Measure the bounds of images x (batch, channels, height, width) with standard normal ``noise`` (k, batch, latents).
 
     ``max_pairs`` bounds the memory: the number of (image, sample) pairs evaluated at once.
