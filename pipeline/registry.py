@@ -99,11 +99,16 @@ class Registry:
         return [self._describe(version, aliases) for version in versions]
 
     def promote(self, name: str, version: int, alias: str) -> None:
-        """Give ``alias`` to a version. Raises UserError if there is no such version."""
+        """Give ``alias`` to a version; a challenger that becomes champion is no longer challenger.
+
+        Raises UserError if there is no such version.
+        """
         known = [row["version"] for row in self.versions(name)]
         if version not in known:
             raise UserError(f"{name} has no version {version}; it has {', '.join(map(str, sorted(known)))}")
         self.client.set_registered_model_alias(name, alias, str(version))
+        if alias == "champion" and str(self.client.get_registered_model(name).aliases.get("challenger")) == str(version):
+            self.client.delete_registered_model_alias(name, "challenger")
 
     def resolve(self, uri: str) -> dict[str, Any]:
         """The name and version behind ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``. Raises UserError if there is none."""

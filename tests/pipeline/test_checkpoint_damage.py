@@ -19,6 +19,15 @@ from pipeline.config import load, to_dict
 from pipeline.storage import Storage
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """The tensors here are tiny: more threads would only wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 class Training:
     """A VLAE in training on noise."""
 
@@ -133,12 +142,9 @@ def test_what_is_not_a_checkpoint_is_neither_read_nor_deleted(storage: Storage) 
     assert len(storage.list()) == len(foreign) + 1
 
 
-def test_a_checkpoint_is_written_before_older_ones_are_deleted_and_the_same_state_makes_the_same_object(
-    storage: Storage,
-) -> None:
+def test_the_same_state_makes_the_same_object(storage: Storage) -> None:
     training = Training(0)
     training.advance(storage, 3, keep=2)
-    assert [int(PurePosixPath(key).name[:10]) for key in storage.list("checkpoints/")] == [2, 3]
     before = storage.sizes()
     checkpoint.save(storage, 3, training.model, training.ema, training.optimizer, 2)
     assert storage.sizes() == before
@@ -147,13 +153,13 @@ def test_a_checkpoint_is_written_before_older_ones_are_deleted_and_the_same_stat
 @pytest.mark.xfail(strict=True, reason="damaged ones count as the newest that are kept")
 def test_after_damage_the_checkpoint_just_written_is_kept(storage: Storage) -> None:
     training = Training(0)
-    training.advance(storage, 3, keep=2)
+    training.advance(storage, 3)
     for key in storage.list("checkpoints/")[1:]:
         storage.write(key, b"")
     resumed = Training(1)
-    resumed.resume(storage)
+    assert resumed.resume(storage) == 1
     resumed.advance(storage, 1, keep=1)
-    assert Training(2).resume(storage) == resumed.step > 0
+    assert Training(2).resume(storage) == 2
 
 
 # --- pickles -----------------------------------------------------------------------------------------------------------
