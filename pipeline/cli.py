@@ -28,13 +28,17 @@ def console() -> NoReturn:
 def main(command: str, arguments: list[str] | None = None) -> NoReturn:
     """Run one command, with the process's own arguments by default, and exit: 0 if all went well, 2 on a user's mistake."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if any(argument in ("-h", "--help") for argument in arguments[: arguments.index("--") if "--" in arguments else None]):
-        print(help_page(command))
-        sys.exit(0)
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     try:
+        if "-h" in own or "--help" in own:
+            print(help_page(command), flush=True)
+            sys.exit(0)
         sys.exit(HANDLERS[command](arguments) or 0)
     except UserError as error:
         _fail(str(error))
+    except BrokenPipeError:  # whoever read what we print has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

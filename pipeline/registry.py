@@ -192,3 +192,9 @@ def _print_version(row: dict[str, Any]) -> None:
                 bounds += f", IWAE-{metrics[f'{split}/iwae_samples']:.0f} {metrics[f'{split}/iwae_nats']:.2f} nats"
             print(f"{bounds}, on {metrics[f'{split}/num_images']:,.0f} images")
     print(f"  from {row['run']}")
+
+
+if __name__ == "__main__":
+    from pipeline.cli import main
+
+    main("registry")

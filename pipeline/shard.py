@@ -158,3 +158,9 @@ def _remove_leftovers(storage: Storage, contents: Manifest) -> None:
     wanted = {name for shards in contents.splits.values() for shard in shards for name in (shard.name, shard.index_name)}
     pattern = re.compile(rf"({'|'.join(contents.splits)})/\d{{5,}}\.(tar|index\.json)")
     storage.delete(key for key in storage.list() if key not in wanted and pattern.fullmatch(key))
+
+
+if __name__ == "__main__":
+    from pipeline.cli import main
+
+    main("shard")

@@ -92,7 +92,7 @@ def fit(config: TrainConfig, callbacks: list[UserCallback] | None = None) -> Non
     except TrainingFailedError as error:
         failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
         for failure in failures:
-            cause = getattr(failure, "cause", failure)
+            cause = getattr(failure, "_base_exc", failure)  # Ray Train's wrapper keeps the worker's own exception there
             if isinstance(cause, UserError):
                 raise UserError(str(cause)) from None
         raise

@@ -70,6 +70,20 @@ def test_another_configuration_under_a_used_name_is_refused(run: Run, root: str,
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_damaged_data_ends_a_run_with_the_name_of_the_shard(run: Run, root: str, data: str) -> None:
+    whole, damaged = open_storage(data), open_storage(f"{root}/datasets/damaged")
+    for key in whole.list():
+        content = bytearray(whole.read(key))
+        if key.startswith("train/") and key.endswith(".tar"):
+            content[100_000] ^= 1
+        damaged.write(key, bytes(content))
+    done = run("train", f"storage.root={root}", "dataset.name=damaged", "name=damaged", *TINY, "cluster.max_failures=0", code=2)
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "datasets/damaged/train/" in error
+    assert "sha256" in error
+
+
 def test_a_search_registers_its_best_models(searched: dict[str, object], run: Run, root: str) -> None:
     trials = searched["trials"]
     assert isinstance(trials, list)
