@@ -118,7 +118,7 @@ def test_aliases_move_and_the_newest_version_comes_first(local: Registry, tmp_pa
         (1, ["champion"]),
     ]
     local.promote(name, 3, "champion")
-    assert [row["aliases"] for row in local.versions(name)] == [["challenger", "champion"], [], []]
+    assert [row["aliases"] for row in local.versions(name)] == [["champion"], [], []]
     local.promote(name, 1, "blessed")
     assert local.resolve(f"models:/{name}@blessed")["version"] == 1
     assert local.register(name, prepare_run(storage, 1)) == {"name": name, "version": 2}
