@@ -25,7 +25,7 @@ def reconstructions(originals: Tensor, drawn: list[Tensor], columns: int = 10) -
 def samples(images: Tensor, columns: int = 10) -> bytes:
     """Images drawn from the model; (num_images, channels, height, width), pixels in [0, 1]."""
     rows = [_row(images[start : start + columns]) for start in range(0, len(images), columns)]
-    return _sheet("Samples: z from the prior, x from the decoder.", [rows])
+    return _sheet("Samples: z from the prior, x from the decoder.", [[row] for row in rows])
 
 
 def _row(images: Tensor) -> list[Image.Image]:
@@ -40,7 +40,8 @@ def _sheet(title: str, blocks: list[list[list[Image.Image]]]) -> bytes:
     tile = blocks[0][0][0]
     columns = max(len(row) for block in blocks for row in block)
     font = ImageFont.load_default(16)
-    block_height = sum(tile.height + GAP for _ in blocks[0]) + (3 * GAP if len(blocks) > 1 else 0)
+    between = 3 * GAP if len(blocks) > 1 and len(blocks[0]) > 1 else 0
+    block_height = sum(tile.height + GAP for _ in blocks[0]) + between
     width = max(2 * MARGIN + columns * (tile.width + GAP) - GAP, 2 * MARGIN + round(font.getlength(title)))
     sheet = Image.new("RGB", (width, 2 * MARGIN + LABEL_HEIGHT + block_height * len(blocks) - GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -54,7 +55,7 @@ def _sheet(title: str, blocks: list[list[list[Image.Image]]]) -> bytes:
                     draw.rectangle((left - 2, top - 2, left + tile.width + 1, top + tile.height + 1), outline=FAINT, width=2)
                 sheet.paste(image, (left, top))
             top += tile.height + GAP
-        top += 3 * GAP if len(blocks) > 1 else 0
+        top += between
     file = io.BytesIO()
     sheet.save(file, "PNG")
     return file.getvalue()
