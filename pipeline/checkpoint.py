@@ -22,21 +22,28 @@ from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
 
+CUT = len("checkpoints/") + 10
+"""Where the step ends in a checkpoint's key."""
 NAME = re.compile(r"checkpoints/(\d{10})-([0-9a-f]{64})\.safetensors")
 
 
 def save(
     storage: Storage, step: int, model: nn.Module, ema: vlae.EMA[Any], optimizer: torch.optim.Optimizer, keep: int
 ) -> None:
-    """Publish the state after ``step`` steps, then delete all but the ``keep`` newest checkpoints."""
+    """Publish the state after ``step`` steps, then delete all but the ``keep`` newest checkpoints.
+
+    One of a later step is deleted, too: the run was resumed from before it, since it is damaged.
+    """
     tensors: dict[str, Tensor] = {}
     for part, state in (("model", model.state_dict()), ("ema", ema.state_dict())):
         tensors |= {f"{part}/{name}": value for name, value in state.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
     data = serialize({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"step": json.dumps(step)})
-    storage.write(f"checkpoints/{step:010d}-{hashlib.sha256(data).hexdigest()}.safetensors", data)
-    storage.delete(_published(storage)[keep:])
+    saved = f"checkpoints/{step:010d}-{hashlib.sha256(data).hexdigest()}.safetensors"
+    storage.write(saved, data)
+    older = [key for key in _published(storage) if key[:CUT] < saved[:CUT]]
+    storage.delete(set(_published(storage)) - {saved, *older[: keep - 1]})
 
 
 def resume(storage: Storage, model: nn.Module, ema: vlae.EMA[Any], optimizer: torch.optim.Optimizer) -> int:

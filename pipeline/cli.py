@@ -21,7 +21,10 @@ def console() -> NoReturn:
         main(sys.argv[1], sys.argv[2:])
     if len(sys.argv) > 1 and sys.argv[1] not in ("-h", "--help", "help"):
         _fail(f"there is no command {sys.argv[1]!r}; use one of {', '.join(COMMANDS)}")
-    print(overview())
+    try:
+        print(overview(), flush=True)
+    except BrokenPipeError:
+        _stop_printing()
     sys.exit(0)
 
 
@@ -37,11 +40,16 @@ def main(command: str, arguments: list[str] | None = None) -> NoReturn:
     except UserError as error:
         _fail(str(error))
     except BrokenPipeError:  # whoever read what we print has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _stop_printing()
         sys.exit(0)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def _stop_printing() -> None:
+    """Let nothing more be printed, not even what is still buffered, since nobody reads it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -9,6 +9,8 @@ import difflib
 import hashlib
 import importlib.resources
 import json
+import math
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -54,6 +56,9 @@ def _check(condition: bool, sentence: str) -> None:
 class Storage:
     root: str = option("where everything is kept: a folder, or s3://bucket/prefix", "vlae-store")
     endpoint_url: str | None = option("the S3 server's address, if not Amazon's; AWS_ENDPOINT_URL does the same", None)
+
+    def check(self) -> None:
+        _check(bool(self.root), "storage.root is empty; give a folder, or s3://bucket/prefix")
 
 
 class Source(Enum):
@@ -129,7 +134,9 @@ class Optim:
     ema_decay: float = option("decay of the weights' moving average, which is what is evaluated and registered")
 
     def check(self) -> None:
-        _check(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be above 0")
+        _check(
+            0 < self.learning_rate < math.inf, f"optim.learning_rate is {self.learning_rate}; it must be above 0, and finite"
+        )
         _check(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be at least 0")
         _check(0 <= self.decay_fraction <= 1, f"optim.decay_fraction is {self.decay_fraction}; it must lie in 0..1")
         _check(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}; it must be above 0")
@@ -161,7 +168,10 @@ class Train:
         for name in ("images", "global_batch", "num_streams", "valid_images", "valid_every", "keep_checkpoints"):
             _check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("seed", "free_nats", "report_seconds", "checkpoint_seconds"):
-            _check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be at least 0")
+            _check(
+                0 <= getattr(self, name) < 1 << 63,
+                f"train.{name} is {getattr(self, name)}; it must be at least 0, and below 2^63",
+            )
         for name in ("free_fraction", "rate_warmup_fraction"):
             _check(0 <= getattr(self, name) <= 1, f"train.{name} is {getattr(self, name)}; it must lie in 0..1")
         _check(
@@ -275,6 +285,10 @@ class TrainConfig:
     cluster: Cluster = section(Cluster, "where it runs")
 
     def check(self) -> None:
+        _check(
+            self.name is None or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name)),
+            f"name={self.name} is no name for a run; use letters, digits, dots, underscores and hyphens",
+        )
         workers, streams = self.cluster.num_workers, self.train.num_streams
         divisors = [str(n) for n in range(1, streams + 1) if streams % n == 0]
         _check(
@@ -309,6 +323,11 @@ class TuneConfig(TrainConfig):
 
     def check(self) -> None:
         super().check()
+        widest, hidden = max(self.search.latents), self.model.flow_hidden
+        _check(
+            max(self.search.flow_depths) == 0 or hidden >= widest - 1,
+            f"model.flow_hidden={hidden} is too narrow for search.latents of {widest}: it must be at least {widest - 1}",
+        )
         _check(self.register_best >= 1, f"register_best is {self.register_best}; it must be at least 1")
 
 
@@ -345,6 +364,9 @@ class StoreConfig:
     bucket: str = option("a bucket that is made at the start", "vlae")
     port: int = option("its port on loopback; 0 takes a free one", 8333)
 
+    def check(self) -> None:
+        _check(0 <= self.port < 1 << 16, f"port is {self.port}; it must lie in 0..65535")
+
 
 @dataclass
 class DemoConfig(TuneConfig):
@@ -378,7 +400,7 @@ def options_of(group: str) -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in files.iterdir() if file.name.endswith(".yaml"))
 
 
-LOCAL_PATHS = ("storage.root", "dataset.path", "output", "folder")
+LOCAL_PATHS = ("storage.root", "dataset.path", "dataset.url", "dataset_url", "registry.artifacts", "output", "folder")
 
 
 def describe(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
@@ -408,7 +430,9 @@ def load(command: str, overrides: list[str]) -> Any:
         if override.type is not OverrideType.CHANGE or override.package or override.is_sweep_override():
             raise UserError(f"{text!r} is not understood; write plain key=value (to try many values, use vlae tune)")
         if key in groups:
-            if override.value() not in [*options_of(key), None]:
+            if override.value() is None and groups[key] is None:
+                continue
+            if override.value() not in options_of(key):
                 raise UserError(f"{text!r}: there is no such {key}; choose one of {', '.join(options_of(key))}")
             chosen.append(text)
         else:
@@ -435,20 +459,25 @@ def build(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:
                 near = difflib.get_close_matches(key, known, 1)
                 raise UserError(f"{key} is not an option" + (f"; did you mean {near[0]}?" if near else "; see --help"))
             OmegaConf.update(config, key, value)
+        for key in known:
+            parent, _, name = key.rpartition(".")
+            if OmegaConf.is_missing(OmegaConf.select(config, parent) if parent else config, name):
+                raise UserError(f"{key} is needed; give {key}=VALUE")
         for key in set(LOCAL_PATHS).intersection(known):
             # A folder means the same to every process, whatever its working directory.
             path = OmegaConf.select(config, key)
             if path and "://" not in path:
                 OmegaConf.update(config, key, str(Path(path).expanduser().absolute()))
-        for key in known:
-            parent, _, name = key.rpartition(".")
-            if OmegaConf.is_missing(OmegaConf.select(config, parent) if parent else config, name):
-                raise UserError(f"{key} is needed; give {key}=VALUE")
         built = typing.cast(Config, OmegaConf.to_object(config))
-    except OmegaConfBaseException as error:
+        _check_all(built)
+        to_dict(built)  # so that what is left to resolve is resolved now or never
+    except (OmegaConfBaseException, TypeError, ValueError, AttributeError, RuntimeError) as error:
         # The first line says what is wrong; the rest repeats the key and the class.
-        raise UserError(f"{getattr(error, 'full_key', None) or key}: {str(error).splitlines()[0]}") from None
-    _check_all(built)
+        key = getattr(error, "full_key", None) or key
+        reason = str(error).splitlines()[0]
+        if re.search(r"Optional|NoneType|ListConfig|DictConfig|InterpolationKey|Error|resolver", reason):
+            reason = "this is not a kind of value that it takes; see --help"
+        raise UserError(f"{key}: {reason}") from None
     return built
 
 

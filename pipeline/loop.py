@@ -108,6 +108,8 @@ def fit(
         ema.update(model, step)
         meter.add(means)
 
+        if step * train.global_batch % train.valid_every < train.global_batch and step < train.num_steps:
+            validate()
         if step >= pace.next_step or step == train.num_steps:
             progress = meter.report(train.global_batch)
             if not math.isfinite(progress["train/code_length"]):
@@ -118,8 +120,6 @@ def fit(
                 checkpoint.save(run, step, model, ema, optimizer, train.keep_checkpoints)
                 saved_at = time.monotonic()
             log.flush()
-        if step * train.global_batch % train.valid_every < train.global_batch and step < train.num_steps:
-            validate()
 
     validation = validate()
     log.close()

@@ -129,7 +129,10 @@ class MetricLog:
         """Log a row of values after ``step`` steps."""
         if not self.writes:
             return
-        self.rows.append({"step": step, **values})
+        row = {"step": step, **values}
+        # A run that ends twice at the same step, having been resumed there, measures the same again.
+        self.rows = [earlier for earlier in self.rows if earlier["step"] < step or earlier.keys() != row.keys()]
+        self.rows.append(row)
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 

@@ -4,10 +4,13 @@ A version holds the weights (safetensors), the arguments that rebuild the model,
 pickle, and loading it needs neither Ray nor the training code.
 """
 
+import contextlib
 import json
 import logging
 import os
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline import config as options
 from pipeline.errors import UserError
@@ -34,13 +38,13 @@ class Registry:
 
     def __init__(self, config: options.Registry) -> None:
         self.config = config
-        if config.uri.startswith("sqlite:///"):
-            Path(config.uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         try:
+            if config.uri.startswith("sqlite:///"):
+                Path(config.uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
             self.client = MlflowClient(config.uri, config.uri)
             self.client.search_registered_models(max_results=1)
-        except MlflowException as error:
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             raise UserError(
                 f"the registry at {config.uri} does not answer: {str(error).splitlines()[0]}; check registry.uri"
             ) from None
@@ -57,13 +61,12 @@ class Registry:
             for file in FILES:
                 run.download(f"model/{file}", Path(folder) / file)
             training = json.loads((Path(folder) / TRAINING_FILE).read_text())
+            with _unless_it_exists():
+                self.client.create_experiment(name, f"{self.config.artifacts}/{name}")
             experiment = self.client.get_experiment_by_name(name)
-            experiment_id = (
-                experiment.experiment_id
-                if experiment
-                else self.client.create_experiment(name, f"{self.config.artifacts}/{name}")
+            tracked = self.client.create_run(
+                experiment.experiment_id, run_name=training["config"]["name"] or name, tags={"run": run.url}
             )
-            tracked = self.client.create_run(experiment_id, run_name=training["config"]["name"] or name, tags={"run": run.url})
             settings = {"manifest": training["manifest"]} | {
                 f"{part}.{key}": value
                 for part in ("dataset", "model", "optim", "train")
@@ -73,7 +76,7 @@ class Registry:
             self._log(tracked.info.run_id, "valid", training["valid"])
             self.client.log_artifacts(tracked.info.run_id, folder, "model")
             self.client.set_terminated(tracked.info.run_id)
-        if not self._search(name):
+        with _unless_it_exists():
             self.client.create_registered_model(name)
         made = self.client.create_model_version(
             name, f"{tracked.info.artifact_uri}/model", run_id=tracked.info.run_id, tags={"run": run.url}
@@ -86,7 +89,7 @@ class Registry:
         """Every registered model: its name, newest version and aliases."""
         return [
             {"name": model.name, "versions": len(self._search(model.name)), "aliases": model.aliases}
-            for model in self.client.search_registered_models()
+            for model in self._all_models()
         ]
 
     def versions(self, name: str) -> list[dict[str, Any]]:
@@ -106,7 +109,10 @@ class Registry:
         known = [row["version"] for row in self.versions(name)]
         if version not in known:
             raise UserError(f"{name} has no version {version}; it has {', '.join(map(str, sorted(known)))}")
-        self.client.set_registered_model_alias(name, alias, str(version))
+        try:
+            self.client.set_registered_model_alias(name, alias, str(version))
+        except MlflowException as error:
+            raise UserError(f"alias={alias!r} cannot be given: {str(error).splitlines()[0]}") from None
         if alias == "champion" and str(self.client.get_registered_model(name).aliases.get("challenger")) == str(version):
             self.client.delete_registered_model_alias(name, "challenger")
 
@@ -132,10 +138,22 @@ class Registry:
         self._log(self.client.get_model_version(name, str(version)).run_id, split, measured)
 
     def _log(self, run_id: str, split: str, values: dict[str, float]) -> None:
-        metrics = [Metric(f"{split}/{key}", float(value), 0, 0) for key, value in values.items()]
+        now = int(time.time() * 1000)  # of several evaluations the latest counts
+        metrics = [Metric(f"{split}/{key}", float(value), now, 0) for key, value in values.items()]
         self.client.log_batch(run_id, metrics=metrics)
 
+    def _all_models(self) -> list[RegisteredModel]:
+        found, token = [], None
+        while True:
+            page = self.client.search_registered_models(page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
+
     def _search(self, name: str) -> list[ModelVersion]:
+        if not name or set(name) & set("/:'\""):
+            raise UserError(f"{name!r} is no name for a registered model; use one without slashes, colons and quotes")
         found = self.client.search_model_versions(f"name = '{name}'")
         return sorted(found, key=lambda version: int(version.version), reverse=True)
 
@@ -149,6 +167,16 @@ class Registry:
             "parameters": dict(data.params),
             "metrics": dict(data.metrics),
         }
+
+
+@contextlib.contextmanager
+def _unless_it_exists() -> Iterator[None]:
+    """Create something that somebody else may be creating at the same moment."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def run(action: str, config: options.RegistryConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What the tests share: the real S3 server, a storage on it and one in a folder, and a Ray cluster."""
 
+import os
 import secrets
 import socket
 import subprocess
@@ -14,6 +15,9 @@ import pytest
 
 from pipeline.storage import Storage, open_storage
 from pipeline.store import ObjectStore
+
+# Ray reads the token once, when a process first needs it: it has to be there before anything imports Ray.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @pytest.fixture(scope="session")
@@ -41,14 +45,11 @@ def ray_cluster(object_store: ObjectStore, tmp_path_factory: pytest.TempPathFact
     It starts after the S3 server, whose environment its workers inherit. RAY_ADDRESS leads every process of this session to it.
     """
     gcs, dashboard, agent = free_ports(3)
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     log = tmp_path_factory.mktemp("ray") / "head.log"
     command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     command += [f"--dashboard-agent-listen-port={agent}"]
     with pytest.MonkeyPatch.context() as patch, log.open("w") as file:
-        for name, value in environment.items():
-            patch.setenv(name, value)
         head = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         try:
             wait_for(lambda: answers(gcs) and answers(dashboard) and answers(agent), head, log)

@@ -150,7 +150,6 @@ def test_the_same_state_makes_the_same_object(storage: Storage) -> None:
     assert storage.sizes() == before
 
 
-@pytest.mark.xfail(strict=True, reason="damaged ones count as the newest that are kept")
 def test_after_damage_the_checkpoint_just_written_is_kept(storage: Storage) -> None:
     training = Training(0)
     training.advance(storage, 3)

@@ -140,7 +140,6 @@ def test_a_run_cut_off_at_a_validation_ends_as_if_it_had_not_been(validation: in
     assert same.count(True) >= len(same) - 1  # the first of a resumed run is an average over ten steps
 
 
-@pytest.mark.xfail(strict=True, reason="its row is not in storage yet when the checkpoint of its step is")
 def test_a_run_cut_off_at_a_validation_has_that_validation_in_its_log(whole: Storage, root: str) -> None:
     config = configure(root, "cut-log")
     interrupt(config, 1)
@@ -161,7 +160,6 @@ def test_a_run_without_its_checkpoints_starts_afresh_and_its_log_too(whole: Stor
     assert steps_of(run, "valid") == steps_of(whole, "valid")
 
 
-@pytest.mark.xfail(strict=True, reason="the last validation is logged again")
 def test_a_finished_run_that_is_run_again_keeps_its_log(root: str) -> None:
     config = configure(root, "twice")
     loop.fit(config)
