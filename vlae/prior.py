@@ -37,18 +37,15 @@ class AutoregressiveFlow(nn.Module):
 
     def __init__(self, latents: int, depth: int, hidden: int) -> None:
         super().__init__()
-        self.steps = nn.ModuleList(MADE(latents, 2, hidden, reverse=step % 2 == 1) for step in range(depth))
-
-    @staticmethod
-    def _mean_and_log_scale(step: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
-        mean, raw = step(z).unbind(-2)
-        return mean, LOG_SCALE_BOUND * torch.tanh(raw / LOG_SCALE_BOUND)
+        self.steps = nn.ModuleList(MADE(latents, 2, hidden) for _ in range(depth))
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z -> (noise, log |d noise / d z| split over the latents), both of shape (..., latents)."""
         log_det = torch.zeros_like(z)
         for step in reversed(self.steps):
-            mean, log_scale = self._mean_and_log_scale(step, z)
+            # Each step works in its own order: turning the vector round before each is what reverses the orders between them.
+            z, log_det = z.flip(-1), log_det.flip(-1)
+            mean, log_scale = _mean_and_log_scale(step(z))
             z = (z - mean) * torch.exp(-log_scale)
             log_det = log_det - log_scale
         return z, log_det
@@ -56,18 +53,31 @@ class AutoregressiveFlow(nn.Module):
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) in nats, split over the latents: (..., latents) -> (..., latents).
 
-        With one step the terms are log p(z_i | z_<i); with more, only their sum has a meaning.
+        With one step the terms are log p(z_i | z_>i); with more, only their sum has a meaning.
         """
         noise, log_det = self.inverse(z)
         return standard_normal_log_prob(noise) + log_det
 
     def sample(self, noise: Tensor) -> Tensor:
         """z from standard normal ``noise`` of shape (batch, latents); sequential over the latents."""
+        z = noise
         for step in self.steps:
-            z = torch.zeros_like(noise)
-            # After pass i the first i + 1 latents in the step's order are final; one pass more would change nothing.
-            for _ in range(noise.shape[-1]):
-                mean, log_scale = self._mean_and_log_scale(step, z)
-                z = noise * torch.exp(log_scale) + mean
-            noise = z
-        return noise
+            z = step.solve(_Affine(z)).flip(-1)
+        return z
+
+
+class _Affine:
+    """One latent of a step's inverse: its noise, scaled and shifted by what the latents before it say."""
+
+    def __init__(self, noise: Tensor) -> None:
+        self.noise = noise
+
+    def __call__(self, i: int, outputs: Tensor) -> Tensor:
+        mean, log_scale = _mean_and_log_scale(outputs[..., None])
+        return self.noise[:, i] * torch.exp(log_scale[..., 0]) + mean[..., 0]
+
+
+def _mean_and_log_scale(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., 2, latents) -> two of (..., latents)."""
+    mean, raw = outputs.unbind(-2)
+    return mean, LOG_SCALE_BOUND * torch.tanh(raw / LOG_SCALE_BOUND)
