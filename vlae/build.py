@@ -1,17 +1,22 @@
 """Models from plain keyword arguments, and to and from a folder."""
 
 import json
+import math
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
 from vlae.decoder import Decoder
 from vlae.encoder import Encoder
+from vlae.layers import ACTIVATIONS, Trunk
+from vlae.likelihood import BernoulliLikelihood, LogisticMixtureLikelihood
 from vlae.model import VLAE
 from vlae.prior import AutoregressiveFlow, StandardNormal
 from vlae.window import Window
 
 WEIGHTS_FILE, MODEL_FILE = "model.safetensors", "model.json"
+CHOICES = {"code": ("vector", "maps"), "likelihood": ("bernoulli", "logistic"), "activation": tuple(ACTIVATIONS)}
+MAY_BE_ZERO = ("flow_depth", "decoder_blocks", "image_blocks", "context_layers")
 
 
 def build(
@@ -19,19 +24,31 @@ def build(
     image_shape: tuple[int, int, int],
     window: str = "5x2",
     latents: int = 32,
+    code: str = "vector",
     flow_depth: int = 2,
     flow_hidden: int = 256,
+    likelihood: str = "bernoulli",
+    mixtures: int = 5,
     encoder_channels: int = 16,
     decoder_channels: int = 16,
+    blocks: int = 1,
+    image_blocks: int = 0,
     decoder_maps: int = 16,
     decoder_features: int = 64,
     decoder_blocks: int = 2,
+    context_layers: int = 0,
+    activation: str = "relu",
 ) -> VLAE:
     """A VLAE with fresh weights (drawn from torch's global generator).
 
-    image_shape: (channels, height, width) of binary images. window: the decoder's receptive field, as ``Window.parse``
-    reads it. flow_depth: steps of the autoregressive-flow prior; 0 is a standard normal prior. The rest are widths:
-    ``decoder_features`` and ``decoder_blocks`` of the per-pixel network, ``decoder_maps`` the image-sized maps unfolded from z.
+    image_shape: (channels, height, width). window: the decoder's receptive field, as ``Window.parse`` reads it.
+    context_layers: 0 looks at the window with one linear layer, more stack it from so many, as the paper does.
+    latents: size of the code z if ``code`` is ``"vector"``; if it is ``"maps"``, how many maps z has, each of the size at which
+    the encoder ends. flow_depth: steps of the autoregressive-flow prior; 0 is a standard normal prior.
+    likelihood: ``"bernoulli"`` for binary images, ``"logistic"`` for 8-bit ones (``mixtures`` discretized logistics).
+    blocks, image_blocks: residual blocks at each smaller size and at the image's own, in the encoder and the decoder.
+    The rest are widths: ``decoder_features`` and ``decoder_blocks`` of the per-pixel network, ``decoder_maps`` the image-sized maps
+    unfolded from z. activation: ``"relu"``, or the paper's ``"elu"``.
 
     The arguments, defaults included, are kept as ``model.arguments``, from which a saved model is rebuilt.
 
@@ -41,13 +58,31 @@ def build(
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"image_shape is {tuple(image_shape)}; it must be (channels, height, width), each at least 1")
     for name, value in arguments.items():
-        if isinstance(value, int) and value < (0 if name in ("flow_depth", "decoder_blocks") else 1):
+        if isinstance(value, int) and value < (0 if name in MAY_BE_ZERO else 1):
             raise ValueError(f"{name} is {value}, which is too small")
+    for name, choices in CHOICES.items():
+        if arguments[name] not in choices:
+            raise ValueError(f"{name} is {arguments[name]!r}; it must be one of {', '.join(choices)}")
     channels, height, width = image_shape
-    shape = (channels, height, width)
-    decoder = Decoder(shape, latents, Window.parse(window), decoder_channels, decoder_maps, decoder_features, decoder_blocks)
-    prior = AutoregressiveFlow(latents, flow_depth, flow_hidden) if flow_depth else StandardNormal()
-    model = VLAE(Encoder(shape, latents, encoder_channels), decoder, prior, latents)
+    shape, maps = (channels, height, width), code == "maps"
+    trunk = Trunk(blocks, image_blocks, ACTIVATIONS[activation])
+    decoder = Decoder(
+        shape,
+        latents,
+        Window.parse(window),
+        BernoulliLikelihood(channels) if likelihood == "bernoulli" else LogisticMixtureLikelihood(channels, mixtures),
+        channels=decoder_channels,
+        maps=decoder_maps,
+        features=decoder_features,
+        pixel_layers=decoder_blocks,
+        context_layers=context_layers,
+        code_maps=maps,
+        trunk=trunk,
+    )
+    encoder = Encoder(shape, latents, encoder_channels, maps=maps, trunk=trunk)
+    size = latents * math.prod(decoder.sizes[0]) if maps else latents
+    prior = AutoregressiveFlow(size, flow_depth, flow_hidden) if flow_depth else StandardNormal()
+    model = VLAE(encoder, decoder, prior, size)
     model.arguments = arguments
     return model
 

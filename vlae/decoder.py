@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlae.context import FullContext, WindowContext
-from vlae.distributions import Bernoulli
-from vlae.layers import PixelLayer, ResidualConv, scales
+from vlae.context import StackContext, WindowContext, visible
+from vlae.layers import PixelLayer, Trunk, scales
+from vlae.likelihood import Distribution, Likelihood
 from vlae.window import Window
 
 
@@ -16,7 +16,10 @@ class Decoder(nn.Module):
     The code is unfolded to ``maps`` feature maps at image size; these and the context of earlier pixels enter a network that
     looks at each pixel by itself. Hence the context alone decides which pixels are seen: tests prove
     it from gradients. With window ``0x0`` there is no context, and the pixels are independent given z.
-    Channels of one pixel do not see each other: for binary images there is one.
+    Whether a channel of a pixel sees the ones before it is up to the likelihood.
+
+    ``context_layers``: 0 looks at the window with one linear layer, more stack it from so many. ``code_maps``: z is
+    (latents, height, width) at the smallest size, flattened.
     """
 
     def __init__(
@@ -24,42 +27,61 @@ class Decoder(nn.Module):
         image_shape: tuple[int, int, int],
         latents: int,
         window: Window,
+        likelihood: Likelihood,
+        *,
         channels: int,
         maps: int,
         features: int,
-        blocks: int,
+        pixel_layers: int,
+        context_layers: int = 0,
+        code_maps: bool = False,
+        trunk: Trunk = Trunk(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
-        self.image_shape, self.window = image_shape, window
+        self.image_shape, self.window, self.likelihood, self.activation = image_shape, window, likelihood, trunk.activation
         image_channels, height, width = image_shape
         window.check_fits(height, width)
+        if window.grey and image_channels != 3:
+            raise ValueError(f"window {window} shows the luminance of RGB images; these have {image_channels} channels")
         self.sizes = scales(height, width)[::-1]
-        self.unfold = nn.Linear(latents, 2 * channels * self.sizes[0][0] * self.sizes[0][1])
-        layers: list[nn.Module] = [ResidualConv(2 * channels)]
+        self.code_shape = (latents, *self.sizes[0]) if code_maps else None
+        size = 1 if code_maps else self.sizes[0][0] * self.sizes[0][1]
+        self.unfold = nn.Linear(latents, 2 * channels * size)
+        layers: list[nn.Module] = trunk.residual(2 * channels, trunk.blocks)
         in_channels = 2 * channels
         for _ in self.sizes[1:-1]:
-            layers += [nn.Conv2d(in_channels, 4 * channels, 3, padding=1), ResidualConv(channels)]
+            layers += [nn.Conv2d(in_channels, 4 * channels, 3, padding=1)]
+            layers += trunk.residual(channels, trunk.blocks)
             in_channels = channels
         grow = 4 if len(self.sizes) > 1 else 1
         layers += [nn.Conv2d(in_channels, grow * maps, 3, padding=1)]
+        layers += trunk.residual(maps, trunk.image_blocks)
         self.layers = nn.ModuleList(layers)
 
-        self.context: WindowContext | FullContext | None = None
+        self.context: WindowContext | StackContext | None = None
+        seen_channels = 1 if window.grey else image_channels
         if window.full:
-            self.context = FullContext(image_shape, features)
+            self.context = StackContext.unlimited(height, width, seen_channels, features)
+        elif window.offsets and context_layers:
+            self.context = StackContext.windowed(window, context_layers, seen_channels, features)
         elif window.offsets:
-            self.context = WindowContext(window, image_channels, features)
+            self.context = WindowContext(window, seen_channels, features)
         self.from_maps = nn.Linear(maps, features)
-        self.per_pixel = nn.Sequential(*[PixelLayer(features) for _ in range(blocks)])
-        self.head = nn.Linear(features, image_channels)
+        self.per_pixel = nn.Sequential(*[PixelLayer(features, trunk.activation) for _ in range(pixel_layers)])
+        self.head = nn.Linear(features, likelihood.num_parameters)
 
     def condition(self, z: Tensor) -> Tensor:
-        """What the code says about each pixel: (..., latents) -> (..., height, width, features)."""
-        h = self.unfold(z.flatten(0, -2)).unflatten(1, (-1, *self.sizes[0])).contiguous(memory_format=torch.channels_last)
+        """What the code says about each pixel: (..., size of z) -> (..., height, width, features)."""
+        h = z.flatten(0, -2)
+        if self.code_shape:
+            h = self.unfold(h.unflatten(1, self.code_shape).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        else:
+            h = self.unfold(h).unflatten(1, (-1, *self.sizes[0]))
+        h = h.contiguous(memory_format=torch.channels_last)
         sizes = iter(self.sizes[1:])
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
-                h = layer(F.relu(h))
+                h = layer(self.activation(h))
                 size = next(sizes, None)
                 if size is not None:
                     h = F.pixel_shuffle(h, 2)[..., : size[0], : size[1]]
@@ -70,12 +92,16 @@ class Decoder(nn.Module):
     def see(self, x: Tensor) -> Tensor | float:
         """What the window says about each pixel: pixels in [0, 1], (batch, channels, height, width) -> (batch, height, width,
         features); plain 0 for window 0x0."""
-        return 0.0 if self.context is None else self.context(2 * x - 1)
+        return 0.0 if self.context is None else self.context(self.show(x))
 
-    def predict(self, hidden: Tensor) -> Bernoulli:
+    def show(self, x: Tensor) -> Tensor:
+        """Pixels in [0, 1], (batch, channels, ...), as the context is shown them: in [-1, 1], and grey if the window is."""
+        return visible(2 * x - 1, self.window)
+
+    def predict(self, hidden: Tensor) -> Distribution:
         """The distribution of pixels from ``condition + see``: (..., features) -> (..., channels)."""
-        return Bernoulli(self.head(self.per_pixel(F.relu(hidden))))
+        return self.likelihood(self.head(self.per_pixel(self.activation(hidden))))
 
-    def forward(self, z: Tensor, x: Tensor) -> Bernoulli:
-        """p(x|z) with every pixel given its window: z (..., batch, latents) -> logits (..., batch, height, width, channels)."""
+    def forward(self, z: Tensor, x: Tensor) -> Distribution:
+        """p(x|z) with every pixel given its window: z (..., batch, latents) -> pixels (..., batch, height, width, channels)."""
         return self.predict(self.condition(z) + self.see(x))

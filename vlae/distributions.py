@@ -1,4 +1,4 @@
-"""The distributions that the networks return: objects with ``log_prob`` and ``sample``, given their noise explicitly.
+"""Distributions of codes: objects with ``log_prob`` and ``sample``, given their noise explicitly.
 
 Noise is an argument, never drawn inside, so that a model's output is a pure function of its inputs: the same noise gives
 the same bound on any number of devices, and the same sample from any sampler.
@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -37,18 +36,3 @@ class DiagonalGaussian:
     def log_prob(self, z: Tensor) -> Tensor:
         """Elementwise log density, in nats, of the shape of ``z``."""
         return standard_normal_log_prob((z - self.mean) * torch.exp(-self.log_scale)) - self.log_scale
-
-
-@dataclass(frozen=True)
-class Bernoulli:
-    """Binary sub-pixels, 0 or 1, independent of each other given their ``logits`` of shape (..., height, width, channels)."""
-
-    logits: Tensor
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) in nats, summed over the image: (..., height, width, channels) -> (...)."""
-        return F.logsigmoid((2 * x - 1) * self.logits).sum((-3, -2, -1))
-
-    def sample(self, uniform: Tensor) -> Tensor:
-        """1 where ``uniform`` noise in [0, 1) falls below the probability, else 0."""
-        return (uniform < torch.sigmoid(self.logits)).to(self.logits.dtype)

@@ -1,14 +1,36 @@
 """Building blocks shared by the encoder and the decoder."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "elu": F.elu}
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What the encoder and the decoder have in common."""
+
+    blocks: int = 1
+    """Residual blocks at each size below the image's own."""
+    image_blocks: int = 0
+    """Residual blocks at the image's own size."""
+    activation: Activation = F.relu
+
+    def residual(self, channels: int, number: int) -> list[nn.Module]:
+        """So many residual blocks."""
+        return [ResidualConv(channels, self.activation) for _ in range(number)]
+
 
 class ResidualConv(nn.Module):
-    """x + conv(relu(conv(relu(x)))), both 3x3; it starts as the identity. (batch, channels, height, width) -> same."""
+    """x + conv(f(conv(f(x)))), both 3x3; it starts as the identity. (batch, channels, height, width) -> same."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, activation: Activation = F.relu) -> None:
         super().__init__()
+        self.activation = activation
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.second.weight)
@@ -16,22 +38,24 @@ class ResidualConv(nn.Module):
         nn.init.zeros_(self.second.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(F.relu(self.first(F.relu(x))))
+        return x + self.second(self.activation(self.first(self.activation(x))))
 
 
 class PixelLayer(nn.Module):
-    """relu(linear(x)) of each pixel by itself: (..., features) -> same.
+    """f(linear(x)) of each pixel by itself: (..., features) -> same.
 
-    It has no bias, and the relu overwrites its input: on a CPU, passes over memory cost as much here as the matrix product.
+    It has no bias, and a relu overwrites its input: on a CPU, passes over memory cost as much here as the matrix product.
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, activation: Activation = F.relu) -> None:
         super().__init__()
+        self.activation = activation
         self.linear = nn.Linear(features, features, bias=False)
         nn.init.kaiming_normal_(self.linear.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.linear(x), inplace=True)
+        h = self.linear(x)
+        return F.relu(h, inplace=True) if self.activation is F.relu else self.activation(h)
 
 
 def scales(height: int, width: int, smallest: int = 7) -> list[tuple[int, int]]:

@@ -58,7 +58,7 @@ class VLAE(nn.Module):
         return self.decoder.image_shape
 
     def forward(self, x: Tensor, noise: Tensor) -> Bound:
-        """The bound of binary images, pixels 0 or 1.
+        """The bound of images, pixels in [0, 1] (0 or 1, or k / 255, as the likelihood wants them).
 
         x: (batch, channels, height, width). noise: standard normal, (batch, latents), or (samples, batch, latents) for several
         codes of each image; then the terms are (samples, batch), and what does not depend on z, the encoder and the

@@ -1,66 +1,90 @@
-"""The decoder's window: which earlier pixels a pixel may see."""
+"""The decoder's window: which earlier pixels a pixel may see, and how sharply."""
 
 import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
 
+NOTATION = "0x0, full, or WIDTHxHEIGHT such as 5x2; -downN and -grey may follow, as in 4x2-down2 or 7x4-grey"
+
 
 @dataclass(frozen=True)
 class Window:
-    """An A x B window in the notation of the VLAE paper (Chen et al., 2017, arXiv:1611.02731, section 3.1).
+    """An A x B window in the notation of the VLAE paper (Chen et al., 2017, arXiv:1611.02731, section 4.3).
 
-    A pixel sees the block ``width`` wide and ``height`` tall directly above it, reaching ``left`` columns to the left
-    and ``right`` columns to the right, and the ``left`` pixels before it in its own row:
-
-        left = ceil((width - 1) / 2),   right = floor((width - 1) / 2)
+    A pixel sees the block ``width`` wide and ``height`` tall directly above it, and the pixels before it in its own row. The
+    block reaches ceil((width - 1) / 2) to the left, as far as the own row is seen, and floor((width - 1) / 2) to the right.
 
     ``0x0`` sees nothing: the factorized decoder of an ordinary VAE. ``full`` sees every earlier pixel in raster order.
+
+    ``down`` makes a *down-sampled* window (proposed in section 3 of the paper): its unit is not the pixel but a cell of
+    ``down`` x ``down`` pixels, 1 x ``down`` in the pixel's own row, of which only the mean is seen. So the decoder learns the
+    long range, and the detail has to go through z. ``grey`` shows the luminance only, so that z has to carry colour.
     """
 
     width: int
     height: int
     full: bool = False
+    down: int = 1
+    grey: bool = False
 
     def __post_init__(self) -> None:
         if self.full:
+            if self.down != 1:
+                raise ValueError(f"window {self} is not understood; a down-sampled window needs a size, such as 4x2-down2")
             return
         if min(self.width, self.height) < 0 or (self.width == 0 and self.height > 0):
             raise ValueError(f"window {self} has no column; use 0x0 to see nothing, or WIDTHxHEIGHT such as 5x2")
+        if self.down < 1:
+            raise ValueError(f"window {self} is down-sampled by {self.down}; it must be at least 1")
 
     @classmethod
     def parse(cls, text: str) -> "Window":
-        """Read ``"7x4"``, ``"0x0"`` or ``"full"``. Raises ValueError on anything else."""
-        if text == "full":
-            return cls(0, 0, full=True)
-        match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})", text)
+        """Read ``"7x4"``, ``"7x4-grey"``, ``"4x2-down2"``, ``"0x0"`` or ``"full"``. Raises ValueError on anything else."""
+        match = re.fullmatch(r"(?:(full)|([0-9]{1,4})x([0-9]{1,4}))(?:-down([0-9]{1,3}))?(-grey)?", text)
         if not match:
-            raise ValueError(f"window {text!r} is not understood; use 0x0, full, or WIDTHxHEIGHT such as 5x2")
-        return cls(int(match[1]), int(match[2]))
+            raise ValueError(f"window {text!r} is not understood; use {NOTATION}")
+        full, width, height, down, grey = match.groups()
+        return cls(int(width or 0), int(height or 0), bool(full), int(down or 1), bool(grey))
 
     def check_fits(self, height: int, width: int) -> None:
         """Raise ValueError if the window is larger than an image of ``height`` x ``width`` pixels."""
-        if self.width > width or self.height > height:
+        if self.width * self.down > width or self.rows > height:
             raise ValueError(
                 f"window {self} is larger than the image of {width}x{height} pixels (width x height); "
-                f"use a window of at most {width}x{height}, or full"
+                f"use a window of at most {width}x{height} pixels, or full"
             )
 
     @property
+    def rows(self) -> int:
+        """How many rows above are seen."""
+        return self.height * self.down
+
+    @property
     def left(self) -> int:
-        return max(0, math.ceil((self.width - 1) / 2))
+        """How many columns to the left are seen."""
+        return self.down * max(0, math.ceil((self.width - 1) / 2))
 
     @property
     def right(self) -> int:
-        return max(0, (self.width - 1) // 2)
+        """How many columns to the right are seen, in the rows above."""
+        return self.down * (max(0, (self.width - 1) // 2) + 1) - 1 if self.height else 0
 
     @cached_property
     def offsets(self) -> tuple[tuple[int, int], ...]:
         """The (row, column) offsets that are seen, in raster order; all of them earlier than (0, 0)."""
         if self.full:
             raise ValueError("the full window has no fixed list of offsets")
-        above = [(-row, column) for row in range(self.height, 0, -1) for column in range(-self.left, self.right + 1)]
+        above = [(-row, column) for row in range(self.rows, 0, -1) for column in range(-self.left, self.right + 1)]
         return tuple(above + [(0, -column) for column in range(self.left, 0, -1)])
 
+    @cached_property
+    def cells(self) -> tuple[int, ...]:
+        """For each of ``offsets`` the number of the cell that it belongs to; without down-sampling each is its own."""
+        places = [((-row + self.down - 1) // self.down, column // self.down) for row, column in self.offsets]
+        numbers = {place: number for number, place in enumerate(dict.fromkeys(places))}
+        return tuple(numbers[place] for place in places)
+
     def __str__(self) -> str:
-        return "full" if self.full else f"{self.width}x{self.height}"
+        size = "full" if self.full else f"{self.width}x{self.height}"
+        return size + (f"-down{self.down}" if self.down != 1 else "") + ("-grey" if self.grey else "")

@@ -1,6 +1,7 @@
 """Samplers draw from the model's distribution, and the fast one draws what the plain one draws."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,23 +21,31 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @st.composite
-def shapes_and_windows(draw: st.DrawFn) -> tuple[tuple[int, int, int], str]:
+def decoders(draw: st.DrawFn) -> tuple[tuple[int, int, int], str, dict[str, Any]]:
+    """An image shape, a window that fits it, and the other options of a decoder."""
     channels, height, width = draw(st.sampled_from([1, 1, 3])), draw(st.integers(1, 7)), draw(st.integers(1, 8))
-    columns = draw(st.integers(1, width))
-    text = draw(st.sampled_from(["full", "0x0", *[f"{columns}x{rows}" for rows in range(height + 1)]]))
-    return (channels, height, width), text
+    down = draw(st.integers(1, max(1, min(3, height, width))))
+    columns, rows = draw(st.integers(1, width // down)), draw(st.integers(0, height // down))
+    text = draw(st.sampled_from(["full", "0x0", f"{columns}x{rows}", f"{columns}x{rows}", f"{columns}x{rows}-down{down}"]))
+    if channels == 3 and draw(st.booleans()):
+        text += "-grey"
+    options = {"likelihood": draw(st.sampled_from(["bernoulli", "logistic"])), "mixtures": draw(st.integers(1, 3))}
+    if "down" not in text and (text in ("full", "0x0") or (columns > 1 and rows > 0)):
+        options["context_layers"] = draw(st.integers(0, 4))
+    return (channels, height, width), text, options
 
 
-@given(shapes_and_windows(), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(decoders(), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 1000))
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 def test_the_wavefront_draws_bit_for_bit_what_one_pixel_at_a_time_draws(
-    make_model: MakeModel, case: tuple[tuple[int, int, int], str], dtype: torch.dtype, seed: int
+    make_model: MakeModel, case: tuple[tuple[int, int, int], str, dict[str, Any]], dtype: torch.dtype, seed: int
 ) -> None:
-    image_shape, text = case
-    decoder = make_model(image_shape, text, seed=seed, dtype=dtype).decoder
+    image_shape, text, options = case
+    decoder = make_model(image_shape, text, seed=seed, dtype=dtype, **options).decoder
     z = torch.randn(5, 2, generator=generator(seed), dtype=dtype)
-    uniform = torch.rand(5, *image_shape, generator=generator(seed + 1), dtype=dtype)
+    uniform = torch.rand(5, decoder.likelihood.num_uniforms, *image_shape[1:], generator=generator(seed + 1), dtype=dtype)
     fast, slow = decode(decoder, z, uniform), decode_naively(decoder, z, uniform)
+    assert fast.shape == (5, *image_shape)
     assert fast.dtype == slow.dtype == dtype
     assert torch.equal(fast, slow)
 

@@ -19,6 +19,11 @@ BY_HAND = {
     "1x1": [(-1, 0)],
     "3x0": [(0, -1)],
     "0x0": [],
+    "7x4-grey": [(row, column) for row in (-4, -3, -2, -1) for column in range(-3, 4)] + [(0, -3), (0, -2), (0, -1)],
+    # Cells of two by two above, of one by two to the left.
+    "2x1-down2": [(-2, -2), (-2, -1), (-2, 0), (-2, 1), (-1, -2), (-1, -1), (-1, 0), (-1, 1), (0, -2), (0, -1)],
+    "1x2-down2": [(row, column) for row in (-4, -3, -2, -1) for column in (0, 1)],
+    "3x1-down3": [(row, column) for row in (-3, -2, -1) for column in range(-3, 6)] + [(0, -3), (0, -2), (0, -1)],
 }
 
 
@@ -40,14 +45,34 @@ def test_every_offset_is_earlier_in_raster_order_and_stands_once(width: int, hei
 def test_the_block_is_width_by_height_and_its_left_half_is_the_longer(width: int, height: int) -> None:
     window = Window(width, height)
     assert window.left == math.ceil((width - 1) / 2)
-    assert window.right == math.floor((width - 1) / 2)
+    assert window.right == (math.floor((width - 1) / 2) if height else 0)
     assert len(window.offsets) == width * height + window.left
 
 
-@given(st.integers(1, 9999), st.integers(0, 9999))
+@given(st.integers(1, 12), st.integers(0, 12), st.integers(1, 5))
+@settings(deadline=None, derandomize=True, database=None)
+def test_the_cells_of_a_down_sampled_window_are_blocks_that_lie_as_the_pixels_of_a_plain_one(
+    width: int, height: int, down: int
+) -> None:
+    window, plain = Window(width, height, down=down), Window(width, height)
+    cells: dict[int, list[tuple[int, int]]] = {}
+    for cell, offset in zip(window.cells, window.offsets, strict=True):
+        cells.setdefault(cell, []).append(offset)
+    # The first pixel of each cell, in cells, is the offset of a pixel in the plain window.
+    places = {(math.ceil(-row / down) * -1, column // down) for row, column in (offsets[0] for offsets in cells.values())}
+    assert places == set(plain.offsets)
+    for offsets in cells.values():
+        (row, column), (last_row, last_column) = offsets[0], offsets[-1]
+        assert last_column - column == down - 1
+        assert last_row - row == (0 if row == 0 else down - 1)
+        assert len(offsets) == (last_row - row + 1) * down
+
+
+@given(st.integers(1, 9999), st.integers(0, 9999), st.integers(1, 999), st.booleans())
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
-def test_parsing_undoes_printing(width: int, height: int) -> None:
-    assert Window.parse(str(Window(width, height))) == Window(width, height)
+def test_parsing_undoes_printing(width: int, height: int, down: int, grey: bool) -> None:
+    window = Window(width, height, down=down, grey=grey)
+    assert Window.parse(str(window)) == window
     assert str(Window.parse(f"{width}x{height}")) == f"{width}x{height}"
 
 
@@ -58,9 +83,34 @@ def test_full_parses_prints_and_has_no_offsets() -> None:
         _ = Window.parse("full").offsets
 
 
-@pytest.mark.parametrize("text", ["", "7", "7x", "x4", "7X4", "7 x 4", "-7x4", "7x-4", "7x4x2", "7x4\n", "Full", "7.0x4"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "7",
+        "7x",
+        "x4",
+        "7X4",
+        "7 x 4",
+        "-7x4",
+        "7x-4",
+        "7x4x2",
+        "7x4\n",
+        "Full",
+        "7.0x4",
+        "7x4-down",
+        "7x4-grey-down2",
+        "7x4grey",
+    ],
+)
 def test_text_that_is_no_window_is_an_error_that_quotes_it(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(text))):
+        Window.parse(text)
+
+
+@pytest.mark.parametrize("text", ["3x2-down0", "full-down2"])
+def test_a_window_that_cannot_be_down_sampled_is_an_error_that_names_it(text: str) -> None:
+    with pytest.raises(ValueError, match=text.partition("-")[0]):
         Window.parse(text)
 
 
@@ -69,12 +119,12 @@ def test_a_block_without_columns_is_an_error_that_names_the_window() -> None:
         Window.parse("0x3")
 
 
-@pytest.mark.parametrize("text", ["9x2", "5x7", "9x7"])
+@pytest.mark.parametrize("text", ["9x2", "5x7", "9x7", "5x1-down2", "1x4-down2"])
 def test_a_window_larger_than_the_image_is_an_error_that_names_window_and_image(text: str) -> None:
     with pytest.raises(ValueError, match=f"{text}.*8x6"):
         Window.parse(text).check_fits(height=6, width=8)
 
 
-@pytest.mark.parametrize("text", ["8x6", "0x0", "1x1", "full"])
+@pytest.mark.parametrize("text", ["8x6", "0x0", "1x1", "full", "4x3-down2"])
 def test_a_window_of_at_most_the_image_fits(text: str) -> None:
     Window.parse(text).check_fits(height=6, width=8)
