@@ -70,6 +70,7 @@ class Source(Enum):
 class Binarization(Enum):
     dynamic = "dynamic"
     static = "static"
+    none = "none"
 
 
 @dataclass
@@ -79,7 +80,9 @@ class Dataset:
     path: str | None = option("where the source's files are: a local file or folder", None)
     url: str = option("where the shards and manifest.json are", "${storage.root}/datasets/${dataset.name}")
     binarization: Binarization = option(
-        "dynamic: every pixel is drawn anew each time it is seen; static: drawn once for each image", Binarization.dynamic
+        "dynamic: every pixel is drawn black or white anew each time it is seen; static: drawn once for each image; "
+        "none: the 256 values stay as they are",
+        Binarization.dynamic,
     )
 
 
@@ -97,32 +100,63 @@ class Cluster:
         _check(self.max_failures >= 0, f"cluster.max_failures is {self.max_failures}; it must be at least 0")
 
 
+class Code(Enum):
+    vector = "vector"
+    maps = "maps"
+
+
+class LikelihoodName(Enum):
+    bernoulli = "bernoulli"
+    logistic = "logistic"
+
+
+class ActivationName(Enum):
+    relu = "relu"
+    elu = "elu"
+
+
 @dataclass
 class Model:
-    window: str = option("the decoder's receptive field: WIDTHxHEIGHT, 0x0, or full")
-    latents: int = option("size of the code z")
+    window: str = option(f"the decoder's receptive field: {vlae.window.NOTATION}")
+    latents: int = option("size of the code z, or how many maps it has")
+    code: Code = option("vector, or maps: z keeps the place of things, at the size at which the encoder ends", Code.vector)
     flow_depth: int = option("steps of the autoregressive-flow prior; 0 is a standard normal prior")
     flow_hidden: int = option("width of each step's MADE")
+    likelihood: LikelihoodName = option(
+        "bernoulli for binary images, logistic (a mixture of discretized logistics) for those of 256 values",
+        LikelihoodName.bernoulli,
+    )
+    mixtures: int = option("components of the logistic likelihood", 5)
     encoder_channels: int = option("width of the encoder; twice that below half the image's size")
     decoder_channels: int = option("width of the network that unfolds z; twice that at its smallest")
+    blocks: int = option("residual blocks at each size below the image's, in the encoder and the decoder", 1)
+    image_blocks: int = option("residual blocks at the image's own size, in the encoder and the decoder", 0)
     decoder_maps: int = option("image-sized maps that z unfolds to")
     decoder_features: int = option("width of the per-pixel network")
     decoder_blocks: int = option("layers of the per-pixel network")
+    context_layers: int = option("0 looks at the window with one linear layer; more stack it from so many, as the paper does", 0)
+    activation: ActivationName = option("relu, or the paper's elu, which is slower", ActivationName.relu)
 
     def check(self) -> None:
-        try:
-            vlae.Window.parse(self.window)
-        except ValueError as error:
-            raise UserError(f"model.window: {error}") from None
-        for name in ("latents", "flow_hidden", "encoder_channels", "decoder_channels", "decoder_maps", "decoder_features"):
+        self.check_window(self.window, "model.window")
+        for name in ("latents", "flow_hidden", "mixtures", "encoder_channels", "decoder_channels", "decoder_maps", "decoder_features"):
             _check(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("flow_depth", "decoder_blocks"):
+        for name in ("flow_depth", "decoder_blocks", "blocks", "image_blocks", "context_layers"):
             _check(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it must be at least 0")
         _check(
-            self.flow_depth == 0 or self.flow_hidden >= self.latents - 1,
+            self.code is Code.maps or self.flow_depth == 0 or self.flow_hidden >= self.latents - 1,
             f"model.flow_hidden={self.flow_hidden} is too narrow for model.latents={self.latents}: it must be at least "
             f"{self.latents - 1}",
         )
+
+    def check_window(self, text: str, key: str) -> None:
+        """Raise UserError, naming ``key``, unless this is a window that the model can have."""
+        try:
+            window = vlae.Window.parse(text)
+            if self.context_layers:
+                window.check_stacks()
+        except ValueError as error:
+            raise UserError(f"{key}: {error}") from None
 
 
 @dataclass
@@ -205,11 +239,6 @@ class Search:
     def check(self) -> None:
         for name in ("windows", "latents", "flow_depths"):
             _check(bool(getattr(self, name)), f"search.{name} is empty; give at least one value to choose from")
-        for window in self.windows:
-            try:
-                vlae.Window.parse(window)
-            except ValueError as error:
-                raise UserError(f"search.windows: {error}") from None
         _check(min(self.latents) >= 1, "search.latents has a size below 1")
         _check(min(self.flow_depths) >= 0, "search.flow_depths has a depth below 0")
         _check(self.num_trials >= 1, f"search.num_trials is {self.num_trials}; it must be at least 1")
@@ -289,6 +318,13 @@ class TrainConfig:
             self.name is None or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name)),
             f"name={self.name} is no name for a run; use letters, digits, dots, underscores and hyphens",
         )
+        binary = self.dataset.binarization is not Binarization.none
+        _check(
+            binary == (self.model.likelihood is LikelihoodName.bernoulli),
+            f"dataset.binarization={self.dataset.binarization.value} gives images of {2 if binary else 256} values, which "
+            f"model.likelihood={self.model.likelihood.value} is not for; use model.likelihood="
+            f"{'bernoulli' if binary else 'logistic'}, or dataset.binarization={'none' if binary else 'dynamic'}",
+        )
         workers, streams = self.cluster.num_workers, self.train.num_streams
         divisors = [str(n) for n in range(1, streams + 1) if streams % n == 0]
         _check(
@@ -323,9 +359,11 @@ class TuneConfig(TrainConfig):
 
     def check(self) -> None:
         super().check()
+        for window in self.search.windows:
+            self.model.check_window(window, "search.windows")
         widest, hidden = max(self.search.latents), self.model.flow_hidden
         _check(
-            max(self.search.flow_depths) == 0 or hidden >= widest - 1,
+            self.model.code is Code.maps or max(self.search.flow_depths) == 0 or hidden >= widest - 1,
             f"model.flow_hidden={hidden} is too narrow for search.latents of {widest}: it must be at least {widest - 1}",
         )
         _check(self.register_best >= 1, f"register_best is {self.register_best}; it must be at least 1")

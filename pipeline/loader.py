@@ -45,19 +45,23 @@ class Batch:
 
 
 def binarize(batch: Batch, mode: Binarization, seed: int) -> torch.Tensor:
-    """Black and white images, each pixel white with the probability of its grey value: float32 of 0 and 1, as ``batch.images``.
+    """Images as models see them, float32 in [0, 1] of the shape of ``batch.images``: black and white, each pixel white with the
+    probability of its grey value; or, with ``none``, as they are.
 
     ``dynamic`` draws anew for every position: in training each time an image is seen (``seed`` is the run's), in an
     evaluation once for each image (``seed`` is the evaluation's). ``static`` draws once for each sample of a split,
     whatever the seed.
     """
+    grey = batch.images.float() / 255
+    if mode is Binarization.none:
+        return grey
     size = batch.images[0].numel()
     if mode is Binarization.dynamic:
         uniform = noise.uniform((seed, Purpose.BINARIZATION), batch.positions, size)
     else:
         uniform = noise.uniform((0, Purpose.STATIC_BINARIZATION), batch.samples, size)
     thresholds = torch.from_numpy(uniform)
-    return (thresholds.view(batch.images.shape) < batch.images.float() / 255).float()  # < : 0 is always black, 255 always white
+    return (thresholds.view(grey.shape) < grey).float()  # < : 0 is always black, 255 always white
 
 
 class TrainLoader:

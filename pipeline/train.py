@@ -41,11 +41,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
 def check(config: TrainConfig) -> None:
     """Raise UserError unless the data set exists, fits the model and the batch, and the run's name is not another run's."""
     contents = manifest.load(open_storage(config.dataset.url, config.storage.endpoint_url))
-    _, height, width = contents.image_shape
     try:
-        vlae.Window.parse(config.model.window).check_fits(height, width)
+        vlae.build(image_shape=contents.image_shape, **to_dict(config)["model"])
     except ValueError as error:
-        raise UserError(f"model.window: {error}") from None
+        raise UserError(f"model: {error}") from None
     if contents.num_samples("train") < config.train.global_batch:
         raise UserError(
             f"train.global_batch={config.train.global_batch} is more than the {contents.num_samples('train')} training images of "

@@ -125,8 +125,7 @@ class StackContext(nn.Module):
         The paper's way: 7x4 are three layers, each one row up and one column to both sides. Raises ValueError for windows
         without a row above or without a pixel to the left, and for down-sampled ones.
         """
-        if window.down != 1 or window.height < 1 or window.left < 1:
-            raise ValueError(f"window {window} cannot be stacked from layers; use decoder_layers=0, or a window such as 5x2")
+        window.check_stacks()
         ups, lefts, rights = (_shares(total, depth) for total in (window.height - 1, window.left, window.right))
         # The horizontal stack starts one pixel to the left, so it has one column less to go. No layer of it goes further than
         # the vertical one's, or what the vertical stack sees would be carried out of the window.

@@ -55,6 +55,11 @@ class Window:
                 f"use a window of at most {width}x{height} pixels, or full"
             )
 
+    def check_stacks(self) -> None:
+        """Raise ValueError if no stack of layers makes up this window: those do that have a row above and a pixel to the left."""
+        if not self.full and self.width > 0 and (self.down != 1 or self.height < 1 or self.left < 1):
+            raise ValueError(f"window {self} cannot be stacked from layers; use context_layers=0, or a window such as 5x2")
+
     @property
     def rows(self) -> int:
         """How many rows above are seen."""
