@@ -1,5 +1,7 @@
 """The autoregressive flow is a normalized density, and its sampler draws from that density."""
 
+import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,17 +12,48 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vlae
-from vlae.made import MADE
 from vlae.prior import AutoregressiveFlow, StandardNormal
 
-SIZES_AND_DEPTHS = [(1, 1), (1, 3), (2, 1), (2, 2), (3, 2), (5, 1), (5, 4), (8, 3)]
 Randomize = Callable[..., None]
+Latents = int | tuple[int, int, int]
+
+MAPS = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+LATENTS = st.integers(1, 8) | MAPS
+KINDS: list[tuple[Latents, int, bool]] = [
+    (1, 1, False),
+    (1, 3, False),
+    (2, 2, False),
+    (2, 1, True),
+    (3, 2, True),
+    (5, 1, False),
+    (5, 4, False),
+    (8, 3, False),
+    ((1, 1, 1), 2, False),
+    ((1, 3, 2), 1, False),
+    ((2, 2, 2), 3, False),
+    ((3, 1, 2), 2, True),
+]
+"""Latents, depth, and whether the flow is mean-only."""
 
 
-def random_flow(randomize: Randomize, latents: int, depth: int, seed: int = 0) -> AutoregressiveFlow:
-    flow = AutoregressiveFlow(latents, depth, hidden=4 * latents).double()
+def random_flow(
+    randomize: Randomize,
+    latents: Latents,
+    depth: int,
+    mean_only: bool = False,
+    *,
+    seed: int = 0,
+    extra: int = 12,
+    **keywords: int,
+) -> AutoregressiveFlow:
+    fewest = latents if isinstance(latents, int) else latents[0]
+    flow = AutoregressiveFlow(latents, depth, hidden=fewest + extra, mean_only=mean_only, **keywords).double()
     randomize(flow, seed)
     return flow
+
+
+def length(latents: Latents) -> int:
+    return latents if isinstance(latents, int) else math.prod(latents)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -32,88 +65,81 @@ def jacobians(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     return torch.stack([torch.autograd.functional.jacobian(function, point) for point in points])
 
 
-def allowed(size: int, reverse: bool) -> Tensor:
-    """Whether output i may depend on input j."""
-    earlier = torch.ones(size, size, dtype=torch.bool).tril(-1)
-    return earlier.T if reverse else earlier
+def before(positions: int, channels: int = 1) -> Tensor:
+    """Whether element j of the flat vector comes before element i: (size, size)."""
+    channel, position = (
+        grid.flatten() for grid in torch.meshgrid(torch.arange(channels), torch.arange(positions), indexing="ij")
+    )
+    number = position * channels + channel
+    return number[:, None] > number
 
 
-@given(st.integers(1, 7), st.integers(0, 20), st.integers(1, 3), st.integers(1, 3), st.booleans())
+@given(LATENTS, st.integers(1, 4), st.booleans(), st.integers(0, 16), st.integers(1, 3), st.sampled_from([0, 2]))
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_an_output_of_made_has_gradient_exactly_zero_from_itself_and_what_comes_after(
-    randomize: Randomize, size: int, extra: int, outputs: int, layers: int, reverse: bool
+def test_the_inverse_undoes_sampling_and_sampling_the_inverse(
+    randomize: Randomize, latents: Latents, depth: int, mean_only: bool, extra: int, layers: int, context: int
 ) -> None:
-    made = MADE(size, outputs, max(1, size - 1) + extra, layers, reverse=reverse).double()
-    randomize(made, seed=extra)
-    jacobian = jacobians(made, normal(4, size))
-    assert jacobian.shape == (4, outputs, size, size)
-    assert not jacobian[:, :, ~allowed(size, reverse)].any()
+    flow = random_flow(randomize, latents, depth, mean_only, seed=extra, extra=extra, layers=layers, context=context)
+    said = None
+    if context:
+        said = normal(6, context if isinstance(latents, int) else context * latents[1] * latents[2], seed=1)
+    noise = normal(6, length(latents))
+    assert (flow.sample(noise, said) - noise).abs().max() > 0.01, "the test is vacuous for a flow that is the identity"
+    torch.testing.assert_close(flow.inverse(flow.sample(noise, said), said)[0], noise, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(flow.sample(flow.inverse(noise, said)[0], said), noise, rtol=1e-8, atol=1e-8)
+    one_by_one = torch.cat([flow.sample(noise[i : i + 1], None if said is None else said[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(flow.sample(noise, said), one_by_one, rtol=1e-9, atol=1e-9)
 
 
-@given(st.integers(1, 7), st.integers(0, 20), st.integers(1, 3), st.integers(1, 3), st.booleans())
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_an_output_of_made_is_reached_by_all_that_comes_before(
-    size: int, extra: int, outputs: int, layers: int, reverse: bool
+@pytest.mark.parametrize(("latents", "depth", "mean_only"), KINDS)
+def test_the_log_determinant_is_that_of_the_jacobian_of_the_inverse(
+    randomize: Randomize, latents: Latents, depth: int, mean_only: bool
 ) -> None:
-    made = MADE(size, outputs, max(1, size - 1) + extra, layers, reverse=reverse).double()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.fill_(0.1)
-    # With positive weights and inputs no ReLU is shut, and no two paths cancel.
-    jacobian = jacobians(made, torch.ones(1, size, dtype=torch.float64))
-    assert torch.equal(jacobian[0] > 0, allowed(size, reverse).expand(outputs, -1, -1))
-
-
-@pytest.mark.parametrize(("size", "hidden"), [(4, 2), (16, 14), (32, 8)])
-def test_too_few_hidden_units_for_every_dependency_are_an_error(size: int, hidden: int) -> None:
-    with pytest.raises(ValueError, match=str(hidden)):
-        MADE(size, 2, hidden)
-
-
-@pytest.mark.parametrize(("latents", "depth"), SIZES_AND_DEPTHS)
-def test_the_inverse_undoes_sampling_and_sampling_the_inverse(randomize: Randomize, latents: int, depth: int) -> None:
-    flow = random_flow(randomize, latents, depth)
-    noise = normal(64, latents)
-    assert (flow.sample(noise) - noise).abs().max() > 0.1, "the test is vacuous for a flow that is the identity"
-    torch.testing.assert_close(flow.inverse(flow.sample(noise))[0], noise, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(flow.sample(flow.inverse(noise)[0]), noise, rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize(("latents", "depth"), SIZES_AND_DEPTHS)
-def test_the_log_determinant_is_that_of_the_jacobian_of_the_inverse(randomize: Randomize, latents: int, depth: int) -> None:
-    flow = random_flow(randomize, latents, depth)
-    z = normal(8, latents)
+    flow = random_flow(randomize, latents, depth, mean_only)
+    z = normal(8, length(latents))
     by_autograd = jacobians(lambda point: flow.inverse(point)[0], z).slogdet().logabsdet
     torch.testing.assert_close(flow.inverse(z)[1].sum(-1), by_autograd, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("latents", "depth"), SIZES_AND_DEPTHS)
-def test_the_density_is_that_of_its_own_sampler_by_change_of_variables(randomize: Randomize, latents: int, depth: int) -> None:
-    flow = random_flow(randomize, latents, depth)
-    noise = normal(8, latents)
+def test_a_mean_only_flow_keeps_volume(randomize: Randomize) -> None:
+    flow = random_flow(randomize, 5, 3, mean_only=True)
+    assert torch.equal(flow.inverse(normal(8, 5))[1], torch.zeros(8, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("latents", "depth", "mean_only"), KINDS)
+def test_the_density_is_that_of_its_own_sampler_by_change_of_variables(
+    randomize: Randomize, latents: Latents, depth: int, mean_only: bool
+) -> None:
+    flow = random_flow(randomize, latents, depth, mean_only)
+    noise = normal(8, length(latents))
     stretch = jacobians(flow.sample, noise).slogdet().logabsdet
     by_change_of_variables = torch.distributions.Normal(0, 1).log_prob(noise).sum(-1) - stretch
     torch.testing.assert_close(flow.log_prob(flow.sample(noise)).sum(-1), by_change_of_variables, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("latents", "depth"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 3)])
-def test_the_density_integrates_to_one(randomize: Randomize, latents: int, depth: int) -> None:
-    flow = random_flow(randomize, latents, depth, seed=3)
+@pytest.mark.parametrize(
+    ("latents", "depth", "mean_only"),
+    [(1, 1, False), (1, 3, False), (2, 1, False), (2, 2, True), (2, 3, False), ((2, 1, 1), 1, False), ((1, 1, 2), 2, False)],
+)
+def test_the_density_integrates_to_one(randomize: Randomize, latents: Latents, depth: int, mean_only: bool) -> None:
+    flow = random_flow(randomize, latents, depth, mean_only, seed=3, extra=6)
     with torch.no_grad():
-        samples = flow.sample(normal(20_000, latents))
+        samples = flow.sample(normal(20_000, length(latents)))
         low, high = samples.amin(0), samples.amax(0)
         low, high = low - 0.5 * (high - low), high + 0.5 * (high - low)
-        axes = [torch.linspace(a, b, 801, dtype=torch.float64) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+        axes = [torch.linspace(a, b, 501, dtype=torch.float64) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
         cell = torch.stack([axis[1] - axis[0] for axis in axes]).prod()
-        grid = torch.cartesian_prod(*axes).reshape(-1, latents)
+        grid = torch.cartesian_prod(*axes).reshape(-1, length(latents))
         mass = flow.log_prob(grid).sum(-1).exp().sum() * cell
     assert mass.item() == pytest.approx(1, abs=2e-3)
 
 
-@pytest.mark.parametrize(("latents", "depth"), SIZES_AND_DEPTHS)
-def test_the_split_over_the_latents_sums_to_the_log_density(randomize: Randomize, latents: int, depth: int) -> None:
-    flow = random_flow(randomize, latents, depth)
-    z = normal(3, 5, latents)
+@pytest.mark.parametrize(("latents", "depth", "mean_only"), KINDS)
+def test_the_split_over_the_latents_sums_to_the_log_density(
+    randomize: Randomize, latents: Latents, depth: int, mean_only: bool
+) -> None:
+    flow = random_flow(randomize, latents, depth, mean_only)
+    z = normal(3, 5, length(latents))
     noise, log_det = flow.inverse(z)
     total = torch.distributions.Normal(0, 1).log_prob(noise).sum(-1) + log_det.sum(-1)
     assert flow.log_prob(z).shape == z.shape
@@ -132,15 +158,65 @@ def test_in_a_flow_of_one_step_each_term_is_a_conditional_density_given_the_late
         assert flow.log_prob(z)[:, latent].exp().sum().item() * 0.02 == pytest.approx(1, abs=1e-4)
 
 
-def test_the_order_is_reversed_between_steps(randomize: Randomize) -> None:
-    flow = random_flow(randomize, latents=4, depth=2)
-    points = normal(16, 4)
-    first, second = (jacobians(step, points) for step in flow.steps)
-    assert torch.equal((first != 0).any((0, 1)), allowed(4, reverse=False))
-    assert torch.equal((second != 0).any((0, 1)), allowed(4, reverse=True))
+@pytest.mark.parametrize(("channels", "positions"), [(1, 4), (2, 3)])
+def test_the_order_is_reversed_between_steps(randomize: Randomize, channels: int, positions: int) -> None:
+    size = channels * positions
+    flow = random_flow(randomize, size if channels == 1 else (channels, 1, positions), depth=2)
+    own, points = torch.eye(size, dtype=torch.bool), normal(16, size)
+
+    def ties() -> Tensor:
+        """Which z reaches which noise."""
+        return (jacobians(lambda point: flow.inverse(point)[0], points) != 0).any(0)
+
     # So two steps tie every latent to every other, which one cannot.
-    inverse = jacobians(lambda point: flow.inverse(point)[0], points)
-    assert (inverse != 0).any(0).all()
+    assert ties().all()
+    only_first, only_second = (copy.deepcopy(flow) for _ in range(2))
+    torch.nn.init.zeros_(only_first.steps[1].head.weight)
+    torch.nn.init.zeros_(only_second.steps[0].head.weight)
+    flow = only_first
+    assert torch.equal(ties(), before(positions, channels) | own)
+    flow = only_second
+    assert torch.equal(ties(), before(positions, channels).T | own)
+
+
+def test_context_maps_lie_as_the_latent_maps_do_in_every_step(randomize: Randomize) -> None:
+    flow = random_flow(randomize, (2, 2, 2), depth=2, context=3)
+    points, maps = normal(8, 8), normal(8, 12, seed=1)
+
+    def reached() -> Tensor:
+        """Which position's context reaches which position's noise, over all channels: (4, 4)."""
+        jacobian = torch.stack(
+            [
+                torch.autograd.functional.jacobian(lambda said, z=z: flow.inverse(z, said)[0], said)
+                for z, said in zip(points, maps, strict=True)
+            ]
+        )
+        return (jacobian != 0).any(0).unflatten(0, (2, 4)).unflatten(-1, (3, 4)).any(2).any(0)
+
+    own = torch.eye(4, dtype=torch.bool)
+    kept = flow.steps[1].head.weight.detach().clone()
+    torch.nn.init.zeros_(flow.steps[1].head.weight)
+    assert torch.equal(reached(), before(4) | own)
+    with torch.no_grad():
+        flow.steps[1].head.weight.copy_(kept)
+    torch.nn.init.zeros_(flow.steps[0].head.weight)
+    assert torch.equal(reached(), before(4).T | own)
+
+
+def test_a_context_where_none_is_expected_or_none_where_one_is_are_errors() -> None:
+    with pytest.raises(ValueError, match="context=0"):
+        AutoregressiveFlow(3, 1, 4).inverse(torch.zeros(2, 3), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="context=5"):
+        AutoregressiveFlow(3, 1, 4, context=5).sample(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(("latents", "depth", "mean_only"), [(3, 2, False), (3, 1, True), ((2, 1, 2), 2, False)])
+def test_gradients_agree_with_finite_differences(randomize: Randomize, latents: Latents, depth: int, mean_only: bool) -> None:
+    flow = random_flow(randomize, latents, depth, mean_only, extra=2)
+    point = normal(2, length(latents)).requires_grad_()
+    assert torch.autograd.gradcheck(flow.log_prob, point)
+    assert torch.autograd.gradcheck(flow.sample, point)
+    assert torch.autograd.gradcheck(lambda *_: flow.log_prob(point), list(flow.parameters()))
 
 
 def test_a_new_flow_is_the_standard_normal(randomize: Randomize) -> None:
@@ -156,17 +232,6 @@ def test_a_flow_of_depth_0_is_built_as_the_standard_normal(small_arguments: Call
     z = normal(6, 2)
     torch.testing.assert_close(prior.log_prob(z), torch.distributions.Normal(0, 1).log_prob(z), rtol=1e-12, atol=1e-12)
     assert torch.equal(prior.sample(z), z)
-
-
-def test_an_autoregressive_prior_on_z_is_an_inverse_autoregressive_posterior_on_its_noise(randomize: Randomize) -> None:
-    flow = random_flow(randomize, latents=3, depth=2)
-    z = normal(10, 3)
-    log_q_of_z = normal(10, seed=1)
-    noise, log_det = flow.inverse(z)
-    # The density that q has for the noise, if it has this one for z; and the noise has a standard normal prior.
-    log_q_of_noise = log_q_of_z - log_det.sum(-1)
-    rate_in_noise = log_q_of_noise - torch.distributions.Normal(0, 1).log_prob(noise).sum(-1)
-    torch.testing.assert_close(log_q_of_z - flow.log_prob(z).sum(-1), rate_in_noise, rtol=1e-12, atol=1e-12)
 
 
 def test_the_density_is_finite_far_from_where_it_has_mass(randomize: Randomize) -> None:
