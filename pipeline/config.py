@@ -121,7 +121,10 @@ class Model:
     latents: int = option("size of the code z, or how many maps it has")
     code: Code = option("vector, or maps: z keeps the place of things, at the size at which the encoder ends", Code.vector)
     flow_depth: int = option("steps of the autoregressive-flow prior; 0 is a standard normal prior")
-    flow_hidden: int = option("width of each step's MADE")
+    posterior_depth: int = option("steps of an inverse autoregressive flow in the posterior; 0 is a diagonal Gaussian", 0)
+    flow_hidden: int = option("width of each step's MADE, in the prior and the posterior")
+    flow_layers: int = option("hidden layers of each step's MADE", 2)
+    flow_mean_only: bool = option("steps only shift, as the paper's do, and do not scale", False)
     likelihood: LikelihoodName = option(
         "bernoulli for binary images, logistic (a mixture of discretized logistics) for those of 256 values",
         LikelihoodName.bernoulli,
@@ -134,19 +137,27 @@ class Model:
     decoder_maps: int = option("image-sized maps that z unfolds to")
     decoder_features: int = option("width of the per-pixel network")
     decoder_blocks: int = option("layers of the per-pixel network")
-    context_layers: int = option("0 looks at the window with one linear layer; more stack it from so many, as the paper does", 0)
+    context_layers: int = option(
+        "0 looks at the window with one linear layer; more stack it from so many, as the paper does", 0
+    )
     activation: ActivationName = option("relu, or the paper's elu, which is slower", ActivationName.relu)
 
     def check(self) -> None:
         self.check_window(self.window, "model.window")
-        for name in ("latents", "flow_hidden", "mixtures", "encoder_channels", "decoder_channels", "decoder_maps", "decoder_features"):
+        widths = ("encoder_channels", "decoder_channels", "decoder_maps", "decoder_features")
+        for name in ("latents", "flow_hidden", "flow_layers", "mixtures", *widths):
             _check(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("flow_depth", "decoder_blocks", "blocks", "image_blocks", "context_layers"):
+        for name in ("flow_depth", "posterior_depth", "decoder_blocks", "blocks", "image_blocks", "context_layers"):
             _check(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; it must be at least 0")
+        self.check_flow(self.latents, self.flow_depth, "model.latents")
+
+    def check_flow(self, latents: int, depth: int, key: str) -> None:
+        """Raise UserError, naming ``key``, if flows of so many steps over so many latents need wider steps."""
+        # A step has a hidden unit for every latent that another may depend on; where it also sees a context, for every latent.
+        least = latents if self.posterior_depth or self.code is Code.maps else latents - 1
         _check(
-            self.code is Code.maps or self.flow_depth == 0 or self.flow_hidden >= self.latents - 1,
-            f"model.flow_hidden={self.flow_hidden} is too narrow for model.latents={self.latents}: it must be at least "
-            f"{self.latents - 1}",
+            max(depth, self.posterior_depth) == 0 or self.flow_hidden >= least,
+            f"model.flow_hidden={self.flow_hidden} is too narrow for {key} of {latents}: it must be at least {least}",
         )
 
     def check_window(self, text: str, key: str) -> None:
@@ -361,11 +372,7 @@ class TuneConfig(TrainConfig):
         super().check()
         for window in self.search.windows:
             self.model.check_window(window, "search.windows")
-        widest, hidden = max(self.search.latents), self.model.flow_hidden
-        _check(
-            self.model.code is Code.maps or max(self.search.flow_depths) == 0 or hidden >= widest - 1,
-            f"model.flow_hidden={hidden} is too narrow for search.latents of {widest}: it must be at least {widest - 1}",
-        )
+        self.model.check_flow(max(self.search.latents), max(self.search.flow_depths), "search.latents")
         _check(self.register_best >= 1, f"register_best is {self.register_best}; it must be at least 1")
 
 

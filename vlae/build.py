@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,7 @@ from vlae.window import Window
 
 WEIGHTS_FILE, MODEL_FILE = "model.safetensors", "model.json"
 CHOICES = {"code": ("vector", "maps"), "likelihood": ("bernoulli", "logistic"), "activation": tuple(ACTIVATIONS)}
-MAY_BE_ZERO = ("flow_depth", "decoder_blocks", "image_blocks", "context_layers")
+MAY_BE_ZERO = ("flow_depth", "posterior_depth", "flow_mean_only", "decoder_blocks", "image_blocks", "context_layers")
 
 
 def build(
@@ -27,6 +28,9 @@ def build(
     code: str = "vector",
     flow_depth: int = 2,
     flow_hidden: int = 256,
+    flow_layers: int = 2,
+    flow_mean_only: bool = False,
+    posterior_depth: int = 0,
     likelihood: str = "bernoulli",
     mixtures: int = 5,
     encoder_channels: int = 16,
@@ -45,6 +49,8 @@ def build(
     context_layers: 0 looks at the window with one linear layer, more stack it from so many, as the paper does.
     latents: size of the code z if ``code`` is ``"vector"``; if it is ``"maps"``, how many maps z has, each of the size at which
     the encoder ends. flow_depth: steps of the autoregressive-flow prior; 0 is a standard normal prior.
+    posterior_depth: steps of an inverse autoregressive flow that follows the encoder's diagonal Gaussian; 0 is that Gaussian.
+    flow_hidden, flow_layers, flow_mean_only: of either flow's steps, their width, hidden layers, and whether they only shift.
     likelihood: ``"bernoulli"`` for binary images, ``"logistic"`` for 8-bit ones (``mixtures`` discretized logistics).
     blocks, image_blocks: residual blocks at each smaller size and at the image's own, in the encoder and the decoder.
     The rest are widths: ``decoder_features`` and ``decoder_blocks`` of the per-pixel network, ``decoder_maps`` the image-sized maps
@@ -79,9 +85,12 @@ def build(
         code_maps=maps,
         trunk=trunk,
     )
-    encoder = Encoder(shape, latents, encoder_channels, maps=maps, trunk=trunk)
+    code_shape = (latents, *decoder.sizes[0]) if maps else latents
+    flow = partial(AutoregressiveFlow, code_shape, hidden=flow_hidden, layers=flow_layers, mean_only=flow_mean_only)
+    prior = flow(flow_depth) if flow_depth else StandardNormal()
+    posterior = flow(posterior_depth, context=flow_hidden) if posterior_depth else None
+    encoder = Encoder(shape, latents, encoder_channels, maps=maps, flow=posterior, trunk=trunk)
     size = latents * math.prod(decoder.sizes[0]) if maps else latents
-    prior = AutoregressiveFlow(size, flow_depth, flow_hidden) if flow_depth else StandardNormal()
     model = VLAE(encoder, decoder, prior, size)
     model.arguments = arguments
     return model

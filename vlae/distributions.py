@@ -25,6 +25,11 @@ class DiagonalGaussian:
     mean: Tensor
     log_scale: Tensor
 
+    @property
+    def code(self) -> Tensor:
+        """The one code that stands for the image: the mean."""
+        return self.mean
+
     def sample(self, noise: Tensor) -> Tensor:
         """mean + scale * noise, for standard normal ``noise`` that broadcasts against the mean."""
         return self.mean + self.log_scale.exp() * noise

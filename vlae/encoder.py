@@ -5,10 +5,14 @@ from torch import Tensor, nn
 
 from vlae.distributions import DiagonalGaussian
 from vlae.layers import Trunk, scales
+from vlae.posterior import IAFPosterior
+from vlae.prior import AutoregressiveFlow
 
 
 class Encoder(nn.Module):
     """A small residual network that halves the image until its shorter side is about 7, and ends in a diagonal Gaussian over z.
+
+    With a ``flow`` (whose context has ``flow.context`` features) that Gaussian is the start of an inverse autoregressive flow.
 
     The code is a vector of ``latents``, or, if ``maps``, one such vector at each place of the smallest size; then z is
     (latents, height, width) flattened.
@@ -27,6 +31,7 @@ class Encoder(nn.Module):
         channels: int,
         *,
         maps: bool = False,
+        flow: AutoregressiveFlow | None = None,
         trunk: Trunk = Trunk(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
@@ -44,14 +49,22 @@ class Encoder(nn.Module):
             layers += trunk.residual(out_channels, trunk.blocks)
             in_channels, out_channels = out_channels, 2 * channels
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(in_channels * (1 if maps else sizes[-1][0] * sizes[-1][1]), 2 * latents)
+        features = in_channels * (1 if maps else sizes[-1][0] * sizes[-1][1])
+        self.head = nn.Linear(features, 2 * latents)
+        self.flow = flow
+        self.context = nn.Linear(features, flow.context) if flow else None
 
-    def forward(self, x: Tensor) -> DiagonalGaussian:
+    def forward(self, x: Tensor) -> DiagonalGaussian | IAFPosterior:
         """Pixels in [0, 1], (batch, channels, height, width) -> q(z|x) over (batch, size of z)."""
         h = self.activation(self.layers((2 * x - 1).contiguous(memory_format=torch.channels_last)))
-        if self.maps:
-            mean, raw = (part.permute(0, 3, 1, 2).flatten(1) for part in self.head(h.permute(0, 2, 3, 1)).chunk(2, -1))
-        else:
-            mean, raw = self.head(h.flatten(1)).chunk(2, -1)
+        h = h.permute(0, 2, 3, 1) if self.maps else h.flatten(1)
+        mean, raw = (self._flat(part) for part in self.head(h).chunk(2, -1))
         span = self.MAX_LOG_SCALE - self.MIN_LOG_SCALE
-        return DiagonalGaussian(mean, self.MIN_LOG_SCALE + span * torch.sigmoid(raw + self.START))
+        gaussian = DiagonalGaussian(mean, self.MIN_LOG_SCALE + span * torch.sigmoid(raw + self.START))
+        if self.flow is None or self.context is None:
+            return gaussian
+        return IAFPosterior(gaussian, self.flow, self._flat(self.context(h)))
+
+    def _flat(self, h: Tensor) -> Tensor:
+        """Maps, (batch, height, width, maps), as a vector, (batch, maps * height * width); a vector as it is."""
+        return h.permute(0, 3, 1, 2).flatten(1) if self.maps else h

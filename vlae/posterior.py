@@ -29,6 +29,11 @@ class IAFPosterior:
     flow: AutoregressiveFlow
     context: Tensor | None = None
 
+    @property
+    def code(self) -> Tensor:
+        """The one code that stands for the image: what the mean of z_0 becomes, (batch, latents)."""
+        return self.flow.inverse(self.base.mean, self.context)[0]
+
     def sample(self, noise: Tensor) -> Tensor:
         """z from standard normal ``noise`` of shape (..., batch, latents)."""
         return self.flow.inverse(self.base.sample(noise), self.context)[0]

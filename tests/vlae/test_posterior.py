@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import vlae
-from vlae.distributions import Bernoulli, DiagonalGaussian
+from vlae.distributions import DiagonalGaussian
+from vlae.likelihood import Bernoulli
 from vlae.model import VLAE
 from vlae.posterior import IAFPosterior
 from vlae.prior import AutoregressiveFlow, StandardNormal
