@@ -81,7 +81,7 @@ class Dataset:
     url: str = option("where the shards and manifest.json are", "${storage.root}/datasets/${dataset.name}")
     binarization: Binarization = option(
         "dynamic: every pixel is drawn black or white anew each time it is seen; static: drawn once for each image; "
-        "none: the 256 values stay as they are",
+        "none: images keep their 256 values, and the likelihood is one of these",
         Binarization.dynamic,
     )
 
@@ -105,11 +105,6 @@ class Code(Enum):
     maps = "maps"
 
 
-class LikelihoodName(Enum):
-    bernoulli = "bernoulli"
-    logistic = "logistic"
-
-
 class ActivationName(Enum):
     relu = "relu"
     elu = "elu"
@@ -125,11 +120,7 @@ class Model:
     flow_hidden: int = option("width of each step's MADE, in the prior and the posterior")
     flow_layers: int = option("hidden layers of each step's MADE", 2)
     flow_mean_only: bool = option("steps only shift, as the paper's do, and do not scale", False)
-    likelihood: LikelihoodName = option(
-        "bernoulli for binary images, logistic (a mixture of discretized logistics) for those of 256 values",
-        LikelihoodName.bernoulli,
-    )
-    mixtures: int = option("components of the logistic likelihood", 5)
+    mixtures: int = option("components of the likelihood of 256 values, a mixture of discretized logistics", 5)
     encoder_channels: int = option("width of the encoder; twice that below half the image's size")
     decoder_channels: int = option("width of the network that unfolds z; twice that at its smallest")
     blocks: int = option("residual blocks at each size below the image's, in the encoder and the decoder", 1)
@@ -329,13 +320,6 @@ class TrainConfig:
             self.name is None or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name)),
             f"name={self.name} is no name for a run; use letters, digits, dots, underscores and hyphens",
         )
-        binary = self.dataset.binarization is not Binarization.none
-        _check(
-            binary == (self.model.likelihood is LikelihoodName.bernoulli),
-            f"dataset.binarization={self.dataset.binarization.value} gives images of {2 if binary else 256} values, which "
-            f"model.likelihood={self.model.likelihood.value} is not for; use model.likelihood="
-            f"{'bernoulli' if binary else 'logistic'}, or dataset.binarization={'none' if binary else 'dynamic'}",
-        )
         workers, streams = self.cluster.num_workers, self.train.num_streams
         divisors = [str(n) for n in range(1, streams + 1) if streams % n == 0]
         _check(
@@ -343,6 +327,11 @@ class TrainConfig:
             f"cluster.num_workers={workers}, but the data is dealt to train.num_streams={streams} streams; "
             f"use {', '.join(divisors[:-1])}{' or ' if divisors[:-1] else ''}{divisors[-1]} workers, or another train.num_streams",
         )
+
+    def build(self, image_shape: tuple[int, int, int]) -> vlae.VLAE:
+        """The model, with fresh weights; its likelihood is the one that the images call for. Raises ValueError as ``vlae.build`` does."""
+        likelihood = "logistic" if self.dataset.binarization is Binarization.none else "bernoulli"
+        return vlae.build(image_shape=image_shape, likelihood=likelihood, **to_dict(self.model))
 
     @property
     def run_name(self) -> str:

@@ -51,7 +51,7 @@ def fit(
     contents = manifest.load(data)
 
     torch.manual_seed(train.seed)
-    model = vlae.build(image_shape=contents.image_shape, **to_dict(config)["model"]).to(device)
+    model = config.build(contents.image_shape).to(device)
     ema = vlae.EMA(model, optim.ema_decay)
     optimizer = torch.optim.Adam(model.parameters(), lr=optim.learning_rate)
     step = checkpoint.resume(run, model, ema, optimizer)

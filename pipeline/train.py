@@ -12,7 +12,6 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from tqdm import tqdm
 
-import vlae
 from pipeline import loop, manifest
 from pipeline.cluster import connect
 from pipeline.config import TrainConfig, build, to_dict
@@ -42,9 +41,9 @@ def check(config: TrainConfig) -> None:
     """Raise UserError unless the data set exists, fits the model and the batch, and the run's name is not another run's."""
     contents = manifest.load(open_storage(config.dataset.url, config.storage.endpoint_url))
     try:
-        vlae.build(image_shape=contents.image_shape, **to_dict(config)["model"])
+        config.build(contents.image_shape)
     except ValueError as error:
-        raise UserError(f"model: {error}") from None
+        raise UserError(f"model.window: {error}" if "window" in str(error) else f"model: {error}") from None
     if contents.num_samples("train") < config.train.global_batch:
         raise UserError(
             f"train.global_batch={config.train.global_batch} is more than the {contents.num_samples('train')} training images of "

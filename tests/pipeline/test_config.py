@@ -194,9 +194,17 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("train", ["model.window.x=1"], "model.window.x is not an option; did you mean model.window?"),
     ("train", ["hydra.run.dir=x"], "hydra.run.dir is not an option"),
     # groups
-    ("train", ["model=huge"], "'model=huge': there is no such model; choose one of fast, tiny"),
+    (
+        "train",
+        ["model=huge"],
+        "'model=huge': there is no such model; choose one of colour, fast, large, paper_binary, paper_cifar, tiny",
+    ),
     ("train", ["train=5"], "'train=5': there is no such train; choose one of short, standard"),
-    ("train", ["model={window:3x1}"], "there is no such model; choose one of fast, tiny"),
+    (
+        "train",
+        ["model={window:3x1}"],
+        "there is no such model; choose one of colour, fast, large, paper_binary, paper_cifar, tiny",
+    ),
     ("train", ["experiment=none"], "there is no such experiment; choose one of static"),
     ("tune", ["dataset=imagenet"], "there is no such dataset; choose one of folder, idx, mnist"),
     # values of the wrong type
@@ -272,7 +280,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("train", {"model.window": 3}, "model.window: window '3' is not understood"),
     ("train", {"model.window": "0x3"}, "model.window: window 0x3 "),
     ("tune", {"search.windows": ["5x2", "big"]}, "search.windows: window 'big' is not understood"),
-    ("train", {"model.flow_hidden": 30}, "model.flow_hidden=30 is too narrow for model.latents=32: it must be at least 31"),
+    ("train", {"model.flow_hidden": 30}, "model.flow_hidden=30 is too narrow for model.latents of 32: it must be at least 31"),
     # ranges
     ("train", {"cluster.num_workers": 0}, "cluster.num_workers is 0; it must be at least 1"),
     ("train", {"cluster.cpus_per_worker": 0}, "cluster.cpus_per_worker is 0; it must be at least 1"),

@@ -263,8 +263,16 @@ def grey_batch(value: int, samples: list[int], positions: list[int]) -> Batch:
     return Batch(0, images, torch.zeros(len(samples), dtype=torch.int64), np.array(samples), np.array(positions))
 
 
+def test_images_that_are_not_binarized_keep_their_values() -> None:
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    batch = Batch(0, images, torch.zeros(1, dtype=torch.int64), np.array([0]), np.array([0]))
+    x = binarize(batch, Binarization.none, seed=3)
+    assert x.dtype == torch.float32
+    assert torch.equal((x * 255).round().to(torch.uint8), images)
+
+
 def test_a_pixel_is_white_with_the_probability_of_its_grey_value() -> None:
-    for mode in Binarization:
+    for mode in (Binarization.dynamic, Binarization.static):
         for value in (0, 1, 100, 254, 255):
             x = binarize(grey_batch(value, list(range(400)), list(range(400))), mode, seed=3)
             assert x.dtype == torch.float32
