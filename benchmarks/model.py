@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/model.py
 
 All see the same batches of 28x28 binary images; a step is forward, backward, clipping and Adam. Steps of the models are
-interleaved, and the medians are reported, each also with `torch.compile` unless `--no-compile` is given. The textbook models are plain: a factorized
-convolutional VAE, and the same with a decoder of six masked 3x3 convolutions, both with z of 32 and a standard normal prior. The
-last line is JSON.
+interleaved, and the medians are reported, each also with `torch.compile` unless `--no-compile` is given. The textbook models
+are plain: a factorized convolutional VAE, and the same with a decoder of six masked 3x3 convolutions, both with z of 32 and a
+standard normal prior. The last line is JSON.
 """
 
 import argparse
