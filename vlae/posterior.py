@@ -19,7 +19,7 @@ class IAFPosterior:
     says to every step, is (batch, features), or None.
 
     A standard normal prior with this posterior and an unconditional flow is the same bound as the diagonal Gaussian posterior with
-    that flow as its prior; there, however, the flow is also part of the decoder (section 3.2 of the VLAE paper).
+    that flow as its prior; there, however, the flow is also part of the way from noise to image (section 3.2 of the VLAE paper).
 
     Reference: Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling, *Improving Variational Inference with Inverse
     Autoregressive Flow*, NeurIPS 2016, arXiv:1606.04934.
