@@ -19,15 +19,6 @@ from pipeline.config import load, to_dict
 from pipeline.storage import Storage
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The tensors here are tiny: more threads would only wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 class Training:
     """A VLAE in training on noise."""
 

@@ -1,7 +1,6 @@
 """A run that is cut off anywhere, or dealt to more ranks, is the same run: its weights, its losses and its log."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,6 @@ from tests.pipeline import strokes
 
 CPU = torch.device("cpu")
 WEIGHTS = "model/model.safetensors"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The tensors here are tiny: more threads would only wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")
