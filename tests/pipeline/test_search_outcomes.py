@@ -139,7 +139,8 @@ def test_a_search_is_another_if_what_its_trials_depend_on_changes() -> None:
     names = [
         tune.search_name(tune_config(**{key: value}))
         for key, value in {
-            "train.images": 8000, "search.latents": [16], "search.searcher": "random", "dataset.binarization": "static", "train.valid_images": 77,
+            "train.images": 8000, "search.latents": [16], "search.searcher": "random", "dataset.binarization": "static",
+            "train.valid_images": 77,
         }.items()
     ]  # fmt: skip
     assert len({tune.search_name(tune_config()), *names}) == 6
