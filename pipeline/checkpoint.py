@@ -9,15 +9,16 @@ import json
 import logging
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as serialize
-from torch import Tensor, nn
+from torch import Tensor
 
-import vlae
+from pipeline.errors import UserError
 from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -27,26 +28,35 @@ CUT = len("checkpoints/") + 10
 NAME = re.compile(r"checkpoints/(\d{10})-([0-9a-f]{64})\.safetensors")
 
 
-def save(
-    storage: Storage, step: int, model: nn.Module, ema: vlae.EMA[Any], optimizer: torch.optim.Optimizer, keep: int
-) -> None:
-    """Publish the state after ``step`` steps, then delete all but the ``keep`` newest checkpoints.
+class Stateful(Protocol):
+    """A part of a run's state: a module, an average of one, an optimizer, or what else goes on where it was."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+def save(storage: Storage, step: int, state: Mapping[str, Stateful], keep: int) -> None:
+    """Publish the state after ``step`` steps, a number of named parts, then delete all but the ``keep`` newest checkpoints.
 
     One of a later step is deleted, too: the run was resumed from before it, since it is damaged.
+    Raises UserError, and publishes nothing, if a number in it is not finite.
     """
-    tensors: dict[str, Tensor] = {}
-    for part, state in (("model", model.state_dict()), ("ema", ema.state_dict())):
-        tensors |= {f"{part}/{name}": value for name, value in state.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
-    data = serialize({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"step": json.dumps(step)})
+    tensors = {f"{part}/{name}": value for part, each in state.items() for name, value in _tensors(each).items()}
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"{storage.url}: {name} is not finite after step {step}, and no checkpoint of it is kept; lower optim.learning_rate"
+            )
+    data = serialize(tensors, {"step": json.dumps(step)})
     saved = f"checkpoints/{step:010d}-{hashlib.sha256(data).hexdigest()}.safetensors"
     storage.write(saved, data)
-    older = [key for key in _published(storage) if key[:CUT] < saved[:CUT]]
-    storage.delete(set(_published(storage)) - {saved, *older[: keep - 1]})
+    published = _published(storage)
+    older = [key for key in published if key[:CUT] < saved[:CUT]]
+    storage.delete(set(published) - {saved, *older[: keep - 1]})
 
 
-def resume(storage: Storage, model: nn.Module, ema: vlae.EMA[Any], optimizer: torch.optim.Optimizer) -> int:
+def resume(storage: Storage, state: Mapping[str, Stateful]) -> int:
     """Take over the newest valid checkpoint; returns its step, or 0 if there is none. Damaged ones are passed over, and logged."""
     for key in _published(storage):
         with tempfile.TemporaryDirectory() as folder:
@@ -58,15 +68,29 @@ def resume(storage: Storage, model: nn.Module, ema: vlae.EMA[Any], optimizer: to
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 step = int(json.loads(file.metadata()["step"]))
-        model.load_state_dict(_part(tensors, "model"))
-        ema.load_state_dict(_part(tensors, "ema"))
-        state: dict[int, dict[str, Any]] = {}
-        for name, value in _part(tensors, "optimizer").items():
-            index, field = name.split("/")
-            state.setdefault(int(index), {})[field] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for part, each in state.items():
+            prefix = part + "/"
+            values = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            each.load_state_dict(_nested(each, values) if isinstance(each, torch.optim.Optimizer) else values)
         return step
     return 0
+
+
+def _tensors(part: Stateful) -> dict[str, Tensor]:
+    """The state of a part on the host, each tensor by its name; an optimizer's by the number of its weight and its name."""
+    state = part.state_dict()
+    if isinstance(part, torch.optim.Optimizer):
+        state = {f"{index}/{name}": value for index, each in state["state"].items() for name, value in each.items()}
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def _nested(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """An optimizer's state, the other way round. Its settings are those of the configuration."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, field = name.split("/")
+        state.setdefault(int(index), {})[field] = value
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def _published(storage: Storage) -> list[str]:
@@ -79,7 +103,3 @@ def _is_valid(key: str, path: Path) -> bool:
     assert match
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == match[2]
-
-
-def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {name.removeprefix(part + "/"): value for name, value in tensors.items() if name.startswith(part + "/")}

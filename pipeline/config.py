@@ -161,9 +161,15 @@ class Model:
             raise UserError(f"{key}: {error}") from None
 
 
+class Algorithm(Enum):
+    adam = "adam"
+    adamax = "adamax"
+
+
 @dataclass
 class Optim:
-    learning_rate: float = option("Adam's step size at its highest")
+    algorithm: Algorithm = option("adam, or adamax, which is Adam with the largest recent gradient for a scale")
+    learning_rate: float = option("the step size at its highest")
     warmup_steps: int = option("steps over which it rises from zero")
     decay_fraction: float = option("the last part of the run over which it falls linearly to zero")
     clip_norm: float = option("gradients are scaled down to this norm")
@@ -179,6 +185,11 @@ class Optim:
         _check(0 <= self.ema_decay < 1, f"optim.ema_decay is {self.ema_decay}; it must lie in 0..1, below 1")
 
 
+class FreeBits(Enum):
+    hard = "hard"
+    soft = "soft"
+
+
 @dataclass
 class Train:
     images: int = option("how many images the run sees in all, repeats included")
@@ -187,8 +198,16 @@ class Train:
         "canonical streams the data is dealt to; any number of workers that divides it gives the same run"
     )
     seed: int = option("decides the weights' start, the order of the data and all noise", 0)
-    free_nats: float = option("floor under the rate early in the run, so that the decoder does not learn to do without z")
-    free_fraction: float = option("the part of the run that has this floor; over the next fifth it falls to zero")
+    free_bits: FreeBits = option(
+        "how free_nats is used, so that the decoder does not learn to do without z. hard: a floor early in the run, below which the "
+        "rate costs nothing; soft: a target for the rate in the whole run, which the rate's weight, at most 1, is steered to",
+        FreeBits.hard,
+    )
+    free_nats: float = option("the floor under the rate, or its target, in nats per image; 0 is none")
+    free_fraction: float = option("hard: the part of the run that has this floor; over the next fifth it falls to zero")
+    free_groups: int = option(
+        "hard: equal parts of the code that each have their share of the floor; must divide model.latents", 1
+    )
     rate_warmup_fraction: float = option("the first part of the run over which the rate's weight rises from 0 to 1")
     valid_images: int = option("validation images that progress is judged by (all of them if there are fewer)")
     valid_every: int = option("images between two validations")
@@ -201,7 +220,7 @@ class Train:
         return self.images // self.global_batch
 
     def check(self) -> None:
-        for name in ("images", "global_batch", "num_streams", "valid_images", "valid_every", "keep_checkpoints"):
+        for name in ("images", "global_batch", "num_streams", "free_groups", "valid_images", "valid_every", "keep_checkpoints"):
             _check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("seed", "free_nats", "report_seconds", "checkpoint_seconds"):
             _check(
@@ -215,6 +234,13 @@ class Train:
             f"train.global_batch={self.global_batch} cannot be shared by train.num_streams={self.num_streams} streams; "
             f"use a batch that is a multiple of {self.num_streams}",
         )
+        if self.free_bits is FreeBits.soft:
+            _check(self.free_nats > 0, "train.free_bits=soft needs a target for the rate; give train.free_nats above 0")
+            _check(self.free_groups == 1, "train.free_groups is of train.free_bits=hard; with soft, leave it at 1")
+            _check(
+                self.rate_warmup_fraction == 0,
+                "train.free_bits=soft sets the weight of the rate by itself; leave train.rate_warmup_fraction at 0",
+            )
         _check(
             self.num_steps >= 1,
             f"train.images={self.images} is less than one batch of train.global_batch={self.global_batch}",
@@ -327,6 +353,21 @@ class TrainConfig:
             f"cluster.num_workers={workers}, but the data is dealt to train.num_streams={streams} streams; "
             f"use {', '.join(divisors[:-1])}{' or ' if divisors[:-1] else ''}{divisors[-1]} workers, or another train.num_streams",
         )
+        groups, (sizes, depths) = self.train.free_groups, self.codes()
+        for latents in sizes:
+            _check(
+                latents % groups == 0,
+                f"train.free_groups={groups} does not divide a code of {latents} latents; use a number that does, or 1",
+            )
+        _check(
+            groups == 1 or max(depths) <= 1,
+            f"train.free_groups={groups} needs a rate that splits over the latents, which that of a flow of {max(depths)} steps does "
+            "not; use train.free_groups=1, or flow depths of 0 and 1",
+        )
+
+    def codes(self) -> tuple[list[int], list[int]]:
+        """The code sizes and the depths of the prior's flow that are trained."""
+        return [self.model.latents], [self.model.flow_depth]
 
     def build(self, image_shape: tuple[int, int, int]) -> vlae.VLAE:
         """The model, with fresh weights; its likelihood is the one that the images call for. Raises ValueError as ``vlae.build`` does."""
@@ -340,9 +381,8 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """What makes this run this run: everything that its weights depend on, and nothing else."""
         resolved = to_dict(self)
-        train = {
-            key: value for key, value in resolved["train"].items() if not key.endswith("_seconds") and key != "keep_checkpoints"
-        }
+        no_matter = re.compile(r"keep_checkpoints|valid_.*|.*_seconds")
+        train = {key: value for key, value in resolved["train"].items() if not no_matter.fullmatch(key)}
         dataset = {key: resolved["dataset"][key] for key in ("name", "url", "binarization")}
         return {"dataset": dataset, "model": resolved["model"], "optim": resolved["optim"], "train": train}
 
@@ -363,6 +403,9 @@ class TuneConfig(TrainConfig):
             self.model.check_window(window, "search.windows")
         self.model.check_flow(max(self.search.latents), max(self.search.flow_depths), "search.latents")
         _check(self.register_best >= 1, f"register_best is {self.register_best}; it must be at least 1")
+
+    def codes(self) -> tuple[list[int], list[int]]:
+        return self.search.latents, self.search.flow_depths
 
 
 @dataclass

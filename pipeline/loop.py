@@ -16,12 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vlae
 from pipeline import checkpoint, manifest, schedule
-from pipeline.config import TrainConfig, to_dict
+from pipeline.config import FreeBits, TrainConfig, to_dict
 from pipeline.errors import UserError
 from pipeline.loader import EvalLoader, TrainLoader, binarize
 from pipeline.measure import QUANTITIES, measure, report
 from pipeline.metrics import MetricLog, StepMeter, mean_over_ranks
 from pipeline.noise import Purpose, normal
+from pipeline.optimizer import Guard
+from pipeline.optimizer import make as make_optimizer
 from pipeline.storage import Storage, open_storage
 
 VALIDATION_BATCH = 64
@@ -43,7 +45,7 @@ def fit(
     that was not, and any number of ranks that divides the streams sees the same batches and the same noise. With ``world_size``
     above 1, torch.distributed must be initialised. ``on_validation`` is called on every rank.
 
-    Raises UserError if the data is damaged or the loss is no longer finite.
+    Raises UserError if the data is damaged, or if the gradients are no longer finite.
     """
     keep_freed_memory()
     optim, train = config.optim, config.train
@@ -53,8 +55,12 @@ def fit(
     torch.manual_seed(train.seed)
     model = config.build(contents.image_shape).to(device)
     ema = vlae.EMA(model, optim.ema_decay)
-    optimizer = torch.optim.Adam(model.parameters(), lr=optim.learning_rate)
-    step = checkpoint.resume(run, model, ema, optimizer)
+    optimizer, guard = make_optimizer(optim, model), Guard(device)
+    state: dict[str, checkpoint.Stateful] = {"model": model, "ema": ema, "optimizer": optimizer, "guard": guard}
+    soft = None
+    if train.free_bits is FreeBits.soft:
+        soft = state["free_bits"] = vlae.SoftFreeBits(train.free_nats, device)
+    step = checkpoint.resume(run, state)
     network = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
 
     def validate() -> dict[str, Any]:
@@ -76,7 +82,6 @@ def fit(
         on_validation({"step": step, **values})
         return values
 
-    log = MetricLog(run, step, writes=rank == 0)
     meter = StepMeter(device)
     pace = Pace(train.report_seconds, step, device)
     saved_at = time.monotonic()
@@ -91,38 +96,46 @@ def fit(
         rank=rank,
         world_size=world_size,
     )
-    for batch in meter.waits(batches):
-        x = binarize(batch, config.dataset.binarization, train.seed).to(device, non_blocking=True)
-        noise = torch.from_numpy(normal((Purpose.POSTERIOR, train.seed), batch.positions, model.latents))
-        bound = network(x, noise.to(device, non_blocking=True))
-        means = mean_over_ranks(torch.stack([bound.distortion.mean(), bound.rate.mean()]))
-        loss = vlae.training_loss(bound, means[1], schedule.free_nats(train, step), schedule.rate_weight(train, step))
+    with MetricLog(run, step, writes=rank == 0) as log:
+        for batch in meter.waits(batches):
+            x = binarize(batch, config.dataset.binarization, train.seed).to(device, non_blocking=True)
+            noise = torch.from_numpy(normal((Purpose.POSTERIOR, train.seed), batch.positions, model.latents))
+            bound = network(x, noise.to(device, non_blocking=True))
+            terms = [bound.distortion.mean(0, keepdim=True), vlae.group_rates(bound, train.free_groups)]
+            means = mean_over_ranks(torch.cat(terms))
+            distortion, rates = means[0], means[1:]
+            weight = soft.gamma if soft else schedule.rate_weight(train, step)
+            loss = vlae.training_loss(bound, rates, schedule.free_nats(train, step), weight)
 
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(optim, train, step)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
-        optimizer.step()
-        step += 1
-        ema.update(model, step)
-        meter.add(means)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.learning_rate(optim, train, step)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+            taken = guard.step(optimizer, norm, means)
+            step += 1
+            ema.update(model, step)
+            meter.add(distortion, rates.sum(), taken)
+            if soft:
+                soft.update(rates.sum())
 
-        if step * train.global_batch % train.valid_every < train.global_batch and step < train.num_steps:
-            validate()
-        if step >= pace.next_step or step == train.num_steps:
-            progress = meter.report(train.global_batch)
-            if not math.isfinite(progress["train/code_length"]):
-                raise UserError(f"run {config.run_name}: the loss is not finite at step {step}; lower optim.learning_rate")
-            log.add(step, {"images": step * train.global_batch, "train/learning_rate": group["lr"], **progress})
-            pace.set(step)
-            if rank == 0 and (time.monotonic() - saved_at > train.checkpoint_seconds or step == train.num_steps):
-                checkpoint.save(run, step, model, ema, optimizer, train.keep_checkpoints)
-                saved_at = time.monotonic()
-            log.flush()
-
-    validation = validate()
-    log.close()
+            if step * train.global_batch % train.valid_every < train.global_batch and step < train.num_steps:
+                validate()
+            if step >= pace.next_step or step == train.num_steps:
+                skipped, in_a_row = guard.read()
+                settings = {"train/learning_rate": group["lr"], "train/rate_weight": float(weight)}
+                progress = meter.report(train.global_batch) | {"train/skipped_steps": skipped}
+                log.add(step, {"images": step * train.global_batch, **settings, **progress})
+                pace.set(step)
+                due = time.monotonic() - saved_at > train.checkpoint_seconds or step == train.num_steps
+                if rank == 0 and due and not in_a_row:  # what follows a skipped step may be another
+                    checkpoint.save(run, step, state, train.keep_checkpoints)
+                    saved_at = time.monotonic()
+                log.flush()
+                guard.check(config.run_name, step)
+        validation = validate()
+    if not math.isfinite(validation["elbo_nats"]):
+        raise UserError(f"run {config.run_name}: the code length on validation images is not finite; {guard.ADVICE}")
     if rank == 0:
         training = {"config": {**to_dict(config), "name": config.run_name}, "manifest": contents.digest, "valid": validation}
         publish(run, ema.module, training)

@@ -6,6 +6,8 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -69,7 +71,7 @@ class StepMeter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.total = torch.zeros(2, device=device)
+        self.total = torch.zeros(3, device=device)
         self.restart()
 
     def restart(self) -> None:
@@ -87,22 +89,20 @@ class StepMeter:
                 return
             yield batch
 
-    def add(self, distortion_and_rate: Tensor) -> None:
-        """Take in a step's mean distortion and rate over the global batch, in nats per image: shape (2,)."""
-        self.total += distortion_and_rate
+    def add(self, distortion: Tensor, rate: Tensor, taken: Tensor) -> None:
+        """Take in a step's mean distortion and rate over the global batch, in nats per image; a step not ``taken`` is left out."""
+        values = torch.stack([distortion, rate, torch.ones_like(rate)])
+        self.total += torch.where(taken, values, 0)
         self.steps += 1
 
     def report(self, global_batch: int) -> dict[str, float]:
-        """The averages since the last report, which start afresh."""
+        """The averages since the last report, which start afresh. There is no code length if no step was taken."""
         seconds = time.monotonic() - self.started
-        distortion, rate = (self.total / self.steps).tolist()
-        values = {
-            "train/code_length": distortion + rate,
-            "train/distortion": distortion,
-            "train/rate": rate,
-            "train/images_per_s": self.steps * global_batch / seconds,
-            "train/data_wait": self.waited / seconds,
-        }
+        distortion, rate, taken = self.total.tolist()
+        values = {"train/images_per_s": self.steps * global_batch / seconds, "train/data_wait": self.waited / seconds}
+        if taken:
+            distortion, rate = distortion / taken, rate / taken
+            values |= {"train/code_length": distortion + rate, "train/distortion": distortion, "train/rate": rate}
         self.restart()
         return values
 
@@ -112,6 +112,7 @@ class MetricLog:
 
     Rows are kept in a local folder and uploaded by ``flush``. A resumed run continues the log at the step of its checkpoint: rows after
     it are dropped, since they are about to be written again. On ranks other than 0 (``writes=False``) it does nothing.
+    A context manager.
     """
 
     KEY = "metrics.jsonl"
@@ -145,12 +146,17 @@ class MetricLog:
         for path in Path(self.folder.name).iterdir():
             self.storage.upload(f"tensorboard/{path.name}", path)
 
-    def close(self) -> None:
-        """Flush for the last time."""
-        self.flush()
-        if self.writes:
-            self.writer.close()
-            self.folder.cleanup()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        """Bring what is in storage up to date, unless something went wrong: that may be the storage."""
+        if not self.writes:
+            return
+        if kind is None:
+            self.flush()
+        self.writer.close()
+        self.folder.cleanup()
 
 
 def read_rows(storage: Storage) -> list[dict[str, float]]:

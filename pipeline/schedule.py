@@ -1,6 +1,6 @@
 """What changes in the course of a run, as functions of the part of it that is done."""
 
-from pipeline.config import Optim, Train
+from pipeline.config import FreeBits, Optim, Train
 
 FREE_NATS_RAMP = 0.2
 """The part of a run over which the floor under the rate falls to zero."""
@@ -14,7 +14,12 @@ def learning_rate(optim: Optim, train: Train, step: int) -> float:
 
 
 def free_nats(train: Train, step: int) -> float:
-    """The floor under the rate: ``free_nats`` during ``free_fraction`` of the run, then falling to zero over the next fifth."""
+    """The floor under the rate: ``free_nats`` during ``free_fraction`` of the run, then falling to zero over the next fifth.
+
+    There is none with soft free bits.
+    """
+    if train.free_bits is FreeBits.soft:
+        return 0.0
     beyond = step / train.num_steps - train.free_fraction
     return train.free_nats * min(1.0, max(0.0, 1 - beyond / FREE_NATS_RAMP))
 

@@ -46,11 +46,11 @@ def run(config: TuneConfig) -> dict[str, Any]:
 
 
 def search_name(config: TuneConfig) -> str:
-    """The name given, or one made from the data set and everything that the trials depend on."""
-    searched = {
-        key: value for key, value in to_dict(config)["search"].items() if key not in ("max_concurrent", "min_rate_bits")
-    }
-    return config.name or f"{config.dataset.name}-search-{digest([config.identity(), searched])}"
+    """The name given, or one made from the data set and everything that the trials and their judgement depend on."""
+    values = to_dict(config)
+    searched = {key: value for key, value in values["search"].items() if key not in ("max_concurrent", "min_rate_bits")}
+    judged = {key: values["train"][key] for key in ("valid_images", "valid_every")}
+    return config.name or f"{config.dataset.name}-search-{digest([config.identity(), searched, judged])}"
 
 
 def trial_config(config: TuneConfig, point: dict[str, Any]) -> TrainConfig:

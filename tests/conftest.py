@@ -1,4 +1,4 @@
-"""What the tests share: the real S3 server, a storage on it and one in a folder, and a Ray cluster."""
+"""What the tests share: one thread, the real S3 server, a storage on it and one in a folder, and a Ray cluster."""
 
 import os
 import secrets
@@ -12,12 +12,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.storage import Storage, open_storage
 from pipeline.store import ObjectStore
 
 # Ray reads the token once, when a process first needs it: it has to be there before anything imports Ray.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """The tensors of the tests are tiny: more threads would only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

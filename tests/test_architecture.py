@@ -8,7 +8,7 @@ LAYERS = [
     {"errors", "noise"},
     {"config", "order"},
     {"storage"},
-    {"manifest", "store", "schedule", "cluster", "sources"},
+    {"manifest", "store", "schedule", "optimizer", "cluster", "sources"},
     {"loader", "checkpoint", "pictures", "search"},
     {"metrics"},
     {"measure"},

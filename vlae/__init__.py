@@ -2,8 +2,9 @@
 
 from vlae.build import build, load, save
 from vlae.ema import EMA
+from vlae.free_bits import SoftFreeBits
 from vlae.model import VLAE, Bound
-from vlae.objective import Estimate, estimate, training_loss
+from vlae.objective import Estimate, estimate, group_rates, training_loss
 from vlae.sampling import reconstruct, sample
 from vlae.window import Window
 
@@ -12,9 +13,11 @@ __all__ = [
     "VLAE",
     "Bound",
     "Estimate",
+    "SoftFreeBits",
     "Window",
     "build",
     "estimate",
+    "group_rates",
     "load",
     "reconstruct",
     "sample",

@@ -10,17 +10,28 @@ from torch import Tensor
 from vlae.model import Bound
 
 
-def training_loss(bound: Bound, mean_rate: Tensor, free_nats: float, rate_weight: float) -> Tensor:
-    """The scalar to minimise, in nats per image: mean distortion + rate_weight * max(mean rate, free_nats).
+def group_rates(bound: Bound, groups: int) -> Tensor:
+    """The batch's mean rate of each of ``groups`` equal parts of the code, in nats: (groups,).
 
-    ``mean_rate`` is the rate in nats averaged over the *global* batch, a scalar without gradient: it decides whether the
-    floor is active, so that every rank takes the same branch and the gradient does not depend on how the batch is split.
-    While the rate is below the floor its gradient vanishes, and the decoder has no reason yet to stop using z. Free
-    bits: Kingma et al., *Improved Variational Inference with Inverse Autoregressive Flow*, NeurIPS 2016, arXiv:1606.04934.
+    A group is a run of neighbouring latents. Its rate is one, log q(z_g|x) - log p(z_g|...), where the prior's log density splits
+    over the latents: with no flow, or a flow of one step.
     """
-    rate = bound.rate.mean()
-    floored = torch.where(mean_rate < free_nats, torch.full_like(rate, free_nats), rate)
-    return bound.distortion.mean() + rate_weight * floored
+    return bound.rate_per_latent.unflatten(-1, (groups, -1)).sum(-1).mean(0)
+
+
+def training_loss(bound: Bound, mean_rates: Tensor, free_nats: float, rate_weight: float | Tensor) -> Tensor:
+    """The scalar to minimise, in nats per image: mean distortion + rate_weight * sum_g max(mean rate of group g, free_nats / groups).
+
+    ``mean_rates`` is ``group_rates`` averaged over the *global* batch, without gradient, (groups,); or a scalar, the mean rate of all
+    latents together. It decides whether a group's floor is active, so that every rank takes the same branch and the gradient does
+    not depend on how the batch is split. While a group's rate is below its floor its gradient vanishes, and the decoder has no reason
+    yet to stop using it. ``free_nats`` is the floor of the whole code, shared equally by the groups. Free bits: Kingma et al.,
+    *Improved Variational Inference with Inverse Autoregressive Flow*, NeurIPS 2016, arXiv:1606.04934.
+    """
+    groups = mean_rates.numel()
+    rates, floor = group_rates(bound, groups), free_nats / groups
+    floored = torch.where(mean_rates < floor, torch.full_like(rates, floor), rates)
+    return bound.distortion.mean() + rate_weight * floored.sum()
 
 
 class Estimate(NamedTuple):

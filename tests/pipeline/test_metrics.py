@@ -1,26 +1,55 @@
-"""Metrics are sums that add up, and a log that a resumed run continues."""
+"""Sums and counts that are divided once, the same however images are dealt to batches and ranks; and a log that goes on when resumed."""
 
+import contextlib
+import json
 import math
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
-from pipeline.metrics import MetricLog, Moments, StepMeter, read_rows
+from pipeline.loader import Batch
+from pipeline.metrics import MetricLog, Moments, StepMeter, mean_over_ranks, read_rows
 from pipeline.storage import Storage
 
+CPU = torch.device("cpu")
+NATS = st.floats(-1e4, 1e4, width=32)
 
-def test_moments_of_batches_are_those_of_all_values() -> None:
-    values = torch.randn(101, generator=torch.Generator().manual_seed(0)) + 80
+
+# --- moments -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(NATS, max_size=6), min_size=1, max_size=6))
+def test_moments_are_numpys_whatever_the_batches(batches: list[list[float]]) -> None:
     moments = Moments()
-    for part in values.split(17):
-        moments.add({"elbo": part})
-    moments.reduce(["elbo"], torch.device("cpu"))
-    assert moments.count("elbo") == 101
-    assert moments.mean("elbo") == pytest.approx(values.double().mean().item(), rel=1e-12)
-    assert moments.standard_error("elbo") == pytest.approx(np.std(values.double().numpy(), ddof=1) / math.sqrt(101), rel=1e-9)
+    for batch in batches:
+        moments.add({"rate": torch.tensor(batch)})
+    values = np.array([value for batch in batches for value in batch], np.float64)
+    assert moments.count("rate") == len(values)
+    if len(values):
+        assert moments.mean("rate") == pytest.approx(values.mean(), rel=1e-9, abs=1e-9)
+    if len(values) > 1:
+        expected = values.std(ddof=1) / math.sqrt(len(values))
+        # The variance is a difference of two numbers of the size of the mean's square.
+        assert moments.standard_error("rate") == pytest.approx(expected, rel=1e-6, abs=1e-6 * (1 + abs(values).max()))
+
+
+def test_float32_values_are_summed_in_double_precision() -> None:
+    moments = Moments()
+    for _ in range(100):
+        moments.add({"elbo": torch.full((1000,), -90.1)})
+    assert moments.mean("elbo") == pytest.approx(float(np.float32(-90.1)), rel=1e-13)
+    assert moments.standard_error("elbo") == pytest.approx(0, abs=1e-6)
 
 
 def test_one_value_has_no_standard_error() -> None:
@@ -29,14 +58,113 @@ def test_one_value_has_no_standard_error() -> None:
     assert math.isnan(moments.standard_error("elbo"))
 
 
+def test_a_gradient_is_not_kept_alive() -> None:
+    moments = Moments()
+    moments.add({"elbo": torch.ones(3, requires_grad=True) * 2})
+    assert not moments.sums["elbo"].requires_grad
+
+
+SHARES = ([1.0, 5.0, 9.5], [])  # the second rank saw no image
+
+
+def merge(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(SHARES))
+    moments = Moments()
+    if SHARES[rank]:
+        moments.add({"rate": torch.tensor(SHARES[rank]), "elbo": -2 * torch.tensor(SHARES[rank])})
+    moments.reduce(["rate", "elbo"], CPU)
+    figures = [[moments.count(name), moments.mean(name), moments.standard_error(name)] for name in ("rate", "elbo")]
+    mean = mean_over_ranks(torch.tensor([1.0 + rank, 4.0 * rank], requires_grad=True))
+    assert not mean.requires_grad
+    Path(folder, f"{rank}.json").write_text(json.dumps([figures, mean.tolist()]))
+    dist.destroy_process_group()
+
+
+def test_every_rank_learns_the_figures_of_all_even_one_that_saw_no_image(tmp_path: Path) -> None:
+    spawn(merge, (str(tmp_path),), nprocs=len(SHARES))
+    values = np.array([value for share in SHARES for value in share])
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    expected = [[3, values.mean(), error], [3, -2 * values.mean(), 2 * error]]
+    for rank in range(len(SHARES)):
+        figures, mean = json.loads(Path(tmp_path, f"{rank}.json").read_text())
+        np.testing.assert_allclose(figures, expected, rtol=1e-12)
+        assert mean == [1.5, 2.0]
+
+
+def test_one_rank_is_its_own_mean() -> None:
+    values = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert torch.equal(mean_over_ranks(values), values.detach())
+
+
+# --- the meter ---------------------------------------------------------------------------------------------------------
+
+TAKEN, SKIPPED = torch.tensor(True), torch.tensor(False)
+
+
+def nats(value: float) -> Tensor:
+    return torch.tensor(value)
+
+
+def test_the_meter_averages_the_steps_since_its_last_report() -> None:
+    meter = StepMeter(CPU)
+    meter.add(nats(80.0), nats(10.0), TAKEN)
+    meter.add(nats(70.0), nats(20.0), TAKEN)
+    first = meter.report(global_batch=16)
+    assert (first["train/distortion"], first["train/rate"], first["train/code_length"]) == (75.0, 15.0, 90.0)
+    assert first["train/images_per_s"] > 0
+    meter.add(nats(60.0), nats(5.0), TAKEN)
+    assert meter.report(global_batch=16)["train/code_length"] == 65.0
+
+
+def test_the_meter_leaves_out_skipped_steps_whatever_they_measured() -> None:
+    meter = StepMeter(CPU)
+    meter.add(nats(80.0), nats(10.0), TAKEN)
+    meter.add(nats(math.nan), nats(math.inf), SKIPPED)
+    meter.add(nats(70.0), nats(12.0), TAKEN)
+    first = meter.report(global_batch=16)
+    assert (first["train/distortion"], first["train/rate"]) == (75.0, 11.0)
+    meter.add(nats(math.nan), nats(1.0), SKIPPED)
+    assert meter.report(global_batch=16).keys() == {"train/images_per_s", "train/data_wait"}
+    meter.add(nats(60.0), nats(5.0), TAKEN)
+    assert meter.report(global_batch=16)["train/code_length"] == 65.0
+
+
+def test_the_meter_tells_waiting_from_working() -> None:
+    def slow() -> Iterator[Batch]:
+        batch = Batch(0, torch.empty(0), torch.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
+        for _ in range(3):
+            time.sleep(0.05)
+            yield batch
+
+    meter, batches = StepMeter(CPU), 0
+    for _ in meter.waits(slow()):
+        time.sleep(0.05)
+        meter.add(nats(70.0), nats(12.0), TAKEN)
+        batches += 1
+    assert batches == 3
+    report = meter.report(global_batch=10)
+    assert 0.1 < report["train/data_wait"] < 0.9
+    assert 0 < report["train/images_per_s"] < 30 / 0.3
+    meter.add(nats(1.0), nats(2.0), TAKEN)
+    assert meter.report(global_batch=10)["train/data_wait"] == 0
+
+
+# --- the log -----------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
 def test_a_resumed_log_drops_what_is_about_to_be_written_again(storage: Storage, tmp_path: Path) -> None:
-    log = MetricLog(storage, 0, writes=True)
-    for step in (10, 20, 30):
-        log.add(step, {"train/rate": float(step)})
-    log.flush()
-    resumed = MetricLog(storage, 20, writes=True)
-    resumed.add(25, {"train/rate": 25.5})
-    resumed.close()
+    with contextlib.suppress(Killed), MetricLog(storage, 0, writes=True) as log:
+        for step in (10, 20, 30):
+            log.add(step, {"train/rate": float(step)})
+        log.flush()
+        raise Killed
+    with MetricLog(storage, 20, writes=True) as resumed:
+        resumed.add(25, {"train/rate": 25.5})
     assert [(row["step"], row["train/rate"]) for row in read_rows(storage)] == [(10, 10.0), (20, 20.0), (25, 25.5)]
     for key in storage.list("tensorboard/"):
         storage.download(key, tmp_path / Path(key).name)
@@ -45,22 +173,36 @@ def test_a_resumed_log_drops_what_is_about_to_be_written_again(storage: Storage,
     assert [(event.step, event.value) for event in events.Scalars("train/rate")] == [(10, 10.0), (20, 20.0), (25, 25.5)]
 
 
+def test_a_log_that_is_resumed_twice_has_every_step_once(storage: Storage) -> None:
+    for start, stop in ((0, 7), (3, 9), (9, 12)):
+        with MetricLog(storage, start, writes=True) as log:
+            for step in range(start + 1, stop + 1):
+                log.add(step, {"x": float(start)})
+            log.flush()
+            before = storage.read(MetricLog.KEY)
+            log.flush()
+            assert storage.read(MetricLog.KEY) == before
+    rows = read_rows(storage)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["x"] for row in rows] == [0.0] * 3 + [3.0] * 6 + [9.0] * 3
+
+
+def test_a_log_leaves_neither_thread_nor_folder_behind_however_it_ends(storage: Storage) -> None:
+    threads = set(threading.enumerate())
+    with MetricLog(storage, 0, writes=True) as finished:
+        finished.add(1, {"x": 1.0})
+    with contextlib.suppress(Killed), MetricLog(storage, 1, writes=True) as cut_off:
+        cut_off.add(2, {"x": 2.0})
+        raise Killed
+    assert set(threading.enumerate()) <= threads
+    assert not Path(finished.folder.name).exists()
+    assert not Path(cut_off.folder.name).exists()
+    assert [row["step"] for row in read_rows(storage)] == [1], "what a failed run had not flushed may be what failed"
+
+
 def test_ranks_other_than_the_first_write_nothing(storage: Storage) -> None:
-    log = MetricLog(storage, 0, writes=False)
-    log.add(1, {"train/rate": 1.0})
-    log.close()
+    with MetricLog(storage, 0, writes=False) as log:
+        log.add(1, {"train/rate": 1.0})
+        log.flush()
     assert storage.list() == []
     assert read_rows(storage) == []
-
-
-def test_the_meter_averages_since_its_last_report_and_counts_waiting() -> None:
-    meter = StepMeter(torch.device("cpu"))
-    assert list(meter.waits([1, 2])) == [1, 2]  # type: ignore[list-item]
-    meter.add(torch.tensor([80.0, 10.0]))
-    meter.add(torch.tensor([70.0, 20.0]))
-    first = meter.report(global_batch=16)
-    assert (first["train/distortion"], first["train/rate"], first["train/code_length"]) == (75.0, 15.0, 90.0)
-    assert first["train/images_per_s"] > 0
-    assert 0 <= first["train/data_wait"] <= 1
-    meter.add(torch.tensor([60.0, 5.0]))
-    assert meter.report(global_batch=16)["train/code_length"] == 65.0

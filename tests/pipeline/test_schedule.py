@@ -2,9 +2,13 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline import config, schedule
+from pipeline.config import FreeBits
 
 LOADED = config.load("train", ["train.images=16000", "train.free_fraction=0.4", "train.rate_warmup_fraction=0.1"])
 OPTIM, TRAIN = LOADED.optim, LOADED.train
@@ -31,3 +35,37 @@ def test_the_floor_under_the_rate_is_gone_after_its_ramp() -> None:
 def test_the_weight_of_the_rate_rises_to_one() -> None:
     assert [schedule.rate_weight(TRAIN, step) for step in (0, 50, 100, 999)] == [0, 0.5, 1, 1]
     assert schedule.rate_weight(dataclasses.replace(TRAIN, rate_warmup_fraction=0.0), 0) == 1
+
+
+def test_soft_free_bits_put_no_floor_under_the_rate() -> None:
+    soft = dataclasses.replace(TRAIN, free_bits=FreeBits.soft)
+    assert {schedule.free_nats(soft, step) for step in range(soft.num_steps)} == {0.0}
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 400),
+    st.integers(0, 500),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_schedules_stay_in_their_ranges_and_turn_once(
+    num_steps: int, warmup_steps: int, decay: float, free: float, warmup: float
+) -> None:
+    optim = dataclasses.replace(OPTIM, warmup_steps=warmup_steps, decay_fraction=decay)
+    train = dataclasses.replace(TRAIN, free_fraction=free, rate_warmup_fraction=warmup, images=num_steps * 16)
+    assert train.num_steps == num_steps
+    steps = range(num_steps)
+    rates = [schedule.learning_rate(optim, train, step) for step in steps]
+    assert all(0 < rate <= optim.learning_rate for rate in rates)
+    differences = np.sign(np.diff(rates).round(15))
+    assert (np.diff(differences) <= 0).all()  # it rises, then stays, then falls
+    floors = [schedule.free_nats(train, step) for step in steps]
+    assert floors == sorted(floors, reverse=True)
+    assert floors[0] == train.free_nats
+    assert all(0 <= floor <= train.free_nats for floor in floors)
+    weights = [schedule.rate_weight(train, step) for step in steps]
+    assert weights == sorted(weights)
+    assert all(0 <= weight <= 1 for weight in weights)
+    assert schedule.rate_weight(train, num_steps) == 1

@@ -140,9 +140,10 @@ def test_a_search_is_another_if_what_its_trials_depend_on_changes() -> None:
         tune.search_name(tune_config(**{key: value}))
         for key, value in {
             "train.images": 8000, "search.latents": [16], "search.searcher": "random", "dataset.binarization": "static",
+            "train.valid_images": 77,
         }.items()
     ]  # fmt: skip
-    assert len({tune.search_name(tune_config()), *names}) == 5
+    assert len({tune.search_name(tune_config()), *names}) == 6
     for key, value in {"search.max_concurrent": 7, "search.min_rate_bits": 3.0, "cluster.num_workers": 2}.items():
         assert tune.search_name(tune_config(**{key: value})) == tune.search_name(tune_config())
     assert tune.search_name(tune_config(name="mine")) == "mine"

@@ -1,0 +1,145 @@
+"""Free bits: what a floor under each group's rate does to the loss, and how soft free bits steer the rate to a target."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import vlae
+from vlae import Bound, SoftFreeBits, group_rates, training_loss
+
+INTERVAL, FACTOR = SoftFreeBits.INTERVAL, SoftFreeBits.FACTOR
+
+
+def a_bound(batch: int, latents: int) -> Bound:
+    generator = torch.Generator().manual_seed(latents)
+    rates = torch.randn(batch, latents, dtype=torch.float64, generator=generator) + 1
+    return Bound(torch.randn(batch, dtype=torch.float64, generator=generator).requires_grad_(), rates.requires_grad_())
+
+
+# --- groups ------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4), st.floats(0, 20), st.floats(0.01, 1))
+def test_every_group_has_its_share_of_the_floor(batch: int, groups: int, size: int, free_nats: float, weight: float) -> None:
+    bound = a_bound(batch, groups * size)
+    rates = group_rates(bound, groups).detach()
+    assert rates.tolist() == pytest.approx(
+        [bound.rate_per_latent[:, first : first + size].sum(1).mean().item() for first in range(0, groups * size, size)]
+    )
+    loss = training_loss(bound, rates, free_nats, weight)
+    expected = sum(max(free_nats / groups, rate) for rate in rates.tolist())
+    assert loss.item() == pytest.approx(bound.distortion.mean().item() + weight * expected)
+    of_distortion, of_rates = torch.autograd.grad(loss, list(bound))
+    torch.testing.assert_close(of_distortion, torch.full_like(of_distortion, 1 / batch))
+    active = (rates >= free_nats / groups).repeat_interleave(size)
+    torch.testing.assert_close(of_rates, (active.double() * weight / batch).expand_as(of_rates))
+
+
+def test_one_group_is_all_latents_together() -> None:
+    bound = a_bound(7, 6)
+    rates = group_rates(bound, 1)
+    torch.testing.assert_close(rates, bound.rate.mean()[None])
+    for free_nats in (0.0, 100.0):
+        together = training_loss(bound, bound.rate.mean().detach(), free_nats, 0.5)
+        assert torch.equal(training_loss(bound, rates.detach(), free_nats, 0.5), together)
+
+
+# --- soft free bits ----------------------------------------------------------------------------------------------------
+
+
+def after(soft: SoftFreeBits, rate: float, steps: int) -> float:
+    for _ in range(steps):
+        soft.update(torch.tensor(rate))
+    return soft.gamma.item()
+
+
+def test_gamma_changes_by_a_tenth_at_a_time_and_never_exceeds_one() -> None:
+    soft = SoftFreeBits(target=10.0)
+    assert after(soft, 50.0, 5 * INTERVAL) == 1
+    soft = SoftFreeBits(target=10.0)
+    assert after(soft, 5.0, INTERVAL - 1) == 1
+    assert after(soft, 5.0, 1) == pytest.approx(1 / FACTOR)
+    assert after(soft, 5.0, 2 * INTERVAL) == pytest.approx(FACTOR**-3)
+    # The average that it looks at takes a while to come up from below.
+    weights = [after(soft, 30.0, INTERVAL) for _ in range(6)]
+    assert weights == sorted(weights)
+    assert weights[-1] == 1
+
+
+@pytest.mark.parametrize(("rate", "changes"), [(9.9, True), (10.1, False), (10.4, False), (10.6, True)])
+def test_gamma_rests_between_the_target_and_five_percent_above(rate: float, changes: bool) -> None:
+    soft = SoftFreeBits(target=10.0)
+    after(soft, 0.0, 10 * INTERVAL)
+    after(soft, rate, 12 * INTERVAL)
+    settled = soft.gamma.item()
+    assert (after(soft, rate, 2 * INTERVAL) != settled) == changes
+
+
+def test_a_rate_that_is_not_finite_changes_nothing() -> None:
+    soft = SoftFreeBits(target=10.0)
+    after(soft, 3.0, INTERVAL + INTERVAL // 2)
+    before = soft.state_dict()
+    for bad in (math.nan, math.inf, -math.inf):
+        after(soft, bad, INTERVAL)
+    assert all(torch.equal(value, before[name]) for name, value in soft.state_dict().items())
+
+
+def test_what_is_restored_goes_on_as_if_it_had_not_been_interrupted() -> None:
+    rates = torch.rand(10 * INTERVAL, generator=torch.Generator().manual_seed(0)) * 15
+    whole, restored = SoftFreeBits(10.0), SoftFreeBits(10.0)
+    for number, rate in enumerate(rates):
+        if number == len(rates) // 3:
+            restored.load_state_dict({name: value.clone() for name, value in whole.state_dict().items()})
+        if number >= len(rates) // 3:
+            restored.update(rate)
+        whole.update(rate)
+        if number >= len(rates) // 3:
+            assert torch.equal(whole.gamma, restored.gamma)
+    assert whole.gamma < 1
+
+
+def test_the_device_is_asked_for_nothing() -> None:
+    soft = SoftFreeBits(10.0, torch.device("meta"))  # whose tensors have no values to ask for
+    for _ in range(INTERVAL):
+        soft.update(torch.empty((), device="meta"))
+    assert soft.gamma.device.type == "meta"
+
+
+SIZE = 6
+
+
+def bars(count: int, generator: torch.Generator) -> Tensor:
+    """Images of 6 x 6: a white bar, upright or lying, at one of six places, with a few pixels turned: (count, 1, 6, 6)."""
+    images = torch.zeros(count, SIZE, SIZE)
+    places = torch.randint(SIZE, (count,), generator=generator)
+    images[torch.arange(count), places] = 1
+    upright = torch.rand(count, generator=generator) < 0.5
+    images[upright] = images[upright].mT
+    flipped = torch.rand(images.shape, generator=generator) < 0.03
+    return (images + flipped).remainder(2)[:, None]
+
+
+def test_a_model_is_brought_to_a_rate_above_the_one_it_would_choose() -> None:
+    target = 3.5
+    torch.manual_seed(0)
+    model = vlae.build(
+        image_shape=(1, SIZE, SIZE), window="3x1", latents=4, flow_depth=0, encoder_channels=8, decoder_channels=8,
+        decoder_maps=4, decoder_features=16, decoder_blocks=1,
+    )  # fmt: skip
+    optimizer, soft = torch.optim.Adam(model.parameters(), lr=3e-3, fused=True), SoftFreeBits(target)
+    generator, rates = torch.Generator().manual_seed(1), []
+    for _ in range(1000):
+        bound = model(bars(16, generator), torch.randn(16, 4, generator=generator))
+        rate = bound.rate.mean().detach()
+        optimizer.zero_grad()
+        training_loss(bound, rate, 0.0, soft.gamma).backward()
+        optimizer.step()
+        soft.update(rate)
+        rates.append(rate.item())
+    assert sum(rates[-300:]) / 300 == pytest.approx(target, rel=0.1)
+    assert 0 < soft.gamma < 1, "the test is vacuous where the model would choose that rate by itself"
