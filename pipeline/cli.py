@@ -72,12 +72,13 @@ def _shard(arguments: list[str]) -> None:
 def _train(arguments: list[str]) -> None:
     config = _load("train", arguments)
     from pipeline import train
+    from pipeline.measure import with_error
 
     result = train.run(config)
     valid = result["valid"]
     print(
         f"run {result['name']}{' was finished already' if result['reused'] else ' finished'}: {valid['images']:,} images seen; "
-        f"valid code length {valid['elbo_nats']:.2f} +- {valid['elbo_nats_se']:.2f} nats, rate {valid['rate_bits']:.1f} bits, "
+        f"valid code length {with_error(valid, 'elbo_nats')} nats, rate {valid['rate_bits']:.1f} bits, "
         f"on {valid['num_images']:,} images"
     )
     print(f"next: vlae evaluate model={result['url']}")

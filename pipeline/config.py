@@ -410,15 +410,22 @@ class TuneConfig(TrainConfig):
 
 @dataclass
 class EvaluateConfig:
-    """Measure a model's rate, distortion, ELBO and IWAE bound, and draw its pictures."""
+    """Measure a model's rate, distortion, bounds and what its codes know, and draw its pictures."""
 
     model: str = option("a run's folder, or models:/NAME@ALIAS or models:/NAME/VERSION from the registry")
     split: str = option("the part of the data set: train, valid or test", "test")
     dataset_url: str | None = option("another data set's folder; by default that of the model's training", None)
     output: str = option("where the report goes", "outputs/evaluate")
+    probe_images: int = option(
+        "training images that the probes of labelled data are fitted on, and as many validation images choose; 0 for no probe",
+        10_000,
+    )
     bounds: Bounds = section(Bounds, "what is measured")
     storage: Storage = section(Storage, "where things are kept")
     registry: Registry = section(Registry, "where models:/ looks")
+
+    def check(self) -> None:
+        _check(self.probe_images >= 0, f"probe_images is {self.probe_images}; it must be at least 0")
 
 
 @dataclass

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import DemoConfig, load
+from pipeline.measure import with_error
 from pipeline.storage import open_storage
 from pipeline.store import ObjectStore
 
@@ -63,13 +64,20 @@ def format_summary(result: dict[str, Any]) -> str:
     best, test, registry = result["best"], result["test"], result["registry"]
     splits = ", ".join(f"{split['images']:,} {name}" for name, split in result["dataset"]["splits"].items())
     finished = sum(row["status"] == "finished" for row in result["search"]["trials"])
+    bound = f"{with_error(test, 'elbo_nats')} nats (ELBO)"
+    if "iwae_nats" in test:
+        bound = f"{with_error(test, 'iwae_nats')} nats (IWAE bound, k = {test['iwae_samples']}); ELBO {test['elbo_nats']:.2f}"
+    told = {}
+    if "linear_probe_accuracy" in test:
+        linear, two_layer = (with_error(test, f"{name}_probe_accuracy", factor=100) for name in ("linear", "two_layer"))
+        told["class"] = f"told from the code with {linear} % accuracy by a linear probe, {two_layer} % by a two-layer one"
     rows = {
         "data set": f"{result['dataset']['name']}: {splits}",
         "trials": f"{len(result['search']['trials'])}, of which {finished} ran to the end",
         "best": f"window {best['model.window']}, {best['model.latents']} latents, flow depth {best['model.flow_depth']}",
         "rate": f"{test['rate_bits']:.1f} bits per image",
-        "NLL": f"<= {test['iwae_nats']:.2f} +- {test['iwae_nats_se']:.2f} nats (IWAE bound, k = {test['iwae_samples']}); "
-        f"ELBO {test['elbo_nats']:.2f}; on {test['num_images']:,} test images",
+        "NLL": f"<= {bound}; on {test['num_images']:,} test images",
+        **told,
         "registry": f"{registry['name']} version {registry['version']} in {registry['uri']}",
         "time": f"{result['seconds']:.0f} s",
     }

@@ -1,26 +1,43 @@
-"""``vlae evaluate``: a model's rate, distortion and bounds on held-out images, and its pictures. It needs no Ray."""
+"""``vlae evaluate``: a model's bounds on held-out images, what its codes know, and its pictures. It needs no Ray."""
 
 import json
+import math
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import vlae
 from pipeline import manifest, pictures
 from pipeline.config import Binarization, EvaluateConfig
 from pipeline.errors import UserError
-from pipeline.loader import EvalLoader, binarize
+from pipeline.information import Information
+from pipeline.loader import Batch, EvalLoader, binarize
 from pipeline.loop import TRAINING_FILE, keep_freed_memory
-from pipeline.measure import measure, report
+from pipeline.manifest import Manifest
+from pipeline.measure import measure, report, with_error
+from pipeline.metrics import Moments
+from pipeline.probe import Codes, Probes, encode
 from pipeline.registry import Registry
-from pipeline.storage import open_storage
+from pipeline.storage import Storage, open_storage
+from vlae.information import ACTIVE_VARIANCE
 
 BATCH = 16
 """Images evaluated together; the samples of z multiply it."""
+
+CODES_BATCH = 64
+"""Images encoded together for the probes."""
+
+PROBED = {"train": ", on the images that the probes were fitted on", "valid": ", on the images that chose the probes"}
+"""What the report has to say of the probes' accuracy on a split that is not the test's."""
+
+SHOWN = 16
+"""Of so many latents the report shows what they can tell."""
 
 DECODINGS = 3
 """How many times each code is decoded in the picture of reconstructions."""
@@ -34,13 +51,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    threads = (
-        1
-        if device.type == "cuda"
-        else len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
     registry = Registry(config.registry) if config.model.startswith("models:/") else None
     version = registry.resolve(config.model) if registry else None
     with tempfile.TemporaryDirectory() as name:
@@ -60,42 +70,121 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             f"{config.model} was made for images of shape {model.image_shape}, but those of {url} are {contents.image_shape}"
         )
 
-    def loader(batch_size: int, num_images: int | None) -> EvalLoader:
-        return EvalLoader(data, contents, split=config.split, batch_size=batch_size, num_images=num_images)
-
-    images = loader(BATCH, config.bounds.num_images)
-    with tqdm(total=images.num_samples, unit=" images", desc=f"IWAE-{config.bounds.samples}", dynamic_ncols=True) as bar:
-        moments = measure(
-            model,
-            images,
-            samples=config.bounds.samples,
-            binarization=binarization,
-            seed=config.bounds.seed,
-            device=device,
-            threads=threads,
-            progress=bar.update,
-        )
-    measured = report(moments, model, config.bounds.samples)
+    evaluation = Evaluation(config, model, data, contents, binarization, device)
+    measured, latents, probes = evaluation.measure(
+        rate_splits=training["config"]["model"]["flow_depth"] <= 1, groups=training["config"]["train"].get("free_groups", 1)
+    )
     if registry and version:
         registry.log_evaluation(version["name"], version["version"], config.split, measured)
 
     output = open_storage(config.output, config.storage.endpoint_url)
     generator = torch.Generator().manual_seed(config.bounds.seed)
-    batch = next(iter(loader(config.bounds.pictures, config.bounds.pictures)))
+    batch = next(iter(evaluation.loader(config.split, config.bounds.pictures, config.bounds.pictures)))
     x = binarize(batch, binarization, config.bounds.seed).to(device)
     drawn = [vlae.reconstruct(model, x, generator) for _ in range(DECODINGS)]
     output.write("reconstructions.png", pictures.reconstructions(x, drawn))
     output.write("samples.png", pictures.samples(vlae.sample(model, config.bounds.pictures, generator)))
+    active = [variance > ACTIVE_VARIANCE for variance in latents["mean_variance"]]
+    output.write("latents.png", pictures.latents(latents["capacity_bits"], latents.get("rate_bits"), active))
     result = {
         "model": config.model,
         "registry": {"name": version["name"], "version": version["version"]} if version else None,
         "architecture": training["config"]["model"],
         "dataset": {"url": url, "binarization": binarization.value, "manifest": contents.digest},
         config.split: measured,
-        "pictures": [f"{output.url}/reconstructions.png", f"{output.url}/samples.png"],
+        "latents": latents,
+        "probes": probes,
+        "pictures": [f"{output.url}/{name}.png" for name in ("reconstructions", "samples", "latents")],
     }
     output.write_json("result.json", result)
     return result
+
+
+@dataclass
+class Evaluation:
+    """One model on one data set."""
+
+    config: EvaluateConfig
+    model: vlae.VLAE
+    data: Storage
+    contents: Manifest
+    binarization: Binarization
+    device: torch.device
+
+    def loader(self, split: str, batch_size: int, num_images: int | None) -> EvalLoader:
+        return EvalLoader(self.data, self.contents, split=split, batch_size=batch_size, num_images=num_images)
+
+    def measure(
+        self, rate_splits: bool, groups: int
+    ) -> tuple[dict[str, float | None], dict[str, Any], dict[str, dict[str, float]] | None]:
+        """The figures of the evaluated images, those of each latent, and how the probes were made, if there are classes.
+
+        ``rate_splits``: whether latents have rates of their own. ``groups``: how many parts of the code had their own free bits.
+        """
+        bounds = self.config.bounds
+        images = self.loader(
+            self.config.split, BATCH, bounds.num_images
+        )  # first, since it finds out whether there is such a split
+        probes = self.probes()
+        information, right = Information(bounds.seed, groups), Moments()
+
+        @torch.no_grad()
+        def account(batch: Batch, x: Tensor, estimate: vlae.Estimate) -> None:
+            posterior = self.model.encoder(x)
+            information.add(batch, posterior, estimate)
+            if probes:
+                right.add(probes.correct(posterior.mean.cpu(), batch.labels))
+            bar.update(len(x))
+
+        with progress_bar(images, f"IWAE-{bounds.samples}") as bar:
+            moments = measure(
+                self.model,
+                images,
+                samples=bounds.samples,
+                binarization=self.binarization,
+                seed=bounds.seed,
+                device=self.device,
+                threads=num_threads(self.device),
+                visit=account,
+            )
+        whole, latents = information.report(rate_splits)
+        measured = report(moments, self.model, bounds.samples) | whole
+        for name in right.sums:
+            measured[f"{name}_accuracy"] = right.mean(name)
+            measured[f"{name}_accuracy_se"] = right.standard_error(name)
+        return measured, latents, probes.chosen if probes else None
+
+    def probes(self) -> Probes | None:
+        """Fitted on ``train`` and chosen on ``valid``, whatever split is evaluated; none where there are no classes to tell apart."""
+        contents, num_images = self.contents, self.config.probe_images
+        if not num_images or (contents.num_classes or 0) < 2 or not {"train", "valid"} <= contents.splits.keys():
+            return None
+        return Probes(self.codes("train", num_images), self.codes("valid", num_images))
+
+    def codes(self, split: str, num_images: int) -> Codes:
+        """The codes of a split's first images."""
+        images = self.loader(split, CODES_BATCH, num_images)
+        with progress_bar(images, f"codes of {split}") as bar:
+            return encode(
+                self.model,
+                images,
+                binarization=self.binarization,
+                seed=self.config.bounds.seed,
+                device=self.device,
+                threads=num_threads(self.device),
+                progress=bar.update,
+            )
+
+
+def num_threads(device: torch.device) -> int:
+    """How many batches to work on at once: on a CPU as many as this process may use cores."""
+    if device.type == "cuda":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def progress_bar(images: EvalLoader, name: str) -> "tqdm[Any]":
+    return tqdm(total=images.num_samples, unit=" images", desc=name, dynamic_ncols=True)
 
 
 def download_run(config: EvaluateConfig, folder: Path) -> None:
@@ -117,13 +206,35 @@ def format_report(result: dict[str, Any], split: str) -> str:
         ("code length (-ELBO)", "elbo_nats", f"{measured['elbo_bits_per_dim']:.4f} bits per dim"),
     ]
     if "iwae_nats" in measured:
-        rows.append(
-            (f"-IWAE, k = {measured['iwae_samples']}", "iwae_nats", f"{measured['iwae_bits_per_dim']:.4f} bits per dim")
-        )
-    lines = [f"{architecture_line(result)}; {measured['num_images']:,} {split} images, nats per image:"]
-    lines += [
-        f"  {label:<22}{measured[key]:>9.3f} +- {measured[key + '_se']:.3f}   {extra}".rstrip() for label, key, extra in rows
+        rows += [
+            (f"-IWAE, k = {measured['iwae_samples']}", "iwae_nats", f"{measured['iwae_bits_per_dim']:.4f} bits per dim"),
+            ("posterior slack", "slack_nats", "code length less -IWAE"),
+        ]
+    compared = measured["mutual_information_images"]
+    rows += [
+        (
+            "I(x; z)",
+            "mutual_information_nats",
+            f"{measured['mutual_information_bits']:.2f} bits, of {math.log2(compared):.2f} that tell {compared:,} images apart",
+        ),
+        ("KL(q(z) || p(z))", "marginal_kl_nats", "rate less I(x; z)"),
     ]
+    lines = [f"{architecture_line(result)}; {measured['num_images']:,} {split} images, nats per image:"]
+    lines += [f"  {label:<22}{with_error(measured, key, 3):<20}{extra}".rstrip() for label, key, extra in rows]
+    bits = sorted(result["latents"]["capacity_bits"], reverse=True)
+    shown = " ".join(f"{value:.2f}" for value in bits[:SHOWN]) + (" ..." if len(bits) > SHOWN else "")
+    lines += [
+        f"{measured['active_units']} of {len(bits)} latents are active; each can tell at most so many bits, "
+        f"all together {measured['capacity_bits']:.2f}:",
+        f"  {shown}",
+    ]
+    if result["probes"]:
+        lines.append(f"accuracy in telling the class from the code, in %{PROBED.get(split, '')}:")
+        for name in ("linear_probe", "two_layer_probe", "majority_class"):
+            accuracy = with_error(measured, f"{name}_accuracy", factor=100)
+            chosen = result["probes"].get(name)
+            extra = f"{100 * chosen['valid_accuracy']:.2f} on valid" if chosen else "the class most frequent in training"
+            lines.append(f"  {name.replace('_', ' '):<22}{accuracy:<20}{extra}")
     return "\n".join(lines)
 
 

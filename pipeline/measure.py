@@ -2,11 +2,13 @@
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 import vlae
 from pipeline.config import Binarization
@@ -14,7 +16,22 @@ from pipeline.loader import Batch, EvalLoader, binarize
 from pipeline.metrics import Moments
 from pipeline.noise import Purpose, normal
 
-QUANTITIES = ["distortion", "rate", "elbo", "iwae"]
+QUANTITIES = ["distortion", "rate", "elbo", "iwae", "slack"]
+Result = TypeVar("Result")
+
+
+def several_at_once(work: Callable[[Batch], Result], loader: Iterable[Batch], threads: int) -> Iterator[Result]:
+    """``work`` done on every batch: the results in the order of the batches.
+
+    ``threads`` batches are worked on at once; on a CPU that is better than many threads for one batch, which wait for each other.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[Result]] = deque()
+        for batch in chain(loader, [None] * threads):
+            if batch is not None:
+                pending.append(pool.submit(work, batch))
+            if pending and (batch is None or len(pending) > threads):
+                yield pending.popleft().result()
 
 
 def measure(
@@ -26,40 +43,34 @@ def measure(
     seed: int,
     device: torch.device,
     threads: int = 1,
-    progress: Callable[[int], object] = lambda images: None,
+    visit: Callable[[Batch, Tensor, vlae.Estimate], object] = lambda batch, x, estimate: None,
 ) -> Moments:
-    """Distortion, rate, ELBO and IWAE bound with k = ``samples``, in nats per image, of the images that ``loader`` gives.
+    """Distortion, rate, ELBO, IWAE bound with k = ``samples``, and slack, in nats per image, of the images that ``loader`` gives.
 
     Dynamic binarization draws every image once, from (seed, image): the result does not depend on the batches or the number of ranks.
-    ``threads`` batches are worked on at once; on a CPU that is better than many threads for one batch, which wait for each other.
-    ``progress`` is called with the number of images of each batch. The sums are this rank's own; see ``Moments.reduce``.
+    ``threads`` batches are worked on at once. ``visit`` is called with each batch, its black and white images and what was found,
+    in the loader's order. The sums are this rank's own; see ``Moments.reduce``.
     """
 
-    def bounds(batch: Batch) -> vlae.Estimate:
+    def bounds(batch: Batch) -> tuple[Batch, Tensor, vlae.Estimate]:
         x = binarize(batch, binarization, seed).to(device)
         noise = normal((Purpose.IMPORTANCE, seed), batch.positions, samples * model.latents)
         codes = torch.from_numpy(noise).unflatten(1, (samples, model.latents)).transpose(0, 1)
-        return vlae.estimate(model, x, codes.to(device))
+        return batch, x, vlae.estimate(model, x, codes.to(device))
 
     moments = Moments()
-    with ThreadPoolExecutor(threads) as pool:
-        pending: deque[Future[vlae.Estimate]] = deque()
-        for batch in chain(loader, [None] * threads):
-            if batch is not None:
-                pending.append(pool.submit(bounds, batch))
-            if pending and (batch is None or len(pending) > threads):
-                estimate = pending.popleft().result()
-                moments.add({name: getattr(estimate, name) for name in QUANTITIES})
-                progress(len(estimate.iwae))
+    for batch, x, estimate in several_at_once(bounds, loader, threads):
+        moments.add({name: getattr(estimate, name) for name in QUANTITIES})
+        visit(batch, x, estimate)
     return moments
 
 
-def report(moments: Moments, model: vlae.VLAE, samples: int) -> dict[str, float]:
-    """The measured quantities by name and unit, each with its standard error over images.
+def report(moments: Moments, model: vlae.VLAE, samples: int) -> dict[str, float | None]:
+    """The measured quantities by name and unit, each with its standard error over images; none where a single image has none.
 
     ``*_nats`` are nats per image, ``*_bits`` bits per image, ``*_bits_per_dim`` bits per sub-pixel. ``elbo`` and ``iwae`` are
     reported as bounds on the negative log-likelihood: lower is better. The code length is the ELBO's; with one sample there is no
-    other bound.
+    other bound. ``slack`` is their difference; its standard error is that of the differences image by image.
     """
     per_dim = math.prod(model.image_shape) * math.log(2)
     elbo, iwae = -moments.mean("elbo"), -moments.mean("iwae")
@@ -81,4 +92,12 @@ def report(moments: Moments, model: vlae.VLAE, samples: int) -> dict[str, float]
         "iwae_nats_se": moments.standard_error("iwae"),
         "iwae_bits_per_dim": iwae / per_dim,
         "iwae_samples": samples,
+        "slack_nats": moments.mean("slack"),
+        "slack_nats_se": moments.standard_error("slack"),
     }
+
+
+def with_error(values: Mapping[str, Any], key: str, digits: int = 2, factor: int = 1) -> str:
+    """A measured quantity, times ``factor``, as text, with its standard error if it has one: ``85.36 +- 0.66``."""
+    error = values[f"{key}_se"]
+    return f"{factor * values[key]:.{digits}f}" + ("" if error is None else f" +- {factor * error:.{digits}f}")

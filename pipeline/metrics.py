@@ -28,16 +28,19 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 class Moments:
-    """Mean and standard error of per-image quantities, from sums that add up over batches and ranks (float64)."""
+    """Mean and standard error of per-image quantities, from sums that add up over batches and ranks (float64).
+
+    A quantity is one number for each image; ``add``, ``means`` and ``variances`` also know those with one for each latent.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Take in one value per image for each name: tensors of shape (batch,)."""
+        """Take in one value per image for each name: tensors of shape (batch,) or (batch, latents)."""
         for name, value in values.items():
             value = value.detach().double().cpu()
-            moments = torch.stack([torch.tensor(float(len(value)), dtype=torch.float64), value.sum(), value.square().sum()])
+            moments = torch.stack([torch.ones_like(value).sum(0), value.sum(0), value.square().sum(0)])
             self.sums[name] = self.sums.get(name, 0) + moments
 
     def reduce(self, names: list[str], device: torch.device) -> None:
@@ -55,13 +58,30 @@ class Moments:
         count, total, _ = self.sums[name].tolist()
         return total / count
 
-    def standard_error(self, name: str) -> float:
-        """Standard deviation over images / sqrt(images); nan for a single image."""
+    def standard_error(self, name: str) -> float | None:
+        """Standard deviation over images / sqrt(images); none for a single image, from which nobody can tell."""
         count, total, squares = self.sums[name].tolist()
         if count < 2:
-            return math.nan
+            return None
         variance = max(0.0, squares / count - (total / count) ** 2) * count / (count - 1)
         return math.sqrt(variance / count)
+
+    def standard_errors(self, name: str) -> list[float | None]:
+        """The standard error for each latent."""
+        count = int(self.sums[name][0, 0])
+        if count < 2:
+            return [None] * self.sums[name].shape[1]
+        return (self.variances(name) / (count - 1)).sqrt().tolist()
+
+    def means(self, name: str) -> Tensor:
+        """The mean over images, for each latent: (latents,)."""
+        count, total, _ = self.sums[name]
+        return total / count
+
+    def variances(self, name: str) -> Tensor:
+        """The variance over these images (their mean squared deviation), for each latent: (latents,)."""
+        count, total, squares = self.sums[name]
+        return (squares / count - (total / count).square()).clamp(min=0)
 
 
 class StepMeter:
@@ -126,15 +146,16 @@ class MetricLog:
         # TensorBoard drops what an earlier attempt logged after this step.
         self.writer = SummaryWriter(self.folder.name, purge_step=step + 1 if step else None)
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Log a row of values after ``step`` steps."""
+    def add(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Log a row of values after ``step`` steps, without those that are none."""
         if not self.writes:
             return
-        row = {"step": step, **values}
+        known = {name: value for name, value in values.items() if value is not None}
+        row = {"step": step, **known}
         # A run that ends twice at the same step, having been resumed there, measures the same again.
         self.rows = [earlier for earlier in self.rows if earlier["step"] < step or earlier.keys() != row.keys()]
         self.rows.append(row)
-        for name, value in values.items():
+        for name, value in known.items():
             self.writer.add_scalar(name, value, step)
 
     def flush(self) -> None:

@@ -1,12 +1,15 @@
 """The pictures that show what a model has learned, as PNG."""
 
 import io
+import math
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 MARGIN, GAP, LABEL_HEIGHT = 24, 6, 30
+CHART_HEIGHT = 200
+BAR, RULE = (122, 158, 201), (222, 222, 222)
 INK, PAPER, FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
 
 
@@ -26,6 +29,43 @@ def samples(images: Tensor, columns: int = 10) -> bytes:
     """Images drawn from the model; (num_images, channels, height, width), pixels in [0, 1]."""
     rows = [_row(images[start : start + columns]) for start in range(0, len(images), columns)]
     return _sheet("Samples: z from the prior, x from the decoder.", [[row] for row in rows])
+
+
+def latents(capacity: list[float], rate: list[float] | None, active: list[bool]) -> bytes:
+    """A bar for each latent, the largest first: the most that it can tell of an image by itself, in bits.
+
+    Where latents have rates of their own, these are narrow bars within the wide ones. Latents that are not active are pale.
+    """
+    order = sorted(range(len(capacity)), key=lambda latent: -capacity[latent])
+    largest = max(capacity + (rate or []))
+    step = next((each for each in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2) if largest <= 5 * each), 5)
+    lines = [step * number for number in range(max(1, math.ceil(largest / step)) + 1)]
+    title = f"The most that each latent can tell of an image, in bits; together {sum(capacity):.1f}."
+    title += f" {sum(active)} of {len(active)} are active." + (" Dark: its rate." if rate else "")
+    font, small = ImageFont.load_default(16), ImageFont.load_default(12)
+    pitch = max(4, min(26, 832 // len(order)))  # from one bar to the next
+    left = MARGIN + 6 + math.ceil(max(small.getlength(f"{line:g}") for line in lines))
+    right, top = left + len(order) * pitch, MARGIN + LABEL_HEIGHT + GAP
+    width = max(right, MARGIN + math.ceil(font.getlength(title))) + MARGIN
+    sheet = Image.new("RGB", (width, top + CHART_HEIGHT + LABEL_HEIGHT + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN - 4), title, INK, font)
+    pixels_per_bit = CHART_HEIGHT / lines[-1]
+    bottom = top + CHART_HEIGHT
+    for line in lines:
+        height = bottom - round(line * pixels_per_bit)
+        draw.text((left - 6, height), f"{line:g}", FAINT, small, anchor="rm")
+        draw.line((left, height, right, height), RULE)
+    for place, latent in enumerate(order):
+        begin, end = left + place * pitch, left + (place + 1) * pitch - pitch // 4 - 1
+        for values, inset, color in ((capacity, 0, BAR), (rate, pitch // 4, INK)):
+            height = round(values[latent] * pixels_per_bit) if values else 0
+            if height > 0:
+                fill = color if active[latent] else RULE
+                draw.rectangle((begin + inset, bottom - height, end - inset, bottom - 1), fill)
+        if pitch >= 20:
+            draw.text(((begin + end) // 2, bottom + 5), str(latent), FAINT, small, anchor="mt")
+    return _png(sheet)
 
 
 def _row(images: Tensor) -> list[Image.Image]:
@@ -56,6 +96,10 @@ def _sheet(title: str, blocks: list[list[list[Image.Image]]]) -> bytes:
                 sheet.paste(image, (left, top))
             top += tile.height + GAP
         top += between
+    return _png(sheet)
+
+
+def _png(sheet: Image.Image) -> bytes:
     file = io.BytesIO()
     sheet.save(file, "PNG")
     return file.getvalue()

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +133,13 @@ class Registry:
             mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.config.uri)
         )
 
-    def log_evaluation(self, name: str, version: int, split: str, measured: dict[str, float]) -> None:
-        """Keep an evaluation's figures with a version."""
+    def log_evaluation(self, name: str, version: int, split: str, measured: Mapping[str, float | None]) -> None:
+        """Keep an evaluation's figures with a version; those that are none have nothing to keep."""
         self._log(self.client.get_model_version(name, str(version)).run_id, split, measured)
 
-    def _log(self, run_id: str, split: str, values: dict[str, float]) -> None:
+    def _log(self, run_id: str, split: str, values: Mapping[str, float | None]) -> None:
         now = int(time.time() * 1000)  # of several evaluations the latest counts
-        metrics = [Metric(f"{split}/{key}", float(value), now, 0) for key, value in values.items()]
+        metrics = [Metric(f"{split}/{key}", float(value), now, 0) for key, value in values.items() if value is not None]
         self.client.log_batch(run_id, metrics=metrics)
 
     def _all_models(self) -> list[RegisteredModel]:

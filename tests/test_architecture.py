@@ -12,7 +12,7 @@ LAYERS = [
     {"loader", "checkpoint", "pictures", "search"},
     {"metrics"},
     {"measure"},
-    {"loop"},
+    {"loop", "information", "probe"},
     {"registry", "train", "shard"},
     {"evaluate", "tune"},
     {"demo"},

@@ -35,12 +35,12 @@ def training_loss(bound: Bound, mean_rates: Tensor, free_nats: float, rate_weigh
 
 
 class Estimate(NamedTuple):
-    """What k samples of z tell about each image, in nats per image; all of shape (batch,)."""
+    """What k samples of z tell about each image, in nats per image; all of shape (batch,) but ``rate_per_latent``."""
 
     distortion: Tensor
     """-log p(x|z), averaged over the samples."""
-    rate: Tensor
-    """log q(z|x) - log p(z), averaged over the samples."""
+    rate_per_latent: Tensor
+    """log q(z|x) - log p(z), averaged over the samples and split over the latents, as far as ``Bound`` says: (batch, latents)."""
     iwae: Tensor
     """The importance-weighted bound log (1/k) sum_j p(x, z_j) / q(z_j|x): a lower bound on log p(x) in expectation, tighter as
     k grows; with k = 1 it is the ELBO.
@@ -49,9 +49,19 @@ class Estimate(NamedTuple):
     """
 
     @property
+    def rate(self) -> Tensor:
+        """log q(z|x) - log p(z), averaged over the samples."""
+        return self.rate_per_latent.sum(-1)
+
+    @property
     def elbo(self) -> Tensor:
         """The evidence lower bound, averaged over the samples."""
         return -(self.distortion + self.rate)
+
+    @property
+    def slack(self) -> Tensor:
+        """What the posterior costs: iwae - elbo, never negative, in expectation at most KL(q(z|x) || p(z|x))."""
+        return self.iwae - self.elbo
 
 
 @torch.no_grad()
@@ -69,6 +79,6 @@ def estimate(model: Callable[[Tensor, Tensor], Bound], x: Tensor, noise: Tensor,
         parts = [estimate(model, *pair, max_pairs) for pair in zip(x.split(max_pairs), noise.split(max_pairs, 1), strict=True)]
         return Estimate(*(torch.cat(values) for values in zip(*parts, strict=True)))
     bounds = [model(x, part) for part in noise.split(max(1, max_pairs // max(1, len(x))))]
-    distortion, rate = (torch.cat([getattr(bound, name) for bound in bounds]) for name in ("distortion", "rate"))
-    iwae = torch.logsumexp(-(distortion + rate), 0) - math.log(len(noise))
+    distortion, rate = (torch.cat([getattr(bound, name) for bound in bounds]) for name in ("distortion", "rate_per_latent"))
+    iwae = torch.logsumexp(-(distortion + rate.sum(-1)), 0) - math.log(len(noise))
     return Estimate(distortion.mean(0), rate.mean(0), iwae)
