@@ -55,7 +55,27 @@ def test_float32_values_are_summed_in_double_precision() -> None:
 def test_one_value_has_no_standard_error() -> None:
     moments = Moments()
     moments.add({"elbo": torch.tensor([1.0])})
-    assert math.isnan(moments.standard_error("elbo"))
+    assert moments.standard_error("elbo") is None
+    moments.add({"rate": torch.ones(1, 3)})
+    assert moments.standard_errors("rate") == [None] * 3
+
+
+def test_moments_of_latents_are_those_of_each_by_itself() -> None:
+    values = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    vectors, numbers = Moments(), Moments()
+    for part in values.split(11):
+        vectors.add({"rate": part})
+        numbers.add({str(latent): part[:, latent] for latent in range(4)})
+    assert vectors.means("rate").tolist() == pytest.approx([numbers.mean(str(latent)) for latent in range(4)])
+    assert vectors.standard_errors("rate") == pytest.approx([numbers.standard_error(str(latent)) for latent in range(4)])
+    assert vectors.variances("rate").tolist() == pytest.approx(values.double().var(0, correction=0).tolist())
+
+
+def test_a_log_leaves_out_what_is_not_known(storage: Storage) -> None:
+    log = MetricLog(storage, 0, writes=True)
+    log.add(1, {"valid/elbo_nats": 90.0, "valid/elbo_nats_se": None})
+    log.close()
+    assert read_rows(storage) == [{"step": 1, "valid/elbo_nats": 90.0}]
 
 
 def test_a_gradient_is_not_kept_alive() -> None:
