@@ -68,8 +68,8 @@ def format_summary(result: dict[str, Any]) -> str:
     if "iwae_nats" in test:
         bound = f"{with_error(test, 'iwae_nats')} nats (IWAE bound, k = {test['iwae_samples']}); ELBO {test['elbo_nats']:.2f}"
     told = {}
-    if "linear_probe_accuracy" in test:
-        linear, two_layer = (with_error(test, f"{name}_probe_accuracy", factor=100) for name in ("linear", "two_layer"))
+    if "probe" in test:
+        linear, two_layer = (with_error(test["probe"][name], "accuracy", factor=100) for name in ("linear", "two_layer"))
         told["class"] = f"told from the code with {linear} % accuracy by a linear probe, {two_layer} % by a two-layer one"
     rows = {
         "data set": f"{result['dataset']['name']}: {splits}",

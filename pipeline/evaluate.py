@@ -22,7 +22,7 @@ from pipeline.loop import TRAINING_FILE, keep_freed_memory
 from pipeline.manifest import Manifest
 from pipeline.measure import measure, report, with_error
 from pipeline.metrics import Moments
-from pipeline.probe import Codes, Probes, encode
+from pipeline.probe import Codes, Probes, code_noise, encode
 from pipeline.registry import Registry
 from pipeline.storage import Storage, open_storage
 from vlae.information import ACTIVE_VARIANCE
@@ -36,8 +36,15 @@ CODES_BATCH = 64
 PROBED = {"train": ", on the images that the probes were fitted on", "valid": ", on the images that chose the probes"}
 """What the report has to say of the probes' accuracy on a split that is not the test's."""
 
+PROBES = {
+    "linear": "linear probe",
+    "two_layer": "two-layer probe",
+    "linear_of_sample": "linear probe of one z",
+    "majority": "always one class",
+}
+
 SHOWN = 16
-"""Of so many latents the report shows what they can tell."""
+"""So many values of a list are in the report."""
 
 DECODINGS = 3
 """How many times each code is decoded in the picture of reconstructions."""
@@ -71,8 +78,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         )
 
     evaluation = Evaluation(config, model, data, contents, binarization, device)
-    measured, latents, probes = evaluation.measure(
-        rate_splits=training["config"]["model"]["flow_depth"] <= 1, groups=training["config"]["train"].get("free_groups", 1)
+    measured = evaluation.measure(
+        rate_splits=max(model.arguments["flow_depth"], model.arguments["posterior_depth"]) <= 1,
+        groups=training["config"]["train"].get("free_groups", 1),
     )
     if registry and version:
         registry.log_evaluation(version["name"], version["version"], config.split, measured)
@@ -84,17 +92,19 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     drawn = [vlae.reconstruct(model, x, generator) for _ in range(DECODINGS)]
     output.write("reconstructions.png", pictures.reconstructions(x, drawn))
     output.write("samples.png", pictures.samples(vlae.sample(model, config.bounds.pictures, generator)))
-    active = [variance > ACTIVE_VARIANCE for variance in latents["mean_variance"]]
-    output.write("latents.png", pictures.latents(latents["capacity_bits"], latents.get("rate_bits"), active))
+    drawn_files = ["reconstructions", "samples"]
+    latents = measured["latents"]
+    if "capacity_bits" in latents:
+        active = [variance > ACTIVE_VARIANCE for variance in latents["code_variance"]]
+        output.write("latents.png", pictures.latents(latents["capacity_bits"], latents.get("rate_bits"), active))
+        drawn_files.append("latents")
     result = {
         "model": config.model,
         "registry": {"name": version["name"], "version": version["version"]} if version else None,
         "architecture": training["config"]["model"],
         "dataset": {"url": url, "binarization": binarization.value, "manifest": contents.digest},
         config.split: measured,
-        "latents": latents,
-        "probes": probes,
-        "pictures": [f"{output.url}/{name}.png" for name in ("reconstructions", "samples", "latents")],
+        "pictures": [f"{output.url}/{name}.png" for name in drawn_files],
     }
     output.write_json("result.json", result)
     return result
@@ -114,10 +124,9 @@ class Evaluation:
     def loader(self, split: str, batch_size: int, num_images: int | None) -> EvalLoader:
         return EvalLoader(self.data, self.contents, split=split, batch_size=batch_size, num_images=num_images)
 
-    def measure(
-        self, rate_splits: bool, groups: int
-    ) -> tuple[dict[str, float | None], dict[str, Any], dict[str, dict[str, float]] | None]:
-        """The figures of the evaluated images, those of each latent, and how the probes were made, if there are classes.
+    def measure(self, rate_splits: bool, groups: int) -> dict[str, Any]:
+        """The figures of the evaluated images, under ``latents`` those of each latent, and, if there are classes, under ``probe``
+        how well they are told from the code.
 
         ``rate_splits``: whether latents have rates of their own. ``groups``: how many parts of the code had their own free bits.
         """
@@ -126,14 +135,15 @@ class Evaluation:
             self.config.split, BATCH, bounds.num_images
         )  # first, since it finds out whether there is such a split
         probes = self.probes()
-        information, right = Information(bounds.seed, groups), Moments()
+        information, right = Information(groups), Moments()
 
         @torch.no_grad()
         def account(batch: Batch, x: Tensor, estimate: vlae.Estimate) -> None:
-            posterior = self.model.encoder(x)
-            information.add(batch, posterior, estimate)
-            if probes:
-                right.add(probes.correct(posterior.mean.cpu(), batch.labels))
+            posterior, noise = self.model.encoder(x), code_noise(self.model, batch, bounds.seed).to(x.device)
+            information.add(posterior, noise, estimate)
+            codes = Codes.of(posterior, noise, batch.labels)
+            if probes and len(codes.labels):
+                right.add(probes.correct(codes))
             bar.update(len(x))
 
         with progress_bar(images, f"IWAE-{bounds.samples}") as bar:
@@ -147,12 +157,13 @@ class Evaluation:
                 threads=num_threads(self.device),
                 visit=account,
             )
-        whole, latents = information.report(rate_splits)
-        measured = report(moments, self.model, bounds.samples) | whole
-        for name in right.sums:
-            measured[f"{name}_accuracy"] = right.mean(name)
-            measured[f"{name}_accuracy_se"] = right.standard_error(name)
-        return measured, latents, probes.chosen if probes else None
+        measured = report(moments, self.model, bounds.samples) | information.report(rate_splits)
+        if probes and right.sums:
+            measured["probe"] = {
+                name: {"accuracy": right.mean(name), "accuracy_se": right.standard_error(name), **probes.chosen.get(name, {})}
+                for name in right.sums
+            }
+        return measured
 
     def probes(self) -> Probes | None:
         """Fitted on ``train`` and chosen on ``valid``, whatever split is evaluated; none where there are no classes to tell apart."""
@@ -210,32 +221,35 @@ def format_report(result: dict[str, Any], split: str) -> str:
             (f"-IWAE, k = {measured['iwae_samples']}", "iwae_nats", f"{measured['iwae_bits_per_dim']:.4f} bits per dim"),
             ("posterior slack", "slack_nats", "code length less -IWAE"),
         ]
-    compared = measured["mutual_information_images"]
-    rows += [
-        (
-            "I(x; z)",
-            "mutual_information_nats",
-            f"{measured['mutual_information_bits']:.2f} bits, of {math.log2(compared):.2f} that tell {compared:,} images apart",
-        ),
-        ("KL(q(z) || p(z))", "marginal_kl_nats", "rate less I(x; z)"),
-    ]
+    if "mutual_information_nats" in measured:
+        compared = measured["mutual_information_images"]
+        told = (
+            f"{measured['mutual_information_bits']:.2f} bits, of {math.log2(compared):.2f} that tell {compared:,} images apart"
+        )
+        rows += [("I(x; z)", "mutual_information_nats", told), ("KL(q(z) || p(z))", "marginal_kl_nats", "rate less I(x; z)")]
     lines = [f"{architecture_line(result)}; {measured['num_images']:,} {split} images, nats per image:"]
     lines += [f"  {label:<22}{with_error(measured, key, 3):<20}{extra}".rstrip() for label, key, extra in rows]
-    bits = sorted(result["latents"]["capacity_bits"], reverse=True)
-    shown = " ".join(f"{value:.2f}" for value in bits[:SHOWN]) + (" ..." if len(bits) > SHOWN else "")
-    lines += [
-        f"{measured['active_units']} of {len(bits)} latents are active; each can tell at most so many bits, "
-        f"all together {measured['capacity_bits']:.2f}:",
-        f"  {shown}",
-    ]
-    if result["probes"]:
-        lines.append(f"accuracy in telling the class from the code, in %{PROBED.get(split, '')}:")
-        for name in ("linear_probe", "two_layer_probe", "majority_class"):
-            accuracy = with_error(measured, f"{name}_accuracy", factor=100)
-            chosen = result["probes"].get(name)
-            extra = f"{100 * chosen['valid_accuracy']:.2f} on valid" if chosen else "the class most frequent in training"
-            lines.append(f"  {name.replace('_', ' '):<22}{accuracy:<20}{extra}")
+    latents = measured["latents"]
+    lines.append(f"{measured['active_units']} of {len(latents['code_variance'])} latents are active")
+    if "capacity_bits" in latents:
+        lines[-1] += f"; the most that each can tell, in bits, together {measured['capacity_bits']:.2f}:"
+        lines.append(_first(sorted(latents["capacity_bits"], reverse=True)))
+    if "group_rate_bits" in latents:
+        lines += ["rate of each group of latents, in bits:", _first(latents["group_rate_bits"])]
+    if "probe" in measured:
+        lines.append(f"class told from the code, accuracy in %{PROBED.get(split, '')}:")
+        for name, label in PROBES.items():
+            probe = measured["probe"][name]
+            extra = (
+                f"{100 * probe['valid_accuracy']:.2f} on valid" if "valid_accuracy" in probe else "most frequent in training"
+            )
+            lines.append(f"  {label:<22}{with_error(probe, 'accuracy', factor=100):<20}{extra}")
     return "\n".join(lines)
+
+
+def _first(values: list[float]) -> str:
+    """The first of many values."""
+    return "  " + " ".join(f"{value:.2f}" for value in values[:SHOWN]) + (" ..." if len(values) > SHOWN else "")
 
 
 def architecture_line(result: dict[str, Any]) -> str:

@@ -48,8 +48,8 @@ def measure(
     """Distortion, rate, ELBO, IWAE bound with k = ``samples``, and slack, in nats per image, of the images that ``loader`` gives.
 
     Dynamic binarization draws every image once, from (seed, image): the result does not depend on the batches or the number of ranks.
-    ``threads`` batches are worked on at once. ``visit`` is called with each batch, its black and white images and what was found,
-    in the loader's order. The sums are this rank's own; see ``Moments.reduce``.
+    ``threads`` batches are worked on at once. ``visit`` is called with each batch, its images as the model sees them and what was
+    found, in the loader's order. The sums are this rank's own; see ``Moments.reduce``.
     """
 
     def bounds(batch: Batch) -> tuple[Batch, Tensor, vlae.Estimate]:

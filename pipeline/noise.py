@@ -33,7 +33,7 @@ class Purpose(IntEnum):
     BINARIZATION = 1
     POSTERIOR = 2
     IMPORTANCE = 7
-    INFORMATION = 8
+    CODE = 8
     STATIC_BINARIZATION = 3
     SHARD_ORDER = 4
     EPOCH_OFFSET = 5

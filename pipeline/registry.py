@@ -133,14 +133,13 @@ class Registry:
             mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.config.uri)
         )
 
-    def log_evaluation(self, name: str, version: int, split: str, measured: Mapping[str, float | None]) -> None:
-        """Keep an evaluation's figures with a version; those that are none have nothing to keep."""
+    def log_evaluation(self, name: str, version: int, split: str, measured: Mapping[str, Any]) -> None:
+        """Keep an evaluation's figures with a version: its numbers, those in nested tables too, but no lists."""
         self._log(self.client.get_model_version(name, str(version)).run_id, split, measured)
 
-    def _log(self, run_id: str, split: str, values: Mapping[str, float | None]) -> None:
+    def _log(self, run_id: str, split: str, values: Mapping[str, Any]) -> None:
         now = int(time.time() * 1000)  # of several evaluations the latest counts
-        metrics = [Metric(f"{split}/{key}", float(value), now, 0) for key, value in values.items() if value is not None]
-        self.client.log_batch(run_id, metrics=metrics)
+        self.client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in _numbers(split, values)])
 
     def _all_models(self) -> list[RegisteredModel]:
         found, token = [], None
@@ -167,6 +166,15 @@ class Registry:
             "parameters": dict(data.params),
             "metrics": dict(data.metrics),
         }
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers below a value of JSON, each named by its path."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _numbers(f"{name}/{key}", item)
+    elif isinstance(value, int | float):
+        yield name, float(value)
 
 
 @contextlib.contextmanager

@@ -341,6 +341,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("tune", {"search.reduction": 1}, "search.reduction is 1; it must be at least 2"),
     ("tune", {"register_best": 0}, "register_best is 0; it must be at least 1"),
     ("demo", {"bounds.samples": 0}, "bounds.samples is 0; it must be at least 1"),
+    ("evaluate", {"probe_images": -1}, "probe_images is -1; it must be at least 0"),
     ("evaluate", {"bounds.num_images": 1}, "bounds.num_images is 1; it must be at least 2"),
     ("evaluate", {"bounds.pictures": 0}, "bounds.pictures is 0; it must be at least 1"),
     ("shard", {"shard.channels": 2}, "shard.channels is 2; it must be 1 (grey) or 3 (RGB)"),

@@ -14,38 +14,36 @@ from torch import Tensor
 
 from pipeline import information
 from pipeline.information import Information
-from pipeline.loader import Batch
-from pipeline.noise import Purpose, normal
 from vlae import Estimate
 from vlae.distributions import DiagonalGaussian
 from vlae.information import mutual_information
+from vlae.posterior import IAFPosterior
+from vlae.prior import AutoregressiveFlow
 
 LATENTS, NUM_IMAGES = 6, 40
 GENERATOR = torch.Generator().manual_seed(0)
 MEAN = torch.randn(NUM_IMAGES, LATENTS, generator=GENERATOR) * torch.tensor([2.0, 1.0, 0.5, 0.2, 0.02, 0.0]) + 1
 LOG_SCALE = 0.5 * torch.randn(NUM_IMAGES, LATENTS, generator=GENERATOR) - 0.5
 RATES = torch.randn(NUM_IMAGES, LATENTS, generator=GENERATOR) + 1
-SEED = 3
+NOISE = torch.randn(NUM_IMAGES, LATENTS, generator=GENERATOR)
 
 
 def account(ends: Sequence[int], groups: int = 1, rate_splits: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The report on the images above up to the last of ``ends``, in batches that end there."""
-    taken = Information(SEED, groups)
+    """The report on the images above up to the last of ``ends``, in batches that end there: of all latents, and of each."""
+    information = Information(groups)
     for start, stop in zip([0, *ends], ends, strict=False):
         part = slice(start, stop)
-        numbers = np.arange(start, stop)
-        images, labels = torch.zeros(stop - start, 1, 1, 1), torch.zeros(stop - start)
         zeros = torch.zeros(stop - start)
-        batch = Batch(0, images, labels, numbers, numbers)
-        taken.add(batch, DiagonalGaussian(MEAN[part], LOG_SCALE[part]), Estimate(zeros, RATES[part], zeros))
-    return taken.report(rate_splits)
+        information.add(DiagonalGaussian(MEAN[part], LOG_SCALE[part]), NOISE[part], Estimate(zeros, RATES[part], zeros))
+    values = information.report(rate_splits)
+    return values, values.pop("latents")
 
 
 def kept(num_images: int) -> tuple[Tensor, Tensor]:
     """Information and rate of the first images, as they must be."""
-    noise = torch.from_numpy(normal((Purpose.INFORMATION, SEED), np.arange(num_images), LATENTS))
-    values = mutual_information(DiagonalGaussian(MEAN[:num_images], LOG_SCALE[:num_images]), noise)
-    return values, RATES[:num_images].double().sum(1)
+    first = slice(num_images)
+    values = mutual_information(DiagonalGaussian(MEAN[first], LOG_SCALE[first]), NOISE[first])
+    return values, RATES[first].double().sum(1)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -62,7 +60,7 @@ def test_batches_do_not_matter(ends: list[int]) -> None:
 def test_the_figures_are_those_of_the_images() -> None:
     values, latents = account([NUM_IMAGES])
     mean, log_scale, rates = MEAN.double().numpy(), LOG_SCALE.double().numpy(), RATES.double().numpy()
-    np.testing.assert_allclose(latents["mean_variance"], mean.var(0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(latents["code_variance"], mean.var(0), rtol=1e-9, atol=1e-12)
     assert values["active_units"] == 4  # the spreads 2, 1, 0.5 and 0.2 are above 0.1, 0.02 and 0 are not
     capacities = 0.5 * np.log(mean.var(0) + np.exp(2 * log_scale).mean(0)) - log_scale.mean(0)
     np.testing.assert_allclose(latents["capacity_nats"], capacities, rtol=1e-9)
@@ -92,6 +90,22 @@ def test_the_rate_of_a_group_is_that_of_its_neighbouring_latents(groups: int) ->
     assert sum(latents["group_rate_nats"]) == pytest.approx(sum(latents["rate_nats"]))
 
 
+def test_of_an_iaf_posterior_the_figures_are_those_that_can_be_known() -> None:
+    torch.manual_seed(0)
+    flow = AutoregressiveFlow(LATENTS, 2, hidden=16)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape))
+    posterior, zeros = IAFPosterior(DiagonalGaussian(MEAN, LOG_SCALE), flow), torch.zeros(NUM_IMAGES)
+    information = Information()
+    with torch.no_grad():
+        information.add(posterior, NOISE, Estimate(zeros, RATES, zeros))
+    values = information.report(rate_splits=False)
+    variance = posterior.code.detach().double().numpy().var(0)
+    np.testing.assert_allclose(values["latents"].pop("code_variance"), variance, rtol=1e-9)
+    assert values == {"active_units": int((variance > 0.01).sum()), "latents": {}}
+
+
 def test_a_rate_that_does_not_split_is_not_split() -> None:
     whole, parts = account([NUM_IMAGES], rate_splits=False)
     assert not [name for name in parts if "rate" in name]
@@ -106,7 +120,7 @@ def test_images_are_compared_up_to_a_number_of_them(ends: list[int], monkeypatch
     assert values["mutual_information_images"] == 12
     assert values["mutual_information_nats"] == pytest.approx(found.mean().item())
     assert values["marginal_kl_nats"] == pytest.approx((rate - found).mean().item())
-    np.testing.assert_allclose(latents["mean_variance"], MEAN.double().numpy().var(0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(latents["code_variance"], MEAN.double().numpy().var(0), rtol=1e-9, atol=1e-12)
 
 
 def test_of_a_single_image_no_error_is_known_and_nothing_can_be_told() -> None:

@@ -138,8 +138,6 @@ def test_the_report_is_of_the_images_that_were_measured(model: vlae.VLAE, data: 
     assert values["rate_bits"] == pytest.approx(values["rate_nats"] / math.log(2))
     assert 0 < values["iwae_nats"] < values["elbo_nats"]
     assert values["slack_nats"] == pytest.approx(values["elbo_nats"] - values["iwae_nats"])
-    # Of differences image by image: their error is far below those of their terms.
-    assert values["slack_nats_se"] < values["elbo_nats_se"] / 2
     for name in ("rate", "distortion", "elbo", "iwae", "slack"):
         assert 0 < values[f"{name}_nats_se"] < abs(values[f"{name}_nats"])
 

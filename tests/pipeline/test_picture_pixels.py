@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline import pictures
-from pipeline.pictures import FAINT, GAP, LABEL_HEIGHT, MARGIN, PAPER
+from pipeline.pictures import BAR, CHART_HEIGHT, FAINT, GAP, INK, LABEL_HEIGHT, MARGIN, PAPER, RULE
 
 TOP = MARGIN + LABEL_HEIGHT
 
@@ -88,3 +88,29 @@ def test_values_beyond_black_and_white_are_black_and_white() -> None:
     sheet = opened(pictures.samples(images))
     assert (sheet[TOP : TOP + 56, MARGIN : MARGIN + 56] == 0).all()
     assert (sheet[TOP : TOP + 56, MARGIN + 56 + GAP : MARGIN + 112 + GAP] == 255).all()
+
+
+def test_bars_are_as_tall_as_what_latents_tell_in_order_and_pale_if_not_active() -> None:
+    capacity, rate = [0.5, 2.0, 0.0, 1.0, 0.005], [0.25, 1.0, -0.5, 1.0, 0.0]
+    sheet = opened(pictures.latents(capacity, rate, [True, True, True, True, False]))
+    chart = sheet[TOP:]
+    lit = {name: (chart == color).all(2) for name, color in (("bar", BAR), ("rate", INK), ("pale", RULE))}
+    bars = (lit["bar"] | lit["rate"]).sum(0)
+    columns = np.flatnonzero(bars)
+    starts = columns[np.flatnonzero(np.diff(columns, prepend=-2) > 1)]
+    assert len(starts) == 3  # the latents 1, 3 and 0; 2 tells nothing, and 4 is pale
+    heights = [int(bars[start]) for start in starts]
+    assert heights == [CHART_HEIGHT, CHART_HEIGHT // 2, CHART_HEIGHT // 4]
+    inks = [int(lit["rate"][:, start : start + 26].sum(0).max()) for start in starts]
+    assert inks == [CHART_HEIGHT // 2, CHART_HEIGHT // 2, CHART_HEIGHT // 8]
+
+
+@pytest.mark.parametrize("count", [1, 2, 32, 64, 500])
+@pytest.mark.parametrize("scale", [0.0, 0.003, 0.7, 30.0])
+def test_any_number_of_latents_of_any_size_has_its_chart(count: int, scale: float) -> None:
+    values = torch.rand(count, generator=torch.Generator().manual_seed(count)) * scale
+    sheet = opened(pictures.latents(values.tolist(), None, [True] * count))
+    colored = (sheet == BAR).all(2)
+    assert colored.any() == (scale > 0)
+    assert colored[:, :MARGIN].sum() == colored[:, -MARGIN:].sum() == colored[:TOP].sum() == 0
+    assert sheet.shape[1] < 2200

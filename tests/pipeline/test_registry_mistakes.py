@@ -99,6 +99,19 @@ def test_a_version_tells_what_it_was_trained_with_and_how_well(models: Registry,
     assert models.versions(name)[0]["metrics"] == row["metrics"] | {"test/iwae_nats": 84.5}
 
 
+def test_of_an_evaluation_all_numbers_are_kept(local: Registry, tmp_path: Path, name: str) -> None:
+    local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
+    probe = {"linear": {"accuracy": 0.9, "accuracy_se": None}}
+    local.log_evaluation(
+        name, 1, "test", {"num_images": 1, "rate_nats_se": None, "probe": probe, "latents": {"rate_nats": [1.0, 2.0]}}
+    )
+    metrics = local.versions(name)[0]["metrics"]
+    assert {key: metrics[key] for key in metrics if key.startswith("test/")} == {
+        "test/num_images": 1.0,
+        "test/probe/linear/accuracy": 0.9,
+    }
+
+
 def test_the_latest_evaluation_counts(local: Registry, tmp_path: Path, name: str) -> None:
     local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
     local.log_evaluation(name, 1, "test", {"iwae_nats": 85.0, "iwae_samples": 16})
