@@ -81,6 +81,17 @@ class Dataset:
     binarization: Binarization = option(
         "dynamic: every pixel is drawn anew each time it is seen; static: drawn once for each image", Binarization.dynamic
     )
+    cache: str | None = option(
+        "a folder of each machine where training keeps the shards that it has read; none keeps none", None
+    )
+    cache_gb: float = option("how many gigabytes it may take; what was used longest ago makes way", 20.0)
+    max_skipped: int = option(
+        "how many damaged or missing images a worker may replace by others, with a warning, before it gives up", 0
+    )
+
+    def check(self) -> None:
+        _check(0 < self.cache_gb < 1 << 30, f"dataset.cache_gb is {self.cache_gb}; it must be above 0")
+        _check(self.max_skipped >= 0, f"dataset.max_skipped is {self.max_skipped}; it must be at least 0")
 
 
 @dataclass
@@ -400,7 +411,16 @@ def options_of(group: str) -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in files.iterdir() if file.name.endswith(".yaml"))
 
 
-LOCAL_PATHS = ("storage.root", "dataset.path", "dataset.url", "dataset_url", "registry.artifacts", "output", "folder")
+LOCAL_PATHS = (
+    "storage.root",
+    "dataset.path",
+    "dataset.url",
+    "dataset.cache",
+    "dataset_url",
+    "registry.artifacts",
+    "output",
+    "folder",
+)
 
 
 def describe(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -139,9 +139,10 @@ def write_shard(storage: Storage, source: ImageSource, split: str, name: str, st
     content = tar.getvalue()
     for offset, size in zip(offsets, sizes, strict=True):
         checksums.append(hashlib.sha256(content[offset : offset + size]).hexdigest())
-    index = Index.to_bytes(offsets, sizes, counts, checksums)
+    index = Index.to_bytes(offsets, sizes, checksums, num_samples=counts)
     sha256, index_sha256 = hashlib.sha256(content).hexdigest(), hashlib.sha256(index).hexdigest()
-    shard = Shard(name, size=len(content), sha256=sha256, num_samples=stop - start, index_sha256=index_sha256)
+    index_name = name.removesuffix(".tar") + ".index.json"
+    shard = Shard(name, len(content), sha256, stop - start, index_name, index_sha256)
     storage.write(shard.name, content)
     storage.write(shard.index_name, index)
     return shard

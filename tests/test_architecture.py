@@ -5,10 +5,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "noise"},
-    {"config", "order"},
+    {"errors", "noise", "tar"},
+    {"config", "order", "images"},
     {"storage"},
-    {"manifest", "store", "schedule", "cluster", "sources"},
+    {"manifest", "cache", "store", "schedule", "cluster", "sources"},
+    {"reader"},
     {"loader", "checkpoint", "pictures", "search"},
     {"metrics"},
     {"measure"},

@@ -39,7 +39,7 @@ def test_an_unknown_split_is_named_with_the_known_ones(numbered: Manifest) -> No
 
 def test_a_manifest_of_another_version_is_refused(storage: Storage, numbered: Manifest) -> None:
     storage.write_json("manifest.json", {**storage.read_json("manifest.json"), "version": 2})
-    with pytest.raises(UserError, match=r"manifest\.json has format \(2, 'npy'\), but this program reads \(1, 'npy'\)"):
+    with pytest.raises(UserError, match=r"manifest\.json has format \(2, 'npy'\), but this program reads 1 with"):
         manifest_module.load(storage)
     storage.write_json("manifest.json", ["something else"])
     with pytest.raises(UserError, match="has format"):
@@ -50,7 +50,7 @@ def test_a_damaged_manifest_is_refused(storage: Storage, numbered: Manifest) -> 
     content = storage.read_json("manifest.json")
     for change in ({"splits": None}, {"splits": {"train": [{"name": "x"}]}}, {"image_shape": [1, 2]}, {"unknown": 1}):
         storage.write_json("manifest.json", {**content, **change})
-        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        with pytest.raises(UserError, match=r"manifest\.json is damaged or was edited: its sha256 is"):
             manifest_module.load(storage)
     storage.write("manifest.json", json.dumps(content).encode()[:-20])
     with pytest.raises(UserError, match=r"manifest\.json is damaged: it is not JSON"):
