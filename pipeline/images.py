@@ -14,7 +14,7 @@ Pixels = npt.NDArray[np.uint8]
 Fit = Literal["crop", "pad", "stretch"]
 
 # No format that runs another program (EPS), and none that nobody keeps images in: each is a way in for damaged files.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 1 << 26  # 67 million: a small file may unpack to fill all memory
 
 

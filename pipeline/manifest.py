@@ -97,7 +97,7 @@ class PagedShards(Sequence[Shard]):
     def num_samples(self) -> Integers:
         """The number of samples of every shard, ``(num_shards,)``."""
         content = read_verified(self._storage, self.sizes_name, self.sizes_sha256)
-        return np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64)
+        return np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64, copy=False)
 
     def _load(self, page: int) -> Any:
         import pyarrow.parquet  # 40 MB that only data sets with very many shards need
@@ -217,6 +217,38 @@ def load(storage: Storage) -> Manifest:
         return Manifest(**content, splits=splits, image_shape=(channels, height, width))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{url} is damaged ({error}); {remedy}") from None
+
+
+def existing(storage: Storage, recipe: dict[str, Any]) -> Manifest | None:
+    """The data set in ``storage``, if there is one, made by ``recipe``. Raises ``UserError`` if it was made by another."""
+    if not storage.exists(MANIFEST_KEY):
+        return None
+    contents = load(storage)
+    if contents.source != recipe:
+        differing = sorted(key for key in recipe.keys() | contents.source.keys() if recipe.get(key) != contents.source.get(key))
+        raise UserError(
+            f"the data set at {storage.url} was made from other images or options ({', '.join(differing)}); "
+            f"choose another dataset.name, or delete {storage.url}/{MANIFEST_KEY} to write it anew"
+        )
+    return contents
+
+
+def summary(contents: Manifest) -> dict[str, Any]:
+    """What there is, as JSON values."""
+    return {
+        "image_shape": list(contents.image_shape),
+        "num_classes": contents.num_classes,
+        "splits": {
+            split: {"images": contents.num_samples(split), "shards": len(shards)} for split, shards in contents.splits.items()
+        },
+        "bytes": sum(shard.size for shards in contents.splits.values() for shard in shards),
+        "manifest_digest": contents.digest,
+    }
+
+
+def kept(storage: Storage, split: str, shards: Sequence[Shard]) -> Sequence[Shard]:
+    """Shards as the manifest is to hold them: themselves, or, if they are very many, in pages."""
+    return tuple(shards) if len(shards) <= PAGE else PagedShards.write(storage, split, shards)
 
 
 def _read_listed(storage: Storage, listed: Any) -> Sequence[Shard]:

@@ -137,7 +137,7 @@ class Reader:
         in_parallel(record, range(first, last), decoders if index.labels is not None else 1)
 
     def _fetch(self, shard: Shard, start: int, length: int) -> bytes:
-        storage, key = self._place(shard)
+        storage, key = self.place(shard)
         if self._cache is not None:
             return self._cache.read_range(storage, key, shard.size, shard.sha256, start, length)
         return storage.read_range(key, start, length)
@@ -146,7 +146,7 @@ class Reader:
         """A record that did not have its sha256: what was altered on its way, or in the cache, comes whole now."""
         if self._cache is not None:
             self._cache.drop(shard.sha256)
-        storage, key = self._place(shard)
+        storage, key = self.place(shard)
         offset, size = int(index.offset[record]), int(index.size[record])
         content = memoryview(storage.read_range(key, offset, size))
         actual = hashlib.sha256(content).hexdigest()
@@ -189,7 +189,7 @@ class Reader:
         if count > known:
             logger.warning("skipped %d samples (%d so far, at most %d): %s", count - known, count, self._max_skipped, error)
 
-    def _place(self, shard: Shard) -> tuple[Storage, str]:
+    def place(self, shard: Shard) -> tuple[Storage, str]:
         """Where a shard lies: its storage, and its key there."""
         if "://" not in shard.name and not shard.name.startswith("/"):
             return self._storage, shard.name
@@ -197,7 +197,7 @@ class Reader:
         return self._elsewhere(folder), urllib.parse.unquote(key) if folder.startswith("http") else key
 
     def _url(self, shard: Shard) -> str:
-        storage, key = self._place(shard)
+        storage, key = self.place(shard)
         return f"{storage.url}/{key}"
 
 
