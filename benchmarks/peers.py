@@ -6,6 +6,7 @@ read them back). Each loader shuffles and gives batches of tensors: images uint8
 
 import importlib.machinery
 import io
+import itertools
 import json
 import os
 import random
@@ -53,7 +54,7 @@ def ours_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str
     Manifest("benchmark", images.shape[1:], 10, 250, {"train": shards}).publish(storage)
 
 
-def ours(folder: Path, prefix: str, cached: bool = False) -> Epoch:
+def ours(folder: Path, prefix: str) -> Epoch:
     from pipeline import manifest
     from pipeline.cache import ShardCache
     from pipeline.loader import TrainLoader
@@ -64,14 +65,8 @@ def ours(folder: Path, prefix: str, cached: bool = False) -> Epoch:
     steps = contents.num_samples("train") // BATCH
     cache = ShardCache(folder / "cache", 10**10)
 
-    def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        loader = TrainLoader(
-            storage, contents, seed=0, global_batch=BATCH, num_streams=8, start_step=number * steps,
-            num_steps=(number + 1) * steps, cache=cache,
-        )  # fmt: skip
-        return ((batch.images, batch.labels) for batch in loader)
-
-    return epoch
+    batches = iter(TrainLoader(storage, contents, seed=0, global_batch=BATCH, num_streams=8, num_steps=2 * steps, cache=cache))
+    return lambda number: ((batch.images, batch.labels) for batch in itertools.islice(batches, steps))
 
 
 # --- webdataset --------------------------------------------------------------------------------------------------------
@@ -206,6 +201,7 @@ def identity(item: Any) -> Any:
 def litdata(folder: Path, prefix: str) -> Epoch:
     import litdata as lit
 
+    os.environ["AWS_ALLOW_HTTP"] = "true"
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
     data = lit.StreamingDataset(
         f"s3://benchmark/{prefix}", cache_dir=str(folder / "local"), shuffle=True, storage_options=options, seed=0

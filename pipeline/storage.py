@@ -453,7 +453,7 @@ class S3Storage(Storage):
             except ResponseParserError as error:  # half an answer, or another protocol's
                 raise _Interrupted(error) from error
             total = response.get("ContentRange", "").rpartition("/")[2] if stop is not None else response.get("ContentLength")
-            if not total or "ETag" not in response:
+            if total in (None, "") or "ETag" not in response:
                 raise _Interrupted("the headers of the answer were cut")
             # The connection's own stream, which gives bytes as they come.
             body = cast(urllib3.BaseHTTPResponse, response["Body"].__enter__())
