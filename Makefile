@@ -20,6 +20,9 @@ demo: install ## from real images to a registered model, in ./demo
 test: lint ## lint, types, and all tests
 	$(BIN)/pytest
 
+faults: install ## break storage in every way and show that no byte is lost
+	$(BIN)/python -m tests.faults
+
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,4 +31,4 @@ lint: install ## ruff and mypy
 clean: ## remove what the demo made
 	rm -rf demo outputs
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test faults lint clean

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from pipeline.config import COMMANDS, choices, describe, load, options_of
 from pipeline.errors import UserError
 
-ACTIONS = ("list", "show", "promote")
-"""What ``vlae registry`` can do."""
+ACTIONS = {"registry": ("list", "show", "promote"), "data": ("inspect", "verify")}
+"""What commands with several uses can do: the first word after the command."""
 
 
 def console() -> NoReturn:
@@ -65,8 +65,38 @@ def _shard(arguments: list[str]) -> None:
     result = shard.run(config)
     counts = ", ".join(f"{split['images']:,} {name}" for name, split in result["splits"].items())
     print(f"data set {config.dataset.name}{' was there already' if result['reused'] else ' written'}: {counts} images")
+    if result["unreadable"] or result["duplicates"]:
+        print(
+            f"{result['unreadable']:,} unreadable, {result['duplicates']:,} duplicates: see {result['url']}/{shard.REPORT_KEY}"
+        )
     open_storage(result["url"]).write_json("result.json", result)
     _name_result(result["url"])
+
+
+def _index(arguments: list[str]) -> None:
+    config = _load("index", arguments)
+    from pipeline import index
+    from pipeline.storage import open_storage
+
+    result = index.run(config)
+    counts = ", ".join(f"{split['images']:,} {name}" for name, split in result["splits"].items())
+    print(f"data set {config.dataset.name}{' was there already' if result['reused'] else ' indexed'}: {counts} images")
+    open_storage(result["url"], config.storage.endpoint_url).write_json("result.json", result)
+    _name_result(result["url"])
+
+
+def _data(arguments: list[str]) -> None:
+    action = _action("data", arguments)
+    config = _load("data", arguments[1:])
+    from pipeline import data
+    from pipeline.storage import open_storage
+
+    result = data.run(action, config)
+    open_storage(config.output).write_json("result.json", result)
+    print(data.format_report(action, result))
+    _name_result(config.output)
+    if result.get("damaged"):
+        raise UserError(f"{len(result['damaged'])} shards of {config.dataset.url} are damaged: see {config.output}/result.json")
 
 
 def _train(arguments: list[str]) -> None:
@@ -108,13 +138,12 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _registry(arguments: list[str]) -> None:
-    if not arguments or arguments[0] not in ACTIONS:
-        raise UserError(f"vlae registry needs one of {', '.join(ACTIONS)} as its first word")
+    action = _action("registry", arguments)
     config = _load("registry", arguments[1:])
     from pipeline import registry
     from pipeline.storage import open_storage
 
-    open_storage(config.output).write_json("result.json", registry.run(arguments[0], config))
+    open_storage(config.output).write_json("result.json", registry.run(action, config))
     _name_result(config.output)
 
 
@@ -137,6 +166,8 @@ def _demo(arguments: list[str]) -> None:
 
 HANDLERS: dict[str, Callable[[list[str]], int | None]] = {
     "shard": _shard,
+    "index": _index,
+    "data": _data,
     "train": _train,
     "tune": _tune,
     "evaluate": _evaluate,
@@ -144,6 +175,12 @@ HANDLERS: dict[str, Callable[[list[str]], int | None]] = {
     "serve-store": _serve_store,
     "demo": _demo,
 }
+
+
+def _action(command: str, arguments: list[str]) -> str:
+    if not arguments or arguments[0] not in ACTIONS[command]:
+        raise UserError(f"vlae {command} needs one of {', '.join(ACTIONS[command])} as its first word")
+    return arguments[0]
 
 
 def _load(command: str, arguments: list[str]) -> Any:
@@ -178,6 +215,7 @@ EXAMPLE = """a first session:
   vlae evaluate model=models:/vlae-mnist@champion"""
 
 USAGE = {
+    "data": "vlae data inspect | verify [key=value ...]",
     "registry": "vlae registry list | show name=NAME [version=N] | promote name=NAME version=N [alias=ALIAS]",
     "serve-store": "vlae serve-store [key=value ...] [-- COMMAND ...]\n"
     "       with a COMMAND: run it with the store's address and credentials in its environment, and stop with it",

@@ -1,14 +1,20 @@
 """Getting hold of a Ray cluster: a running one, or one of our own on this machine."""
 
+import itertools
 import os
 import socket
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.util
+from ray.exceptions import RayTaskError
 
 from pipeline.config import Cluster, Storage
 from pipeline.errors import UserError
+
+IN_FLIGHT = 256  # tasks that wait for a worker at once; more would only burden Ray
 
 
 def connect(cluster: Cluster, storage: Storage) -> None:
@@ -53,6 +59,28 @@ def connect(cluster: Cluster, storage: Storage) -> None:
             "this machine alone"
         ) from error
     check_capacity(cluster)
+
+
+def in_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """Call ``function`` with each tuple of arguments, in Ray tasks, and give the results as they come, in any order.
+
+    The arguments are made as tasks are free to take them. A task's ``UserError`` is raised here as it was there.
+    """
+    task, remaining, pending = ray.remote(function), iter(calls), list[Any]()
+    while True:
+        pending += [task.remote(*arguments) for arguments in itertools.islice(remaining, IN_FLIGHT - len(pending))]
+        if not pending:
+            return
+        ready, pending = ray.wait(pending)
+        try:
+            results = ray.get(ready)
+        except RayTaskError as error:
+            for other in pending:
+                ray.cancel(other)
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+        yield from results
 
 
 def _has_token() -> bool:

@@ -65,6 +65,23 @@ class Source(Enum):
     mnist = "mnist"
     idx = "idx"
     folder = "folder"
+    npz = "npz"
+    tar = "tar"
+    webdataset = "webdataset"
+    parquet = "parquet"
+
+
+class Encoding(Enum):
+    auto = "auto"
+    npy = "npy"
+    png = "png"
+    webp = "webp"
+
+
+class Fit(Enum):
+    crop = "crop"
+    pad = "pad"
+    stretch = "stretch"
 
 
 class Binarization(Enum):
@@ -76,14 +93,30 @@ class Binarization(Enum):
 @dataclass
 class Dataset:
     name: str = option("the name of the data set")
-    source: Source = option("mnist (fetched), idx (IDX files in path), or folder (a folder of images in path)")
-    path: str | None = option("where the source's files are: a local file or folder", None)
+    source: Source = option(
+        "what path holds: mnist (fetched), idx (IDX files), folder (images, one sub-folder per class), npz (arrays), tar (a "
+        "folder tree), webdataset (shards), or parquet (as Hugging Face keeps images)"
+    )
+    path: str | None = option(
+        "where the source's files are: a file or folder; s3:// too for folder, tar, webdataset, parquet", None
+    )
     url: str = option("where the shards and manifest.json are", "${storage.root}/datasets/${dataset.name}")
     binarization: Binarization = option(
         "dynamic: every pixel is drawn black or white anew each time it is seen; static: drawn once for each image; "
         "none: images keep their 256 values, and the likelihood is one of these",
         Binarization.dynamic,
     )
+    cache: str | None = option(
+        "a folder of each machine where training keeps the shards that it has read; none keeps none", None
+    )
+    cache_gb: float = option("how many gigabytes it may take; what was used longest ago makes way", 20.0)
+    max_skipped: int = option(
+        "how many damaged or missing images a worker may replace by others, with a warning, before it gives up", 0
+    )
+
+    def check(self) -> None:
+        _check(0 < self.cache_gb < 1 << 30, f"dataset.cache_gb is {self.cache_gb}; it must be above 0")
+        _check(self.max_skipped >= 0, f"dataset.max_skipped is {self.max_skipped}; it must be at least 0")
 
 
 @dataclass
@@ -303,20 +336,81 @@ class Bounds:
 class ShardOptions:
     samples_per_shard: int = option("images in one tar", 5000)
     block_size: int = option("images in one record of a tar", 250)
+    encoding: Encoding = option(
+        "npy keeps blocks of small images; png and webp (without loss) keep each large one; auto chooses by size", Encoding.auto
+    )
     valid_fraction: float = option(
         "part of the training images kept for validation, if the source has no split of its own", 1 / 6
     )
-    test_fraction: float = option("part of a folder's images kept for the test", 1 / 10)
-    image_size: int | None = option("a folder's images are resized to this many pixels square; none keeps their size", None)
-    channels: int = option("1 is grey, 3 is RGB; for a folder's images", 1)
+    test_fraction: float = option("part of the images kept for the test, if the source has no split of its own", 1 / 10)
+    image_size: int | None = option("image files are resized to this many pixels square; none keeps their size", None)
+    fit: Fit = option("how: crop keeps the middle square, pad the whole on white, stretch the whole", Fit.crop)
+    channels: int = option("1 is grey, 3 is RGB; for image files", 1)
+    max_megapixels: float = option("image files with more pixels than this are not unpacked", 64.0)
+    max_unreadable: int = option("image files that may be left out because they cannot be read; report.json lists them", 0)
+    image_column: str = option("the column of Parquet files that holds images", "image")
+    label_column: str = option("the column of Parquet files, or the key of a sample's .json, that holds labels", "label")
 
     def check(self) -> None:
         _check(self.samples_per_shard >= 1, f"shard.samples_per_shard is {self.samples_per_shard}; it must be at least 1")
         _check(self.block_size >= 1, f"shard.block_size is {self.block_size}; it must be at least 1")
-        _check(self.image_size is None or self.image_size >= 1, f"shard.image_size is {self.image_size}; it must be at least 1")
-        _check(self.channels in (1, 3), f"shard.channels is {self.channels}; it must be 1 (grey) or 3 (RGB)")
-        for name in ("valid_fraction", "test_fraction"):
-            _check(0 < getattr(self, name) < 1, f"shard.{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        _check(self.max_unreadable >= 0, f"shard.max_unreadable is {self.max_unreadable}; it must be at least 0")
+        _check_images(self, "shard")
+
+
+@dataclass
+class IndexOptions:
+    train: str = option("the shards: s3://bucket/{000000..000123}.tar, https:// or local ones likewise, or a folder of tars")
+    valid: str | None = option("those for validation; without, some of train's", None)
+    test: str | None = option("those for the test; without, some of train's", None)
+    valid_fraction: float = option("part of train's shards kept for validation, if it has none of its own", 1 / 20)
+    test_fraction: float = option("part of train's shards kept for the test, if it has none of its own", 1 / 20)
+    image_size: int | None = option(
+        "images become this many pixels square as they are read; none: all must be of one size", None
+    )
+    fit: Fit = option("how: crop keeps the middle square, pad the whole on white, stretch the whole", Fit.crop)
+    channels: int = option("1 is grey, 3 is RGB", 3)
+    label_key: str = option("the key of a sample's .json that holds its label, if it has no .cls", "label")
+    max_megapixels: float = option("images with more pixels than this are refused", 64.0)
+
+    def check(self) -> None:
+        _check_images(self, "index")
+
+
+def _check_images(options: "ShardOptions | IndexOptions", name: str) -> None:
+    """Checks of the options that shard and index share."""
+    _check(
+        options.image_size is None or options.image_size >= 1,
+        f"{name}.image_size is {options.image_size}; it must be at least 1",
+    )
+    _check(options.channels in (1, 3), f"{name}.channels is {options.channels}; it must be 1 (grey) or 3 (RGB)")
+    _check(0 < options.max_megapixels < 1e6, f"{name}.max_megapixels is {options.max_megapixels}; it must be above 0")
+    for key in ("valid_fraction", "test_fraction"):
+        _check(0 < getattr(options, key) < 1, f"{name}.{key} is {getattr(options, key)}; it must lie between 0 and 1")
+
+
+@dataclass
+class IndexConfig:
+    """Make the manifest of WebDataset shards that someone else wrote, where they lie."""
+
+    storage: Storage = section(Storage, "where things are kept")
+    dataset: Dataset = section(Dataset, "the data set that they become")
+    index: IndexOptions = section(IndexOptions, "the shards, and how they are read")
+    cluster: Cluster = section(Cluster, "where it runs")
+
+
+@dataclass
+class DataConfig:
+    """Look at a data set (inspect), or re-read and check every byte of it (verify)."""
+
+    output: str = option("where the report goes", "outputs/data")
+    pictures: int = option("how many images of each split the contact sheet shows", 50)
+    storage: Storage = section(Storage, "where things are kept")
+    dataset: Dataset = section(Dataset, "the data set")
+    cluster: Cluster = section(Cluster, "where it runs")
+
+    def check(self) -> None:
+        _check(self.pictures >= 1, f"pictures is {self.pictures}; it must be at least 1")
 
 
 @dataclass
@@ -462,6 +556,8 @@ class DemoConfig(TuneConfig):
 
 COMMANDS: dict[str, type] = {
     "shard": ShardConfig,
+    "index": IndexConfig,
+    "data": DataConfig,
     "train": TrainConfig,
     "tune": TuneConfig,
     "evaluate": EvaluateConfig,
@@ -484,7 +580,16 @@ def options_of(group: str) -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in files.iterdir() if file.name.endswith(".yaml"))
 
 
-LOCAL_PATHS = ("storage.root", "dataset.path", "dataset.url", "dataset_url", "registry.artifacts", "output", "folder")
+LOCAL_PATHS = (
+    "storage.root",
+    "dataset.path",
+    "dataset.url",
+    "dataset.cache",
+    "dataset_url",
+    "registry.artifacts",
+    "output",
+    "folder",
+)
 
 
 def describe(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
@@ -507,7 +612,9 @@ def load(command: str, overrides: list[str]) -> Any:
     chosen, values = [], {}
     for text in overrides:
         try:
-            override = OverridesParser.create().parse_override(text)
+            key, equals, value = text.partition("=")
+            quoted = f"{key}='{value}'" if equals and re.search(r"\{.*\}.", value) and "'" not in value else text  # a pattern
+            override = OverridesParser.create().parse_override(quoted)
         except HydraException:
             raise UserError(f"{text!r} is not understood; write key=value, and quote a value of odd characters") from None
         key = override.key_or_group

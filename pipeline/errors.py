@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it and exits with code 2.
     """
+
+
+class DamagedData(UserError):
+    """Stored data is missing, altered or cannot be understood, however often it is read."""

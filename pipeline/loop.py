@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vlae
 from pipeline import checkpoint, manifest, schedule
+from pipeline.cache import open_cache
 from pipeline.config import FreeBits, TrainConfig, to_dict
 from pipeline.errors import UserError
 from pipeline.loader import EvalLoader, TrainLoader, binarize
@@ -51,6 +52,7 @@ def fit(
     optim, train = config.optim, config.train
     data, run = open_storage(config.dataset.url, config.storage.endpoint_url), run_storage(config)
     contents = manifest.load(data)
+    cache, max_skipped = open_cache(config.dataset), config.dataset.max_skipped
 
     torch.manual_seed(train.seed)
     model = config.build(contents.image_shape).to(device)
@@ -72,6 +74,8 @@ def fit(
             rank=rank,
             world_size=world_size,
             num_images=train.valid_images,
+            cache=cache,
+            max_skipped=max_skipped,
         )
         moments = measure(
             ema.module, loader, samples=1, binarization=config.dataset.binarization, seed=train.seed, device=device
@@ -95,6 +99,8 @@ def fit(
         start_step=step,
         rank=rank,
         world_size=world_size,
+        cache=cache,
+        max_skipped=max_skipped,
     )
     with MetricLog(run, step, writes=rank == 0) as log:
         for batch in meter.waits(batches):

@@ -3,46 +3,137 @@
 ::
 
     manifest.json            the shape of the images, and per split its shards: name, size, number of samples, checksums
-    train/00000.tar          a WebDataset tar; each record holds a block of images and their labels
+    train/00000.tar          a WebDataset tar; each record holds a block of images and their labels, or one image
     train/00000.index.json   where each record of that tar begins, how long it is, how many samples it holds, its sha256
+    pages/...                the shards, if there are very many, in place of the list in manifest.json
 
 The manifest is written last: a data set exists when it is there. Nothing in it grows with the number of samples; what
-does is in the index, read when its shard is opened.
+does is in the index, read when its shard is opened. Shards may also lie elsewhere, and belong to someone else
+(``vlae index``): then their names are whole addresses, and only the indices are beside the manifest.
 
-A record is one WebDataset sample, KEY, of two members: ``KEY.images.npy``, uint8 ``(num_samples, channels, height, width)``,
-and ``KEY.labels.npy``, int64 ``(num_samples,)``, -1 where there is no label. Records follow each other without a gap, so
-any run of them is one range of bytes.
+Encodings, by what a record is:
+
+``npy``
+    one WebDataset sample, KEY, of two members: ``KEY.images.npy``, uint8 ``(num_samples, channels, height, width)``,
+    and ``KEY.labels.npy``, int64 ``(num_samples,)``, -1 where there is no label. Records follow each other without a gap.
+``image``
+    the content of one member, an image file (PNG, JPEG, WebP) or an array (``.npy``); the index holds its label too.
+
+Either way any run of records is one range of bytes.
 """
 
 import hashlib
+import io
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property, lru_cache
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import UserError
+from pipeline.images import Fit
 from pipeline.storage import ObjectNotFound, Storage
 
 VERSION = 1
-ENCODING = "npy"
+ENCODINGS = ("npy", "image")
 MANIFEST_KEY = "manifest.json"
+PAGE = 10_000  # shards; a split with more is kept in pages
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Shard:
     """One tar, and its index."""
 
-    name: str  # its key, such as train/00000.tar
+    name: str  # its key, such as train/00000.tar, or its address, such as s3://bucket/train/00000.tar
     size: int  # in bytes
     sha256: str
     num_samples: int
+    index_name: str  # the index's key
     index_sha256: str
 
-    @property
-    def index_name(self) -> str:
-        return self.name.removesuffix(".tar") + ".index.json"
+
+@dataclass(frozen=True)
+class Page:
+    """Some thousand shards of a split, in a Parquet object of their own."""
+
+    name: str  # its key
+    num_shards: int
+    sha256: str
+
+
+class PagedShards(Sequence[Shard]):
+    """The shards of a split with very many: only the numbers of samples are in memory, and the pages in use."""
+
+    def __init__(self, storage: Storage, pages: tuple[Page, ...], sizes_name: str, sizes_sha256: str) -> None:
+        self.pages, self.sizes_name, self.sizes_sha256 = pages, sizes_name, sizes_sha256
+        self._storage = storage
+        self._ends = np.cumsum([page.num_shards for page in pages])
+        self._page = lru_cache(maxsize=16)(self._load)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PagedShards, (self._storage, self.pages, self.sizes_name, self.sizes_sha256)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Shard: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Shard]: ...
+    def __getitem__(self, index: int | slice) -> Shard | Sequence[Shard]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        page = int(np.searchsorted(self._ends, index, side="right"))
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = index - int(self._ends[page]) + self.pages[page].num_shards
+        return Shard(**self._page(page).slice(row, 1).to_pylist()[0])
+
+    @cached_property
+    def num_samples(self) -> Integers:
+        """The number of samples of every shard, ``(num_shards,)``."""
+        content = read_verified(self._storage, self.sizes_name, self.sizes_sha256)
+        return np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64, copy=False)
+
+    def _load(self, page: int) -> Any:
+        import pyarrow.parquet  # 40 MB that only data sets with very many shards need
+
+        content = read_verified(self._storage, self.pages[page].name, self.pages[page].sha256)
+        return pyarrow.parquet.read_table(io.BytesIO(content))
+
+    @classmethod
+    def write(cls, storage: Storage, split: str, shards: Iterator[Shard] | Sequence[Shard]) -> "PagedShards":
+        """Put shards into pages below ``storage``, holding one page of them in memory."""
+        import pyarrow
+        import pyarrow.parquet
+
+        pages, counts, rows = list[Page](), list[int](), list[Shard]()
+
+        def flush() -> None:
+            file = io.BytesIO()
+            table = pyarrow.table({item.name: [getattr(row, item.name) for row in rows] for item in fields(Shard)})
+            pyarrow.parquet.write_table(table, file, compression="zstd")
+            name = f"pages/{split}-{len(pages):05d}.parquet"
+            storage.write(name, file.getvalue())
+            pages.append(Page(name, len(rows), hashlib.sha256(file.getvalue()).hexdigest()))
+            rows.clear()
+
+        for shard in shards:
+            rows.append(shard)
+            counts.append(shard.num_samples)
+            if len(rows) == PAGE:
+                flush()
+        if rows:
+            flush()
+        sizes = io.BytesIO()
+        np.save(sizes, np.array(counts, dtype=np.uint32), allow_pickle=False)
+        name = f"pages/{split}-sizes.npy"
+        storage.write(name, sizes.getvalue())
+        return cls(storage, tuple(pages), name, hashlib.sha256(sizes.getvalue()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -53,29 +144,52 @@ class Manifest:
     image_shape: tuple[int, int, int]  # channels, height, width
     num_classes: int | None  # none: there are no labels
     block_size: int  # samples of a record; the last of a shard may hold fewer
-    splits: dict[str, tuple[Shard, ...]]
+    splits: Mapping[str, Sequence[Shard]]
     source: dict[str, Any] = field(default_factory=dict)  # what it was made from, and how
-    encoding: str = ENCODING
+    encoding: str = "npy"
+    fit: Fit | None = None  # how images of other shapes are brought to image_shape as they are read; none: they are errors
     version: int = VERSION
 
-    def shards(self, split: str) -> tuple[Shard, ...]:
+    def shards(self, split: str) -> Sequence[Shard]:
         """Raises ``UserError`` if there is no such split."""
         if split not in self.splits:
             raise UserError(f"data set {self.name} has no split {split!r}; it has {', '.join(self.splits)}")
         return self.splits[split]
 
+    def shard_samples(self, split: str) -> Integers:
+        """The number of samples of every shard of a split, ``(num_shards,)``."""
+        shards = self.shards(split)
+        if isinstance(shards, PagedShards):
+            return shards.num_samples
+        return np.array([shard.num_samples for shard in shards], dtype=np.int64)
+
     def num_samples(self, split: str) -> int:
-        return sum(shard.num_samples for shard in self.shards(split))
+        return int(self.shard_samples(split).sum())
 
     @property
     def digest(self) -> str:
         """The sha256 of the manifest: it stands for all of the data, since it holds the shards' own."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _digest(self._content())
 
     def publish(self, storage: Storage) -> None:
         """Make the data set exist, when everything that it names is in place."""
-        storage.write_json(MANIFEST_KEY, asdict(self))
+        storage.write_json(MANIFEST_KEY, {**self._content(), "sha256": self.digest})
+
+    def _content(self) -> dict[str, Any]:
+        """As JSON values."""
+        content = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {**content, "image_shape": list(self.image_shape), "splits": {k: _listed(v) for k, v in self.splits.items()}}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _listed(shards: Sequence[Shard]) -> Any:
+    if not isinstance(shards, PagedShards):
+        return [asdict(shard) for shard in shards]
+    pages = [asdict(page) for page in shards.pages]
+    return {"pages": pages, "sizes_name": shards.sizes_name, "sizes_sha256": shards.sizes_sha256}
 
 
 def load(storage: Storage) -> Manifest:
@@ -89,42 +203,98 @@ def load(storage: Storage) -> Manifest:
         raise ObjectNotFound(f"there is no data set at {storage.url}; make one with: vlae shard dataset=NAME") from None
     url = f"{storage.url}/{MANIFEST_KEY}"
     found = tuple(content.get(key) for key in ("version", "encoding")) if isinstance(content, dict) else (None, None)
-    if found != (VERSION, ENCODING):
-        raise UserError(f"{url} has format {found}, but this program reads {(VERSION, ENCODING)}; use the one that made it")
+    if found[0] != VERSION or found[1] not in ENCODINGS:
+        raise UserError(
+            f"{url} has format {found}, but this program reads {VERSION} with {ENCODINGS}; use the one that made it"
+        )
+    remedy = "delete it and run again the command that made it, vlae shard or vlae index"
+    stated, actual = content.pop("sha256", None), _digest(content)
+    if stated != actual:
+        raise UserError(f"{url} is damaged or was edited: its sha256 is {actual}, but it states {stated}; {remedy}")
     try:
-        splits = {split: tuple(Shard(**shard) for shard in shards) for split, shards in content.pop("splits").items()}
+        splits = {split: _read_listed(storage, listed) for split, listed in content.pop("splits").items()}
         channels, height, width = content.pop("image_shape")
         return Manifest(**content, splits=splits, image_shape=(channels, height, width))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{url} is damaged ({error}); delete it and run vlae shard again") from None
+        raise UserError(f"{url} is damaged ({error}); {remedy}") from None
+
+
+def existing(storage: Storage, recipe: dict[str, Any]) -> Manifest | None:
+    """The data set in ``storage``, if there is one, made by ``recipe``. Raises ``UserError`` if it was made by another."""
+    if not storage.exists(MANIFEST_KEY):
+        return None
+    contents = load(storage)
+    if contents.source != recipe:
+        differing = sorted(key for key in recipe.keys() | contents.source.keys() if recipe.get(key) != contents.source.get(key))
+        raise UserError(
+            f"the data set at {storage.url} was made from other images or options ({', '.join(differing)}); "
+            f"choose another dataset.name, or delete {storage.url}/{MANIFEST_KEY} to write it anew"
+        )
+    return contents
+
+
+def summary(contents: Manifest) -> dict[str, Any]:
+    """What there is, as JSON values."""
+    return {
+        "image_shape": list(contents.image_shape),
+        "num_classes": contents.num_classes,
+        "splits": {
+            split: {"images": contents.num_samples(split), "shards": len(shards)} for split, shards in contents.splits.items()
+        },
+        "bytes": sum(shard.size for shards in contents.splits.values() for shard in shards),
+        "manifest_digest": contents.digest,
+    }
+
+
+def kept(storage: Storage, split: str, shards: Sequence[Shard]) -> Sequence[Shard]:
+    """Shards as the manifest is to hold them: themselves, or, if they are very many, in pages."""
+    return tuple(shards) if len(shards) <= PAGE else PagedShards.write(storage, split, shards)
+
+
+def _read_listed(storage: Storage, listed: Any) -> Sequence[Shard]:
+    if isinstance(listed, dict):
+        pages = tuple(Page(**page) for page in listed["pages"])
+        return PagedShards(storage, pages, listed["sizes_name"], listed["sizes_sha256"])
+    return tuple(Shard(**shard) for shard in listed)
+
+
+def read_verified(storage: Storage, key: str, sha256: str) -> bytes:
+    """A small object that the manifest names, whole. Raises ``UserError`` if it is missing or another one."""
+    for _ in range(2):  # what was altered on its way comes whole the second time
+        content = storage.read(key)
+        actual = hashlib.sha256(content).hexdigest()
+        if actual == sha256:
+            return content
+    raise UserError(
+        f"{storage.url}/{key} is damaged: its sha256 is {actual}, the manifest says {sha256}; "
+        f"delete {MANIFEST_KEY} there and run again the command that made it, vlae shard or vlae index"
+    )
 
 
 @dataclass(frozen=True)
 class Index:
     """The records of one shard; every array has shape ``(num_records,)``, but ``starts`` one more."""
 
-    offset: npt.NDArray[np.int64]  # in bytes
-    size: npt.NDArray[np.int64]  # in bytes
+    offset: Integers  # in bytes
+    size: Integers  # in bytes
     sha256: tuple[str, ...]
-    starts: npt.NDArray[np.int64]  # each record's first sample, and the number of all
+    starts: Integers  # each record's first sample, and the number of all
+    labels: Integers | None  # of encoding "image", which has a sample in each record; else they are in the records
+    keys: tuple[str, ...] | None  # likewise: the samples' names
 
     @staticmethod
-    def to_bytes(offset: list[int], size: list[int], num_samples: list[int], sha256: list[str]) -> bytes:
-        """The index object, from one value for each record."""
-        columns = {"offset": offset, "size": size, "num_samples": num_samples, "sha256": sha256}
-        return json.dumps(columns, separators=(",", ":")).encode()
+    def to_bytes(offset: list[int], size: list[int], sha256: list[str], **others: list[int] | list[str]) -> bytes:
+        """The index object, from one value for each record: ``num_samples``, or ``labels`` and ``keys``."""
+        return json.dumps({"offset": offset, "size": size, "sha256": sha256, **others}, separators=(",", ":")).encode()
 
     @classmethod
     def load(cls, storage: Storage, shard: Shard) -> "Index":
         """A shard's index. Raises ``UserError`` if it is missing or is not the one that the manifest names."""
-        content = storage.read(shard.index_name)
-        actual = hashlib.sha256(content).hexdigest()
-        if actual != shard.index_sha256:
-            raise UserError(
-                f"{storage.url}/{shard.index_name} is damaged: its sha256 is {actual}, the manifest says {shard.index_sha256}; "
-                f"delete {MANIFEST_KEY} beside it and run vlae shard again"
-            )
-        columns = json.loads(content)
-        starts = np.concatenate([[0], np.cumsum(columns["num_samples"])]).astype(np.int64)
+        columns = json.loads(read_verified(storage, shard.index_name, shard.index_sha256))
         offset, size = (np.array(columns[name], dtype=np.int64) for name in ("offset", "size"))
-        return cls(offset, size, tuple(columns["sha256"]), starts)
+        labels = np.array(columns["labels"], dtype=np.int64) if "labels" in columns else None
+        counts = columns.get("num_samples", [1] * len(offset))
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return cls(
+            offset, size, tuple(columns["sha256"]), starts, labels, tuple(columns["keys"]) if "keys" in columns else None
+        )

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 GAMMA = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
+CHUNK = 1 << 16  # numbers that are made at once: they stay in the processor's cache, and temporary arrays small
 
 
 class Purpose(IntEnum):
@@ -74,7 +75,10 @@ def normal(key: tuple[int, ...], ids: npt.NDArray[np.integer], size: int) -> npt
 
 def permutation(key: tuple[int, ...], size: int) -> npt.NDArray[np.int64]:
     """A random order of ``range(size)``: that of random 64-bit numbers, ties by index; shape ``(size,)``."""
-    return np.argsort(bits(key, np.arange(size), 1)[:, 0], kind="stable")
+    values = np.empty(size, dtype=np.uint64)
+    for start in range(0, size, CHUNK):
+        values[start : start + CHUNK] = bits(key, np.arange(start, min(start + CHUNK, size)), 1)[:, 0]
+    return np.argsort(values, kind="stable")
 
 
 def below(key: tuple[int, ...], limit: int) -> int:

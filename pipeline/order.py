@@ -30,6 +30,7 @@ The segments of stream 0's first group hold the samples 1:3, 0:0, 0:1, 0:2 (shar
 the order 0:0, 0:1, 0:2, 1:3; batch 0 takes the first two of these and the first two of stream 1's group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,7 +89,7 @@ class Order:
     Raises ``ValueError`` if there are fewer samples than one global batch, or the streams do not divide the batch.
     """
 
-    sizes: tuple[int, ...]
+    sizes: Sequence[int] | Indices
     seed: int
     global_batch: int
     num_streams: int
@@ -102,7 +103,7 @@ class Order:
 
     @cached_property
     def num_samples(self) -> int:
-        return sum(self.sizes)
+        return int(np.sum(self.sizes, dtype=np.int64))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -127,7 +128,7 @@ class Order:
         """An epoch's samples, of which stream c has positions ``c * stream_length`` up to ``(c + 1) * stream_length``."""
         shards = permutation((self.seed, Purpose.SHARD_ORDER, epoch), len(self.sizes))
         offset = below((self.seed, Purpose.EPOCH_OFFSET, epoch), self.num_samples)
-        return Circle(shards, _bounds(np.array(self.sizes, dtype=np.int64)[shards]), offset)
+        return Circle(shards, _bounds(np.asarray(self.sizes, dtype=np.int64)[shards]), offset)
 
     def group(self, epoch: int, circle: Circle, stream: int, index: int) -> Group:
         """Group ``index`` of a stream in an epoch. ``circle`` is that epoch's (made once, as it costs a sort of all shards)."""
@@ -138,9 +139,9 @@ class Order:
         return Group(circle.segments(first + start, first + stop), permutation(key, stop - start))
 
 
-def straight(sizes: tuple[int, ...]) -> Circle:
+def straight(sizes: Sequence[int] | Indices) -> Circle:
     """All samples in the order of the manifest: the order of evaluation."""
-    return Circle(np.arange(len(sizes)), _bounds(np.array(sizes, dtype=np.int64)), 0)
+    return Circle(np.arange(len(sizes)), _bounds(np.asarray(sizes, dtype=np.int64)), 0)
 
 
 def share(num_samples: int, rank: int, world_size: int) -> tuple[int, int]:

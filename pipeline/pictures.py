@@ -25,10 +25,15 @@ def reconstructions(originals: Tensor, drawn: list[Tensor], columns: int = 10) -
     return _sheet(f"Top row of each block: originals. Below: {len(drawn)} decodings of the same code.", blocks)
 
 
+def contact_sheet(images: Tensor, title: str, columns: int = 10) -> bytes:
+    """Images of a data set; (num_images, channels, height, width), pixels in [0, 1]."""
+    rows = [_row(images[start : start + columns]) for start in range(0, len(images), columns)]
+    return _sheet(title, [[row] for row in rows])
+
+
 def samples(images: Tensor, columns: int = 10) -> bytes:
     """Images drawn from the model; (num_images, channels, height, width), pixels in [0, 1]."""
-    rows = [_row(images[start : start + columns]) for start in range(0, len(images), columns)]
-    return _sheet("Samples: z from the prior, x from the decoder.", [[row] for row in rows])
+    return contact_sheet(images, "Samples: z from the prior, x from the decoder.", columns)
 
 
 def latents(capacity: list[float], rate: list[float] | None, active: list[bool]) -> bytes:

@@ -1,29 +1,35 @@
 """``vlae shard``: images -> WebDataset shards and a manifest, written by Ray tasks in parallel.
 
-The shards come first, under their final names, and the manifest last: a run that is killed leaves no data set, and the next
-writes it anew. Equal images and options give equal bytes.
+The shards come first, under their final names, each with a receipt, and the manifest last: a run that is killed leaves no data
+set, and the next one of the same images and options goes on after the shards that are there. A task holds one shard in
+memory. Equal images and options give equal bytes.
 """
 
 import hashlib
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import ray
 import webdataset
-from ray.exceptions import RayTaskError
 from tqdm import tqdm
 
-from pipeline import cluster, manifest
-from pipeline.config import ShardConfig
+from pipeline import cluster, manifest, tar
+from pipeline.config import Encoding, ShardConfig, ShardOptions
 from pipeline.errors import UserError
-from pipeline.manifest import MANIFEST_KEY, Index, Manifest, Shard
-from pipeline.sources import ImageSource, open_source
+from pipeline.images import BadImage, encode
+from pipeline.manifest import Index, Manifest, Shard
+from pipeline.receipts import Receipts
+from pipeline.sources import ImageSource, Labels, open_source
 from pipeline.storage import Storage, open_storage
 
-IN_FLIGHT = 256  # shards that wait for a worker at once; more would only burden Ray
+REPORT_KEY = "report.json"
+SMALL = 64 * 64 * 3  # bytes of an image; up to it, a block of raw pixels is read faster than as many image files
+EXAMPLES = 1000  # duplicates that the report lists
 
 
 def run(config: ShardConfig) -> dict[str, Any]:
@@ -32,119 +38,213 @@ def run(config: ShardConfig) -> dict[str, Any]:
     Raises ``UserError`` if the images cannot be read, or the data set exists but was made from other images or options.
     """
     storage = open_storage(config.dataset.url, config.storage.endpoint_url)
-    source = open_source(config.dataset, config.shard)
-    options = {"samples_per_shard": config.shard.samples_per_shard, "block_size": config.shard.block_size}
-    recipe = {**source.description, **options}
+    options = config.shard
+    source = open_source(config.dataset, options, config.storage.endpoint_url)
+    encoding = options.encoding
+    if encoding is Encoding.auto:
+        encoding = Encoding.npy if np.prod(source.image_shape) <= SMALL else Encoding.png
+    block_size = options.block_size if encoding is Encoding.npy else 1
+    recipe = {**source.description, "samples_per_shard": options.samples_per_shard, "block_size": block_size}
+    recipe["encoding"] = encoding.value
     contents = _existing(storage, recipe)
     reused = contents is not None
     if contents is None:
         cluster.connect(config.cluster, config.storage)
+        receipts = Receipts(storage, recipe)
         contents = Manifest(
             name=config.dataset.name,
             image_shape=source.image_shape,
             num_classes=source.num_classes,
-            block_size=config.shard.block_size,
-            splits=_write_all(storage, source, config.shard.samples_per_shard, config.shard.block_size),
+            block_size=block_size,
+            splits=_write_all(storage, source, receipts, options, block_size, encoding),
             source=recipe,
+            encoding="npy" if encoding is Encoding.npy else "image",
         )
         _remove_leftovers(storage, contents)
         contents.publish(storage)
-    return {
-        "url": storage.url,
-        "reused": reused,
-        "image_shape": list(contents.image_shape),
-        "num_classes": contents.num_classes,
-        "splits": {
-            split: {"images": contents.num_samples(split), "shards": len(shards)} for split, shards in contents.splits.items()
-        },
-        "bytes": sum(shard.size for shards in contents.splits.values() for shard in shards),
-        "manifest_digest": contents.digest,
-    }
+        receipts.clear()
+    report = storage.read_json(REPORT_KEY)
+    found = {"unreadable": len(report["unreadable"]), "duplicates": report["duplicates"]}
+    return {"url": storage.url, "reused": reused, **manifest.summary(contents), **found}
 
 
 def _existing(storage: Storage, recipe: dict[str, Any]) -> Manifest | None:
     """The data set in ``storage``, if it is there, whole, and made by ``recipe``."""
-    if not storage.exists(MANIFEST_KEY):
+    contents = manifest.existing(storage, recipe)
+    if contents is None:
         return None
-    contents = manifest.load(storage)
-    if contents.source != recipe:
-        differing = sorted(key for key in recipe.keys() | contents.source.keys() if recipe.get(key) != contents.source.get(key))
-        raise UserError(
-            f"the data set at {storage.url} was made from other images or options ({', '.join(differing)}); "
-            f"choose another dataset.name, or delete {storage.url}/{MANIFEST_KEY} to write it anew"
-        )
     sizes = storage.sizes()
     shards = [shard for split in contents.splits.values() for shard in split]
-    whole = all(sizes.get(shard.name) == shard.size and shard.index_name in sizes for shard in shards)
+    whole = REPORT_KEY in sizes and all(sizes.get(shard.name) == shard.size and shard.index_name in sizes for shard in shards)
     return contents if whole else None
 
 
-def _write_all(storage: Storage, source: ImageSource, samples_per_shard: int, block_size: int) -> dict[str, tuple[Shard, ...]]:
-    """Write the shards of every split, one Ray task each."""
-    jobs = _jobs(source.splits, samples_per_shard)
-    done: dict[str, Shard] = {}
-    pending: list[Any] = []
+@dataclass(frozen=True)
+class Job:
+    """One shard to be written: samples ``start`` to ``stop`` of a split."""
+
+    split: str
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}/{self.number:05d}.tar"
+
+    @property
+    def receipt(self) -> str:
+        return f"{self.split}-{self.number:05d}"
+
+
+def _write_all(
+    storage: Storage, source: ImageSource, receipts: Receipts, options: ShardOptions, block_size: int, encoding: Encoding
+) -> dict[str, tuple[Shard, ...]]:
+    """Write the shards of every split that have no receipt yet, one Ray task each, and the report."""
+    jobs = list(_jobs(source.splits, options.samples_per_shard))
+    finished, sizes = receipts.names(), storage.sizes()
+    done = {job: receipts.read(job.receipt) for job in jobs if job.receipt in finished}
+    done = {job: made for job, made in done.items() if made and sizes.get(job.name) == made["shard"]["size"]}
+    waiting = [job for job in jobs if job not in done]
     source.prepare()
-    task, shared_source = ray.remote(write_shard), ray.put(source)
-    with tqdm(total=sum(source.splits.values()), desc="sharding", unit=" images", mininterval=1.0) as progress:
-        while True:
-            for split, name, start, stop in jobs:
-                pending.append(task.remote(storage, shared_source, split, name, start, stop, block_size))
-                if len(pending) == IN_FLIGHT:
-                    break
-            if not pending:
+    shared = ray.put(source)
+    unreadable = sum(len(made["unreadable"]) for made in done.values())
+    total, behind = sum(source.splits.values()), sum(job.stop - job.start for job in waiting)
+    with tqdm(total=total, initial=total - behind, desc="sharding", unit=" images", mininterval=1.0) as progress:
+        calls = ((storage, shared, receipts, job, block_size, encoding, options.max_unreadable) for job in waiting)
+        for job, made in cluster.in_tasks(write_with_receipt, calls):
+            done[job] = made
+            unreadable += len(made["unreadable"])
+            progress.update(job.stop - job.start)
+            if unreadable > options.max_unreadable:
                 break
-            ready, pending = ray.wait(pending)
-            try:
-                shards = ray.get(ready)
-            except RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise error.cause from None
-                raise
-            for shard in shards:
-                done[shard.name] = shard
-                progress.update(shard.num_samples)
-    return {
-        split: tuple(done[name] for other, name, _, _ in _jobs(source.splits, samples_per_shard) if other == split)
-        for split in source.splits
-    }
+    _report(storage, source, done)
+    if unreadable > options.max_unreadable:
+        raise UserError(
+            f"{unreadable} images cannot be read, more than shard.max_unreadable={options.max_unreadable}: "
+            f"{storage.url}/{REPORT_KEY} lists them; mend or remove them, or allow more"
+        )
+    return {split: tuple(Shard(**done[job]["shard"]) for job in jobs if job.split == split) for split in source.splits}
 
 
-def _jobs(splits: dict[str, int], samples_per_shard: int) -> Iterator[tuple[str, str, int, int]]:
-    """Split, name, first sample, last sample + 1 of every shard."""
+def _report(storage: Storage, source: ImageSource, done: dict[Job, Any]) -> None:
+    """Write down which images could not be read, and which are there more than once."""
+    jobs = sorted(done, key=lambda job: (list(source.splits).index(job.split), job.number))
+    unreadable = [
+        {"image": source.key(job.split, number), "reason": why} for job in jobs for number, why in done[job]["unreadable"]
+    ]
+    places = [(job.split, number) for job in jobs for number in range(job.start, job.stop)]
+    digests = np.concatenate([np.array([int(text, 16) for text in done[job]["digests"]], dtype=np.uint64) for job in jobs])
+    order = np.argsort(digests, kind="stable")
+    equal = np.flatnonzero((digests[order][1:] == digests[order][:-1]) & (digests[order][1:] != 0))
+    pairs = [(places[order[i]], places[order[i + 1]]) for i in equal]
+    across = Counter(f"{one[0]} and {other[0]}" for one, other in pairs if one[0] != other[0])
+    storage.write_json(
+        REPORT_KEY,
+        {
+            "unreadable": unreadable,
+            "duplicates": len(pairs),
+            "duplicates_across_splits": dict(across),
+            "examples_of_duplicates": [[source.key(*one), source.key(*other)] for one, other in pairs[:EXAMPLES]],
+        },
+    )
+
+
+def _jobs(splits: dict[str, int], samples_per_shard: int) -> Iterator[Job]:
+    """Every shard."""
     for split, count in splits.items():
         for number, start in enumerate(range(0, count, samples_per_shard)):
-            yield split, f"{split}/{number:05d}.tar", start, min(start + samples_per_shard, count)
+            yield Job(split, number, start, min(start + samples_per_shard, count))
 
 
-def write_shard(storage: Storage, source: ImageSource, split: str, name: str, start: int, stop: int, block_size: int) -> Shard:
+def write_with_receipt(
+    storage: Storage,
+    source: ImageSource,
+    receipts: Receipts,
+    job: Job,
+    block_size: int,
+    encoding: Encoding,
+    max_unreadable: int,
+) -> tuple[Job, dict[str, Any]]:
+    """Write one shard, its index, and last the receipt, which is also returned."""
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    unreadable: list[tuple[int, str]] = []
+    digests = []
+    for number, (pixels, label) in enumerate(source.examine(job.split, job.start, job.stop), job.start):
+        if isinstance(pixels, BadImage):
+            if not max_unreadable:
+                raise source.unreadable(job.split, number, pixels)
+            unreadable.append((number, str(pixels)))
+            digests.append("0")
+        else:
+            images.append(pixels)
+            labels.append(label)
+            digests.append(hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest())
+    shard = _write(storage, job.name, job.start, images, np.array(labels, dtype=np.int64), block_size, encoding)
+    made = {"shard": asdict(shard), "unreadable": unreadable, "digests": digests}
+    receipts.write(job.receipt, made)
+    return job, made
+
+
+def write_shard(
+    storage: Storage,
+    source: ImageSource,
+    split: str,
+    name: str,
+    start: int,
+    stop: int,
+    block_size: int,
+    encoding: Encoding = Encoding.npy,
+) -> Shard:
     """Write one shard, of samples ``start`` to ``stop`` of a split, and its index."""
-    tar = io.BytesIO()
-    offsets, sizes, counts, checksums = [], [], [], []
+    images, labels = source.read(split, start, stop)
+    return _write(storage, name, start, images, labels, block_size, encoding)
+
+
+def _write(storage: Storage, name: str, first: int, images: Any, labels: Labels, block_size: int, encoding: Encoding) -> Shard:
+    """Write a shard of images, each ``(height, width, channels)``; ``first`` is the first one's number."""
+    file = io.BytesIO()
     # A fixed time and owner: equal images must give equal bytes.
-    with webdataset.TarWriter(tar, encoder=False, mtime=0, user="", group="") as writer:
-        for first in range(start, stop, block_size):
-            images, labels = source.read(split, first, min(first + block_size, stop))
-            offset = writer.tarstream.offset
-            writer.write(
-                {
-                    "__key__": f"{first:09d}",
-                    "images.npy": _npy(images.transpose(0, 3, 1, 2)),  # channels first, as the model wants them
-                    "labels.npy": _npy(labels),
-                }
-            )
-            offsets.append(offset)
-            sizes.append(writer.tarstream.offset - offset)
-            counts.append(len(labels))
-    content = tar.getvalue()
-    for offset, size in zip(offsets, sizes, strict=True):
-        checksums.append(hashlib.sha256(content[offset : offset + size]).hexdigest())
-    index = Index.to_bytes(offsets, sizes, counts, checksums)
+    with webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:
+        if encoding is Encoding.npy:
+            columns = _write_blocks(writer, first, images, labels, block_size)
+        else:
+            for number, (pixels, label) in enumerate(zip(images, labels.tolist(), strict=True), first):
+                sample = {"__key__": f"{number:09d}", encoding.value: encode(pixels, encoding.value)}
+                writer.write(sample | ({"cls": str(label).encode()} if label >= 0 else {}))
+    content = file.getvalue()
+    if encoding is not Encoding.npy:
+        found = [m for m in tar.members(io.BytesIO(content), len(content)) if m.name.endswith(encoding.value)]
+        columns = {"offset": [m.offset for m in found], "size": [m.size for m in found]}
+        columns |= {"labels": labels.tolist(), "keys": [m.name.partition(".")[0] for m in found]}
+    places = zip(columns["offset"], columns["size"], strict=True)
+    columns["sha256"] = [hashlib.sha256(content[offset : offset + size]).hexdigest() for offset, size in places]
+    index = Index.to_bytes(**columns)
+    index_name = name.removesuffix(".tar") + ".index.json"
     sha256, index_sha256 = hashlib.sha256(content).hexdigest(), hashlib.sha256(index).hexdigest()
-    shard = Shard(name, size=len(content), sha256=sha256, num_samples=stop - start, index_sha256=index_sha256)
-    storage.write(shard.name, content)
-    storage.write(shard.index_name, index)
+    shard = Shard(name, len(content), sha256, len(labels), index_name, index_sha256)
+    storage.write(name, content)
+    storage.write(index_name, index)
     return shard
+
+
+def _write_blocks(writer: Any, first: int, images: Any, labels: Labels, block_size: int) -> dict[str, list[Any]]:
+    """Records of ``block_size`` images; returns the columns of their index."""
+    columns: dict[str, list[Any]] = {"offset": [], "size": [], "num_samples": []}
+    for start in range(0, len(labels), block_size):
+        block, part = np.stack(images[start : start + block_size]), labels[start : start + block_size]
+        offset = writer.tarstream.offset
+        writer.write(
+            {
+                "__key__": f"{first + start:09d}",
+                "images.npy": _npy(block.transpose(0, 3, 1, 2)),  # channels first, as the model wants them
+                "labels.npy": _npy(part),
+            }
+        )
+        for name, value in zip(columns, (offset, writer.tarstream.offset - offset, len(part)), strict=True):
+            columns[name].append(value)
+    return columns
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -1,7 +1,7 @@
-"""Where images come from: real MNIST, IDX files, or a folder of images.
+"""Where images come from: real MNIST, IDX files, arrays, and image files in a folder, a tar, WebDataset shards or Parquet.
 
-A source knows its splits and reads any run of one. It is picklable, since workers read from it. A local folder must be
-readable under the same path on every machine that shards from it; MNIST and IDX images travel with the source.
+A source knows its splits and reads any run of one. It is picklable, since workers read from it. A local path must be
+readable under the same name on every machine that shards from it; MNIST, IDX images and arrays travel with the source.
 """
 
 import gzip
@@ -12,21 +12,23 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
 
-from pipeline import config
+from pipeline import config, tar
 from pipeline.errors import UserError
-from pipeline.storage import atomic_file
+from pipeline.foreign import MAX_MEMBER, Pieces, samples
+from pipeline.images import BadImage, decode
+from pipeline.storage import FolderStorage, Storage, atomic_file, open_storage
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -34,18 +36,20 @@ Labels = npt.NDArray[np.int64]
 SPLITS = ("train", "valid", "test")
 
 
-def open_source(dataset: config.Dataset, options: config.ShardOptions) -> "ImageSource":
+def open_source(dataset: config.Dataset, options: config.ShardOptions, endpoint_url: str | None = None) -> "ImageSource":
     """The source that the configuration names. Raises ``UserError`` if it is not there or cannot be used."""
-    path = Path(dataset.path).expanduser().absolute() if dataset.path else None
-    if dataset.source is config.Source.mnist:
+    kind, path = dataset.source, Path(dataset.path).expanduser().absolute() if dataset.path else None
+    if kind is config.Source.mnist:
         return MnistSource(path)
-    if path is None:
-        raise UserError(f"dataset.source={dataset.source.value} needs dataset.path, the folder of its files")
+    if path is None or dataset.path is None:
+        raise UserError(f"dataset.source={kind.value} needs dataset.path, where its files are")
+    if kind in FILE_SOURCES:
+        return FILE_SOURCES[kind](dataset.path, options, endpoint_url)
+    if kind is config.Source.npz:
+        return NpzSource(path, options.valid_fraction, options.test_fraction)
     if not path.is_dir():
         raise UserError(f"dataset.path={dataset.path} is not a folder")
-    if dataset.source is config.Source.idx:
-        return IdxSource(path, options.valid_fraction)
-    return FolderSource(path, options.image_size, options.channels, options.valid_fraction, options.test_fraction)
+    return IdxSource(path, options.valid_fraction)
 
 
 class ImageSource(ABC):
@@ -77,6 +81,19 @@ class ImageSource(ABC):
     @abstractmethod
     def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
         """Images uint8 ``(n, height, width, channels)`` and labels int64 ``(n,)``, -1 where there are none."""
+
+    def examine(self, split: str, start: int, stop: int) -> Iterator[tuple[Images | BadImage, int]]:
+        """One image after another: its pixels ``(height, width, channels)`` or why it cannot be read, and its label."""
+        images, labels = self.read(split, start, stop)
+        yield from zip(images, labels.tolist(), strict=True)
+
+    def key(self, split: str, number: int) -> str:
+        """What a person would call an image of a split."""
+        return f"{split}/{number}"
+
+    def unreadable(self, split: str, number: int, reason: BadImage) -> UserError:
+        """What to say of an image that cannot be read."""
+        return UserError(f"cannot read {self.key(split, number)} ({reason}); mend or remove it")
 
 
 def _last_part(count: int, fraction: float) -> int:
@@ -211,12 +228,42 @@ def _check_wheel(path: Path) -> None:
 # --- IDX files ---------------------------------------------------------------------------------------------------------
 
 
-class IdxSource(ImageSource):
+class ArraySource(ImageSource):
+    """Images that are in memory: ``_arrays`` has images ``(n, height, width, channels)`` and labels ``(n,)`` of each split."""
+
+    _arrays: dict[str, tuple[Images, Labels]]
+    _kind: str
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        return {"source": self._kind, "images": self.splits, "sha256": _content_sha256(self._arrays)}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        _, height, width, channels = self._arrays["train"][0].shape
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int | None:
+        return 1 + max(int(labels.max(initial=-1)) for _, labels in self._arrays.values()) or None
+
+    @property
+    def splits(self) -> dict[str, int]:
+        return {split: len(labels) for split, (_, labels) in self._arrays.items()}
+
+    def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
+        images, labels = self._arrays[split]
+        return images[start:stop], labels[start:stop]
+
+
+class IdxSource(ArraySource):
     """A folder with the four files that MNIST, Fashion-MNIST, KMNIST and others come as, plain or gzipped.
 
     ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte``, ``t10k-labels-idx1-ubyte``, each
     perhaps with ``.gz``. The last ``valid_fraction`` of the training file is the split ``valid``.
     """
+
+    _kind = "idx"
 
     def __init__(self, path: Path, valid_fraction: float) -> None:
         train_images, train_labels = _read_idx_pair(path, "train")
@@ -231,27 +278,6 @@ class IdxSource(ImageSource):
             "valid": (train_images[cut:], train_labels[cut:]),
             "test": (test_images, test_labels),
         }
-
-    @cached_property
-    def description(self) -> dict[str, Any]:
-        return {"source": "idx", "images": self.splits, "sha256": _content_sha256(self._arrays)}
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        _, height, width, channels = self._arrays["train"][0].shape
-        return channels, height, width
-
-    @property
-    def num_classes(self) -> int:
-        return 1 + max(int(labels.max()) for _, labels in self._arrays.values())
-
-    @property
-    def splits(self) -> dict[str, int]:
-        return {split: len(labels) for split, (_, labels) in self._arrays.items()}
-
-    def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
-        images, labels = self._arrays[split]
-        return images[start:stop], labels[start:stop]
 
 
 def _read_idx_pair(folder: Path, part: str) -> tuple[Images, Labels]:
@@ -288,120 +314,403 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> Images:
     return data.reshape(shape)
 
 
-# --- a folder of images ------------------------------------------------------------------------------------------------
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# --- arrays ------------------------------------------------------------------------------------------------------------
 
 
-class FolderSource(ImageSource):
-    """A folder of images; if it has sub-folders, each (with all below it) is a class, in the order of their names.
+class NpzSource(ArraySource):
+    """An ``.npz`` file of images and labels, split or not, under the names that such files usually have.
 
-    The sha256 of an image's path in the folder decides its split and its place there: classes are mixed, and images
-    that are added later move none to another split. Colours become grey or RGB (``channels``), transparent pixels
-    white. With ``image_size`` the centre square is scaled to that size; without, all images must be of one size.
+    ``images`` and ``labels``; ``x_train``, ``y_train``, ``x_test``, ``y_test`` (Keras); ``train_images``, ``train_labels``,
+    ``val_images``, ... (MedMNIST). Images are bytes of shape n x height x width, x channels, or n x channels x height x
+    width. Splits that the file does not have are taken from the training images by the hash of their number.
     """
 
-    def __init__(self, path: Path, image_size: int | None, channels: int, valid_fraction: float, test_fraction: float) -> None:
-        self._path = path
-        self._image_size = image_size
-        self._channels = channels
-        files = sorted(_relative_images(path))
-        if not files:
-            raise UserError(f"there are no images in {path} (looked for {', '.join(EXTENSIONS)})")
-        inside = [name for name in files if "/" in name]
-        if inside and len(inside) < len(files):
-            loose = next(name for name in files if "/" not in name)
-            raise UserError(f"{path} has images both in sub-folders (the classes) and outside ({loose}); move these")
-        self._classes = sorted({name.partition("/")[0] for name in inside})
-        self._options = {
-            "image_size": image_size,
-            "channels": channels,
-            "valid_fraction": valid_fraction,
-            "test_fraction": test_fraction,
-        }
+    _kind = "npz"
+    _names: ClassVar = {
+        "train": (("images", "labels"), ("x_train", "y_train"), ("train_images", "train_labels"), ("x", "y")),
+        "valid": (("x_valid", "y_valid"), ("x_val", "y_val"), ("val_images", "val_labels"), ("valid_images", "valid_labels")),
+        "test": (("x_test", "y_test"), ("test_images", "test_labels")),
+    }
 
-        self._files: dict[str, list[str]] = {split: [] for split in SPLITS}
-        for place, name in sorted((_place(name), name) for name in files):
-            valid_until = test_fraction + (1 - test_fraction) * valid_fraction
-            self._files["test" if place < test_fraction else "valid" if place < valid_until else "train"].append(name)
-        for split, names in self._files.items():
-            if not names:
-                raise UserError(
-                    f"none of the {len(files)} images in {path} falls to {split}; add images or change shard.*_fraction"
+    def __init__(self, path: Path, valid_fraction: float, test_fraction: float) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {
+                    split: (file[images], file[labels] if labels in file.files else None)
+                    for split, pairs in self._names.items()
+                    for images, labels in pairs
+                    if images in file.files
+                }
+                held = file.files
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+        if "train" not in found:
+            raise UserError(f"{path} has no training images: it holds {', '.join(held)}, but images or x_train is needed")
+        self._arrays = {split: _checked_arrays(path, *found[split]) for split in SPLITS if split in found}
+        for split, fraction in (("test", test_fraction), ("valid", valid_fraction)):
+            if split not in self._arrays:
+                images, labels = self._arrays["train"]
+                chosen = np.array([place_of(f"{split} {number}") < fraction for number in range(len(labels))], dtype=bool)
+                self._arrays[split], self._arrays["train"] = (
+                    (images[chosen], labels[chosen]),
+                    (images[~chosen], labels[~chosen]),
                 )
+        self._arrays = {split: self._arrays[split] for split in SPLITS}
+        for split, (images, _) in self._arrays.items():
+            if not len(images):
+                raise UserError(f"{path}: none of its images falls to {split}; add images or change shard.*_fraction")
+        if len({images.shape[1:] for images, _ in self._arrays.values()}) > 1:
+            raise UserError(f"{path}: its splits have images of different shapes")
+
+
+def _checked_arrays(path: Path, images: Any, labels: Any) -> tuple[Images, Labels]:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise UserError(
+            f"{path}: its images are {images.dtype} of shape {images.shape}, but must be uint8 in 3 or 4 dimensions"
+        )
+    if images.ndim == 3:
+        images = images[..., None]
+    elif images.shape[3] not in (1, 3):
+        images = images.transpose(0, 2, 3, 1)
+    if images.shape[3] not in (1, 3):
+        raise UserError(f"{path}: its images have shape {images.shape}, where no dimension is 1 or 3 channels")
+    if labels is None:
+        return images, np.full(len(images), -1, dtype=np.int64)
+    if labels.size != len(images) or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
+        raise UserError(
+            f"{path}: {len(images)} images need as many labels, whole numbers from 0, but they are {labels.dtype} of "
+            f"shape {labels.shape}"
+        )
+    return images, labels.reshape(-1).astype(np.int64)
+
+
+# --- image files -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An image file, and where it is: a file, or a place in one."""
+
+    key: str  # decides its split
+    file: str  # the storage's key
+    label: int
+    offset: int = 0  # in bytes; in Parquet, the row
+    size: int = 0
+
+
+class FileSource(ImageSource):
+    """Image files that are fetched one by one, or a few at a time.
+
+    The sha256 of an image's key decides its split, so that images that are added later move none to another. Colours become
+    grey or RGB, transparent pixels white; with ``shard.image_size`` all are brought to that size, without, all must be of one.
+    """
+
+    _kind: str
+    _mixed = True  # whether the items' order is that of the hash too, so that classes are mixed, or the files' own
+
+    def __init__(self, path: str, options: config.ShardOptions, endpoint_url: str | None) -> None:
+        self._storage, self._names, self._path = self._locate(path, endpoint_url)
+        self._options = options
+        items = list(self._list())
+        if not items:
+            raise UserError(f"there are no images in {path} (looked for {', '.join(self._wanted)})")
+        self._items: dict[str, list[Item]] = {split: [] for split in SPLITS}
+        valid_until = options.test_fraction + (1 - options.test_fraction) * options.valid_fraction
+        for item in sorted(items, key=lambda item: (place_of(item.key), item.key)) if self._mixed else items:
+            place = place_of(item.key)
+            split = "test" if place < options.test_fraction else "valid" if place < valid_until else "train"
+            self._items[self._assigned(item, split)].append(item)
+        for split, chosen in self._items.items():
+            if not chosen:
+                raise UserError(
+                    f"none of the {len(items)} images in {path} falls to {split}; add images or change shard.*_fraction"
+                )
+
+    _wanted: tuple[str, ...]
+
+    @abstractmethod
+    def _list(self) -> Iterator[Item]:
+        """Every image, in an order that only depends on what is there."""
+
+    @abstractmethod
+    def _contents(self, items: list[Item]) -> Iterator[bytes]:
+        """The image files, in the order of ``items``."""
+
+    def _assigned(self, item: Item, split: str) -> str:
+        """The split of an item that the hash of its key would put into ``split``."""
+        return split
+
+    def _locate(self, path: str, endpoint_url: str | None) -> tuple[Storage, list[str], str]:
+        """The storage at ``path`` and the keys of the files wanted in it; or, of one file, its folder and its name."""
+        if path.endswith(self._wanted):
+            folder, _, name = path.rpartition("/")
+            return open_storage(folder or ".", endpoint_url), [name], path
+        storage = open_storage(path, endpoint_url)
+        if isinstance(storage, FolderStorage) and not storage.root.is_dir():
+            raise UserError(f"dataset.path={path} is not a folder")
+        return storage, self._find(storage), path
+
+    def _find(self, storage: Storage) -> list[str]:
+        return [key for key in storage.list() if key.lower().endswith(self._wanted)]
 
     @cached_property
     def description(self) -> dict[str, Any]:
         # Names and sizes, not contents: a look at every file's bytes would take as long as sharding.
-        content = hashlib.sha256()
+        content, sizes = hashlib.sha256(), self._sizes()
         for split in SPLITS:
-            for name in self._files[split]:
-                content.update(f"{split}/{name}/{(self._path / name).stat().st_size}\n".encode())
-        return {"source": "folder", "files": content.hexdigest(), **self._options}
+            for item in self._items[split]:
+                content.update(f"{split}/{item.key}/{item.size or sizes.get(item.file)}\n".encode(errors="surrogateescape"))
+        options = self._options
+        names = ("image_size", "channels", "valid_fraction", "test_fraction")
+        return {
+            "source": self._kind,
+            "files": content.hexdigest(),
+            "fit": options.fit.value,
+            **{name: getattr(options, name) for name in names},
+        }
+
+    def _sizes(self) -> dict[str, int]:
+        if isinstance(self._storage, FolderStorage):
+            return {name: (self._storage.root / name).stat().st_size for name in self._names}
+        return self._storage.sizes()
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:
-        if self._image_size is not None:
-            return self._channels, self._image_size, self._image_size
-        height, width = _read_image(self._path / self._files["train"][0], self._channels, None).shape[:2]
-        return self._channels, height, width
+        if self._options.image_size is not None:
+            return self._options.channels, self._options.image_size, self._options.image_size
+        for item in self._items["train"]:
+            pixels = self._pixels(next(self._contents([item])))
+            if not isinstance(pixels, BadImage):
+                return self._options.channels, *pixels.shape[:2]
+        raise UserError(f"none of the images in {self._path} can be read")
 
     @property
     def num_classes(self) -> int | None:
-        return len(self._classes) or None
+        return 1 + max(item.label for items in self._items.values() for item in items) or None
 
     @property
     def splits(self) -> dict[str, int]:
-        return {split: len(names) for split, names in self._files.items()}
+        return {split: len(items) for split, items in self._items.items()}
+
+    def key(self, split: str, number: int) -> str:
+        return f"{self._path}/{self._items[split][number].key}"
 
     def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
-        names = self._files[split][start:stop]
+        images, labels = [], []
+        for number, (pixels, label) in enumerate(self.examine(split, start, stop), start):
+            if isinstance(pixels, BadImage):
+                raise self.unreadable(split, number, pixels)
+            images.append(pixels)
+            labels.append(label)
+        return np.stack(images), np.array(labels, dtype=np.int64)
+
+    def examine(self, split: str, start: int, stop: int) -> Iterator[tuple[Images | BadImage, int]]:
         channels, height, width = self.image_shape
-        images = np.empty((len(names), height, width, channels), dtype=np.uint8)
-        for image, name in zip(images, names, strict=True):
-            pixels = _read_image(self._path / name, channels, self._image_size)
-            if pixels.shape != image.shape:
+        items = self._items[split][start:stop]
+        for item, content in zip(items, self._contents(items), strict=True):
+            pixels = self._pixels(content)
+            if not isinstance(pixels, BadImage) and pixels.shape != (height, width, channels):
                 raise UserError(
-                    f"{self._path / name} is {pixels.shape[1]} x {pixels.shape[0]}, but {self._files['train'][0]} is "
+                    f"{self._path}/{item.key} is {pixels.shape[1]} x {pixels.shape[0]}, but {self._items['train'][0].key} is "
                     f"{width} x {height}; set shard.image_size to bring all to one size"
                 )
-            image[:] = pixels
-        number = {name: label for label, name in enumerate(self._classes)}
-        return images, np.array([number.get(name.partition("/")[0], -1) for name in names], dtype=np.int64)
+            yield pixels, item.label
+
+    def _pixels(self, content: bytes) -> Images | BadImage:
+        options = self._options
+        size = (options.image_size, options.image_size) if options.image_size else None
+        try:
+            return decode(content, options.channels, size, options.fit.value, int(options.max_megapixels * 1e6))
+        except BadImage as error:
+            return error
 
 
-def _relative_images(folder: Path) -> list[str]:
-    """The paths of all images below a folder, as POSIX text; nothing hidden."""
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(parent).relative_to(folder)
-        found += [(below / name).as_posix() for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-    return found
+class FolderSource(FileSource):
+    """A folder of images; if it has sub-folders, each (with all below it) is a class, in the order of their names."""
+
+    _kind = "folder"
+    _wanted = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+    def _list(self) -> Iterator[Item]:
+        labels = _classes(self._path, self._names)
+        for name in self._names:
+            yield Item(name, name, labels.get(name.partition("/")[0], -1))
+
+    def _contents(self, items: list[Item]) -> Iterator[bytes]:
+        return (self._storage.read(item.file) for item in items)
+
+    def _find(self, storage: Storage) -> list[str]:
+        if not isinstance(storage, FolderStorage):
+            return [key for key in super()._find(storage) if not any(part.startswith(".") for part in key.split("/"))]
+        found = []
+        for parent, folders, names in os.walk(storage.root, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            below = Path(parent).relative_to(storage.root)
+            found += [
+                (below / name).as_posix() for name in names if name.lower().endswith(self._wanted) and not name.startswith(".")
+            ]
+        return sorted(found)
 
 
-def _place(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
+def _classes(path: str, names: list[str]) -> dict[str, int]:
+    """The number of each first folder, in the order of their names; nothing if no image is in a folder."""
+    inside = [name for name in names if "/" in name]
+    if inside and len(inside) < len(names):
+        loose = next(name for name in names if "/" not in name)
+        raise UserError(f"{path} has images both in sub-folders (the classes) and outside ({loose}); move these")
+    return {name: label for label, name in enumerate(sorted({name.partition("/")[0] for name in inside}))}
 
 
-def _read_image(path: Path, channels: int, image_size: int | None) -> Images:
-    """The pixels ``(height, width, channels)`` of an image file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file may unpack to fill all memory
-            with Image.open(path) as opened:
-                image: Image.Image = ImageOps.exif_transpose(opened)
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                if image.mode.startswith("I;16"):  # Pillow would make all but the darkest white
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                if image.mode in ("I", "F"):
-                    raise ValueError("its pixels are 32-bit numbers, and which of them is white is not known")
-                image = image.convert("L" if channels == 1 else "RGB")
-                if image_size is not None:
-                    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
-                return np.asarray(image).reshape(image.height, image.width, channels)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"cannot read {path} ({error}); mend or remove it") from error
+class TarSource(FileSource):
+    """Tars of a folder tree of images; the folders below what all have in common are the classes, as in a folder."""
+
+    _kind = "tar"
+    _wanted = (".tar",)
+
+    def _list(self) -> Iterator[Item]:
+        found = []
+        for file in self._names:
+            url = f"{self._storage.url}/{file}"
+            try:
+                for member in tar.members(Pieces(self._storage.stream(file)), MAX_MEMBER):
+                    if member.name.lower().endswith(FolderSource._wanted) and not Path(member.name).name.startswith("."):
+                        found.append((member.name.removeprefix("./"), file, member.offset, member.size))
+            except tar.BadTar as error:
+                raise UserError(f"{url} is not a whole tar archive: {error}") from None
+        folders = {tuple(name.split("/")[:-1]) for name, *_ in found}
+        common = 0  # folders that all images are in
+        while len({folder[: common + 1] for folder in folders}) == 1 and min(map(len, folders)) > common:
+            common += 1
+        short = ["/".join(name.split("/")[common:]) for name, *_ in found]
+        labels = _classes(self._path, short)
+        for name, (_, file, offset, size) in zip(short, found, strict=True):
+            yield Item(name, file, labels.get(name.partition("/")[0], -1), offset, size)
+
+    def _contents(self, items: list[Item]) -> Iterator[bytes]:
+        return _ranges(self._storage, items)
+
+
+class WebDatasetSource(FileSource):
+    """WebDataset shards, to be written anew: with other splits, another size, or in blocks. They keep their order."""
+
+    _kind = "webdataset"
+    _wanted = (".tar",)
+    _mixed = False
+
+    def _list(self) -> Iterator[Item]:
+        for file in self._names:
+            pieces = Pieces(self._storage.stream(file))
+            for sample in samples(f"{self._storage.url}/{file}", pieces, self._options.label_column):
+                yield Item(f"{file}/{sample.key}", file, sample.label, sample.offset, len(sample.content))
+
+    def _contents(self, items: list[Item]) -> Iterator[bytes]:
+        return _ranges(self._storage, items)
+
+
+GAP = 256 << 10  # bytes that are rather read and thrown away than asked around
+RUN = 16 << 20  # bytes that are read at once
+
+
+def _ranges(storage: Storage, items: list[Item]) -> Iterator[bytes]:
+    """Parts of files; neighbours are read together."""
+    first = 0
+    while first < len(items):
+        last, begin = first + 1, items[first]
+        while last < len(items):
+            before, after = items[last - 1], items[last]
+            near = before.file == after.file and 0 <= after.offset - before.offset - before.size <= GAP
+            if not near or after.offset + after.size - begin.offset > RUN:
+                break
+            last += 1
+        end = items[last - 1].offset + items[last - 1].size
+        data = memoryview(storage.read_range(begin.file, begin.offset, end - begin.offset))
+        for item in items[first:last]:
+            yield bytes(data[item.offset - begin.offset : item.offset - begin.offset + item.size])
+        first = last
+
+
+class ParquetSource(FileSource):
+    """Parquet files with a column of images, bytes or ``{bytes, path}`` as Hugging Face keeps them, and perhaps one of labels.
+
+    Files whose names begin with ``train``, ``valid`` or ``test`` are those splits; else the hash of a row's place decides.
+    Rows keep their order; a group of rows is read at a time.
+    """
+
+    _kind = "parquet"
+    _wanted = (".parquet",)
+    _mixed = False
+
+    def _list(self) -> Iterator[Item]:
+        options = self._options
+        for file in self._names:
+            table = self._open(file)
+            names = set(table.schema_arrow.names)
+            if options.image_column not in names:
+                raise UserError(
+                    f"{self._storage.url}/{file} has no column {options.image_column!r}, only {', '.join(sorted(names))}; set "
+                    "shard.image_column"
+                )
+            labels = [-1] * table.metadata.num_rows
+            if options.label_column in names:
+                labels = table.read([options.label_column]).column(0).to_pylist()
+            for row, label in enumerate(labels):
+                if label is not None and (isinstance(label, bool) or not isinstance(label, int) or label < -1):
+                    raise UserError(
+                        f"{self._storage.url}/{file}: the label of row {row} is {label!r}, not a whole number from 0"
+                    )
+                yield Item(f"{file}/{row}", file, -1 if label is None else label, row)
+
+    def _assigned(self, item: Item, split: str) -> str:
+        own = _stated_split(item.file)
+        return split if own is None or (own == "train" and split not in self._given) else own
+
+    @cached_property
+    def _given(self) -> set[str | None]:
+        return {_stated_split(name) for name in self._names}
+
+    def _contents(self, items: list[Item]) -> Iterator[bytes]:
+        file, table, group, first, last, images = "", None, -1, 0, 0, []
+        for item in items:
+            if item.file != file:
+                file, table, group, last = item.file, self._open(item.file), -1, 0
+            assert table is not None
+            if not first <= item.offset < last or group < 0:
+                group, last = 0, table.metadata.row_group(0).num_rows
+                while item.offset >= last:
+                    group += 1
+                    last += table.metadata.row_group(group).num_rows
+                first = last - table.metadata.row_group(group).num_rows
+                images = table.read_row_group(group, [self._options.image_column]).column(0).to_pylist()
+            image = images[item.offset - first]
+            content = image.get("bytes") if isinstance(image, dict) else image
+            yield content if isinstance(content, bytes) else b""
+
+    def _open(self, file: str) -> Any:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            if isinstance(self._storage, FolderStorage):
+                return pyarrow.parquet.ParquetFile(self._storage.root / file)
+            return pyarrow.parquet.ParquetFile(pyarrow.BufferReader(self._storage.read(file)))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{self._storage.url}/{file} cannot be read as Parquet ({error})") from None
+
+
+@lru_cache(maxsize=1 << 16)
+def _stated_split(name: str) -> str | None:
+    stem = name.rpartition("/")[2].lower()
+    return next((split for split in ("train", "valid", "test") if stem.startswith(split[:5])), None)
+
+
+def place_of(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:6]) / 2**48
+
+
+FILE_SOURCES: dict[config.Source, type[FileSource]] = {
+    config.Source.folder: FolderSource,
+    config.Source.tar: TarSource,
+    config.Source.webdataset: WebDatasetSource,
+    config.Source.parquet: ParquetSource,
+}

@@ -5,15 +5,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "noise"},
-    {"config", "order"},
+    {"errors", "noise", "tar"},
+    {"config", "order", "images"},
     {"storage"},
-    {"manifest", "store", "schedule", "optimizer", "cluster", "sources"},
+    {"manifest", "cache", "store", "schedule", "optimizer", "cluster", "foreign", "receipts"},
+    {"reader", "sources"},
     {"loader", "checkpoint", "pictures", "search"},
     {"metrics"},
     {"measure"},
     {"loop", "information", "probe"},
-    {"registry", "train", "shard"},
+    {"registry", "train", "shard", "index", "data"},
     {"evaluate", "tune"},
     {"demo"},
     {"cli"},

@@ -17,7 +17,7 @@ import configs
 from pipeline.config import COMMANDS, FreeBits, TrainConfig, build, choices, describe, load, options_of, to_dict
 from pipeline.errors import UserError
 
-NEEDED = {"evaluate": ["model=somewhere"]}
+NEEDED = {"evaluate": ["model=somewhere"], "index": ["dataset.name=theirs", "index.train=s3://bucket/{0..9}.tar"]}
 """What a command does not start without."""
 
 CONFIGS = Path(configs.__file__).parent
@@ -125,7 +125,13 @@ def test_every_key_of_a_groups_file_is_an_option_and_is_heeded(file: Path) -> No
 
 def changed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
     """Another value for an option, which its checks allow if every other option is changed as well."""
-    special = {"model.window": "7x4", "shard.channels": 3, "search.windows": ["full", "0x0"], "evaluate.model": "elsewhere"}
+    special = {
+        "model.window": "7x4",
+        "shard.channels": 3,
+        "index.channels": 1,
+        "search.windows": ["full", "0x0"],
+        "evaluate.model": "elsewhere",
+    }
     if key in special:
         return special[key]
     if isinstance(value, Enum):
@@ -228,9 +234,10 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("train", ["storage.root={a:1}"], "storage.root: "),
     ("tune", ["search.latents=[16,many]"], "search.latents[1]: Value 'many'"),
     ("tune", ["search.latents=16"], "search.latents: "),
-    ("train", ["dataset.source=ftp"], "dataset.source: Invalid value 'ftp', expected one of [mnist, idx, folder]"),
+    ("train", ["dataset.source=ftp"], "dataset.source: Invalid value 'ftp', expected one of [mnist, idx, folder, npz, "),
     ("tune", ["search.searcher=grid"], "search.searcher: Invalid value 'grid', expected one of [optuna, random]"),
     # values that are missing
+    ("index", ["dataset.name=x"], "index.train is needed; give index.train=VALUE"),
     ("evaluate", [], "model is needed; give model=VALUE"),
     ("shard", ["dataset=idx"], "dataset.name is needed; give dataset.name=VALUE"),
     ("train", ["train.images=???"], "train.images is needed; give train.images=VALUE"),
@@ -448,7 +455,9 @@ def test_an_s3_address_is_left_as_it_is(root: str) -> None:
 
 # --- what a run is -----------------------------------------------------------------------------------------------------
 
-OF_NO_MATTER = re.compile(r"name|storage\..*|cluster\..*|dataset\.(source|path)|train\.(keep_checkpoints|valid_.*|.*_seconds)")
+OF_NO_MATTER = re.compile(
+    r"name|storage\..*|cluster\..*|dataset\.(source|path|cache.*|max_skipped)|train\.(keep_checkpoints|valid_.*|.*_seconds)"
+)
 """What the weights of a run do not depend on; where its data is, is dataset.url."""
 
 

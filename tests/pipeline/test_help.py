@@ -14,7 +14,7 @@ from pipeline import cli
 from pipeline.config import COMMANDS, describe, load
 from tests.pipeline import strokes
 
-NEEDED = {"evaluate": ["model=somewhere"]}
+NEEDED = {"evaluate": ["model=somewhere"], "index": ["dataset.name=theirs", "index.train=s3://bucket/{0..9}.tar"]}
 
 
 def console(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -65,7 +65,7 @@ def test_help_names_the_choices_of_every_group(command: str) -> None:
                 assert re.search(rf"  {group}= .*\b{path.stem}\b", page)
 
 
-@pytest.mark.parametrize("module", ["shard", "train", "tune", "evaluate", "registry", "cli"])
+@pytest.mark.parametrize("module", ["shard", "index", "data", "train", "tune", "evaluate", "registry", "cli"])
 def test_a_command_is_its_module_too(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", [module, "--help"])
     monkeypatch.delitem(sys.modules, f"pipeline.{module}", raising=False)

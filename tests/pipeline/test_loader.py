@@ -16,10 +16,10 @@ import webdataset
 from pipeline import noise
 from pipeline.config import Binarization
 from pipeline.errors import UserError
-from pipeline.loader import Batch, EvalLoader, TrainLoader, _read_record, binarize, one_ahead
+from pipeline.images import BadImage, array
+from pipeline.loader import Batch, EvalLoader, TrainLoader, binarize, one_ahead
 from pipeline.manifest import Manifest, Shard
-from pipeline.shard import write_shard
-from pipeline.storage import FolderStorage, Storage, open_storage
+from pipeline.storage import FolderStorage, Storage
 from tests.pipeline.conftest import write
 
 GLOBAL_BATCH, NUM_STREAMS, IMAGE_BYTES = 8, 4, 18
@@ -189,11 +189,8 @@ def test_a_missing_shard_is_named(storage: Storage, numbered: Manifest) -> None:
 def test_nothing_is_unpickled() -> None:
     pickled = io.BytesIO()
     np.save(pickled, np.array([{}], dtype=object), allow_pickle=True)
-    tar = io.BytesIO()
-    with webdataset.TarWriter(tar, encoder=False) as writer:
-        writer.write({"__key__": "0", "images.npy": pickled.getvalue(), "labels.npy": pickled.getvalue()})
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        _read_record(memoryview(tar.getvalue()))
+    with pytest.raises(BadImage, match="would have to be unpickled"):
+        array(pickled.getvalue())
 
 
 # --- misuse ------------------------------------------------------------------------------------------------------------
@@ -291,29 +288,3 @@ def test_dynamic_draws_by_position_and_static_by_sample() -> None:
     assert not torch.equal(dynamic[0], binarize(first, Binarization.dynamic, 2))
     expected = noise.uniform((1, noise.Purpose.BINARIZATION), first.positions, 784) < 128 / 255
     np.testing.assert_array_equal(dynamic[0].flatten(1).numpy(), expected)
-
-
-# --- speed -------------------------------------------------------------------------------------------------------------
-
-
-class ManyImages:
-    """20,000 images of MNIST's shape."""
-
-    image_shape, count = (1, 28, 28), 20_000
-
-    def read(self, split: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        numbers = np.arange(start, stop)
-        return np.broadcast_to(numbers[:, None, None, None] % 256, (len(numbers), 28, 28, 1)).astype(np.uint8), numbers % 10
-
-
-def test_it_gives_mnist_faster_than_any_model_takes_it(object_store: Any) -> None:
-    storage, source = open_storage("s3://tests/many"), ManyImages()
-    shards = tuple(
-        write_shard(storage, source, "train", f"train/{first}.tar", first, first + 5000, 250)  # type: ignore[arg-type]
-        for first in range(0, source.count, 5000)
-    )
-    manifest = Manifest("many", source.image_shape, 10, 250, {"train": shards})
-    start = time.perf_counter()
-    count = sum(len(b.images) for b in TrainLoader(storage, manifest, seed=0, global_batch=16, num_streams=8, num_steps=5000))
-    assert count == 80_000
-    assert count / (time.perf_counter() - start) > 10_000  # images per second

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
 
 from pipeline import manifest as manifest_module
 from pipeline.errors import UserError
-from pipeline.manifest import Index, Manifest
+from pipeline.manifest import Index, Manifest, PagedShards, Shard
 from pipeline.storage import Storage
 
 
@@ -39,7 +40,7 @@ def test_an_unknown_split_is_named_with_the_known_ones(numbered: Manifest) -> No
 
 def test_a_manifest_of_another_version_is_refused(storage: Storage, numbered: Manifest) -> None:
     storage.write_json("manifest.json", {**storage.read_json("manifest.json"), "version": 2})
-    with pytest.raises(UserError, match=r"manifest\.json has format \(2, 'npy'\), but this program reads \(1, 'npy'\)"):
+    with pytest.raises(UserError, match=r"manifest\.json has format \(2, 'npy'\), but this program reads 1 with"):
         manifest_module.load(storage)
     storage.write_json("manifest.json", ["something else"])
     with pytest.raises(UserError, match="has format"):
@@ -50,7 +51,7 @@ def test_a_damaged_manifest_is_refused(storage: Storage, numbered: Manifest) -> 
     content = storage.read_json("manifest.json")
     for change in ({"splits": None}, {"splits": {"train": [{"name": "x"}]}}, {"image_shape": [1, 2]}, {"unknown": 1}):
         storage.write_json("manifest.json", {**content, **change})
-        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        with pytest.raises(UserError, match=r"manifest\.json is damaged or was edited: its sha256 is"):
             manifest_module.load(storage)
     storage.write("manifest.json", json.dumps(content).encode()[:-20])
     with pytest.raises(UserError, match=r"manifest\.json is damaged: it is not JSON"):
@@ -72,3 +73,28 @@ def test_an_altered_index_is_refused(storage: Storage, numbered: Manifest) -> No
     storage.write(shard.index_name, storage.read(shard.index_name).replace(b"3", b"4", 1))
     with pytest.raises(UserError, match=rf"train/00000\.index\.json is damaged: .* the manifest says {shard.index_sha256}"):
         Index.load(storage, shard)
+
+
+def test_very_many_shards_are_kept_in_pages(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "PAGE", 10)
+    shards = [Shard(f"{n}.tar", n, f"{n:064x}", 7 * n + 1, f"{n}.json", f"{n + 1:064x}") for n in range(37)]
+    few = manifest_module.kept(storage, "valid", shards[:10])
+    many = manifest_module.kept(storage, "train", shards)
+    assert isinstance(few, tuple)
+    assert isinstance(many, PagedShards)
+    written = Manifest("many", (1, 2, 3), None, 4, {"train": many, "valid": few})
+    written.publish(storage)
+    loaded = manifest_module.load(storage)
+    assert loaded.digest == written.digest
+    for contents in (written, loaded, pickle.loads(pickle.dumps(loaded))):  # noqa: S301  (as Ray does)
+        assert list(contents.shards("train")) == shards
+        assert contents.shards("train")[-1:] == shards[-1:]
+        assert contents.shard_samples("train").tolist() == [shard.num_samples for shard in shards]
+        assert contents.num_samples("valid") == sum(shard.num_samples for shard in shards[:10])
+    storage.write("pages/train-00002.parquet", storage.read("pages/train-00001.parquet"))
+    assert manifest_module.load(storage).shards("train")[9] == shards[9]
+    with pytest.raises(UserError, match=r"pages/train-00002\.parquet is damaged: its sha256 is"):
+        manifest_module.load(storage).shards("train")[25]
+    storage.delete(["pages/train-sizes.npy"])
+    with pytest.raises(UserError, match=r"no .*pages/train-sizes\.npy"):
+        manifest_module.load(storage).num_samples("train")

@@ -1,6 +1,7 @@
 """``vlae shard`` by Ray tasks: what it writes, when it refuses, and what a killed run leaves."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import webdataset
 
 from pipeline import manifest, shard
-from pipeline.config import Cluster, Dataset, ShardConfig, ShardOptions, Source
+from pipeline.config import Cluster, Dataset, Encoding, ShardConfig, ShardOptions, Source
 from pipeline.config import Storage as StorageOptions
 from pipeline.errors import UserError
 from pipeline.loader import EvalLoader
@@ -52,9 +54,11 @@ def test_idx_files_become_a_data_set(storage: Storage, tmp_path: Path) -> None:
         },
         "bytes": sum(len(content) for key, content in objects(storage).items() if key.endswith(".tar")),
         "manifest_digest": contents.digest,
+        "unreadable": 0,
+        "duplicates": 0,
     }
     assert storage.list() == sorted(
-        ["manifest.json"]
+        ["manifest.json", "report.json"]
         + [f"{name}.{kind}" for name in ("train/00000", "train/00001", "train/00002", "valid/00000", "test/00000")
            for kind in ("tar", "index.json")]
     )  # fmt: skip
@@ -116,6 +120,73 @@ def test_a_damaged_image_is_named_and_leaves_no_data_set(storage: Storage, tmp_p
     assert not shard.run(config_for(storage, Source.folder, tmp_path / "images", image_size=4))["reused"]
 
 
+def test_images_that_cannot_be_read_may_be_left_out_up_to_a_bound_and_are_listed(storage: Storage, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", [f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(40)])
+    for name in ("cat/3.png", "dog/33.png"):
+        (tmp_path / "images" / name).write_bytes(b"no image")
+    shutil.copy(tmp_path / "images/cat/7.png", tmp_path / "images/dog/copy.png")
+    options = {"channels": 3, "image_size": 4}
+    with pytest.raises(
+        UserError, match=r"2 images cannot be read, more than shard\.max_unreadable=1: .*report\.json lists them"
+    ):
+        shard.run(config_for(storage, Source.folder, tmp_path / "images", max_unreadable=1, samples_per_shard=100, **options))
+    assert not storage.exists("manifest.json")
+    result = shard.run(config_for(storage, Source.folder, tmp_path / "images", max_unreadable=2, **options))
+    assert (result["unreadable"], result["duplicates"]) == (2, 1)
+    assert sum(split["images"] for split in result["splits"].values()) == 79
+    report = storage.read_json("report.json")
+    assert sorted(item["image"].removeprefix(f"{tmp_path}/images/") for item in report["unreadable"]) == [
+        "cat/3.png",
+        "dog/33.png",
+    ]
+    (pair,) = report["examples_of_duplicates"]
+    assert sorted(key.removeprefix(f"{tmp_path}/images/") for key in pair) == ["cat/7.png", "dog/copy.png"]
+    contents = manifest.load(storage)
+    for split in contents.splits:
+        for batch in EvalLoader(storage, contents, split=split, batch_size=9):
+            assert (batch.images[:, 1] == 255 - batch.images[:, 0]).all()
+
+
+@pytest.mark.parametrize("encoding", [Encoding.png, Encoding.webp])
+def test_large_images_are_kept_one_by_one_without_loss(storage: Storage, tmp_path: Path, encoding: Encoding) -> None:
+    arrays = write_idx(tmp_path / "idx")
+    shard.run(config_for(storage, Source.idx, tmp_path / "idx", encoding=encoding))
+    contents = manifest.load(storage)
+    assert (contents.encoding, contents.block_size) == ("image", 1)
+    train = next(iter(EvalLoader(storage, contents, split="train", batch_size=64)))
+    np.testing.assert_array_equal(train.images[:, 0], arrays["train-images-idx3-ubyte"][:50])
+    np.testing.assert_array_equal(train.labels, arrays["train-labels-idx1-ubyte"][:50])
+    storage.download("train/00000.tar", tmp_path / "stock.tar")
+    stock = webdataset.WebDataset(str(tmp_path / "stock.tar"), shardshuffle=False).decode("l8").to_tuple(encoding.value, "cls")
+    for (image, label), mine, number in zip(stock, train.images, train.labels, strict=False):
+        np.testing.assert_array_equal(image, mine[0])
+        assert label == number
+
+
+def test_a_killed_run_goes_on_after_the_shards_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(str(tmp_path / "storage"))
+    write_idx(tmp_path / "idx")
+    config = config_for(storage, Source.idx, tmp_path / "idx", samples_per_shard=7)
+    shard.run(config)
+    whole = objects(storage)
+    storage.delete(storage.list())
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "_report", killed)  # when all shards are written, and the manifest is not
+        with pytest.raises(KeyboardInterrupt):
+            shard.run(config)
+    storage.delete(["train/00003.tar"])
+    storage.write("valid/00000.tar", b"cut")
+    marks = {key: os.stat(tmp_path / "storage" / key).st_mtime_ns for key in storage.list("train") if key.endswith(".tar")}
+    shard.run(config)
+    assert objects(storage) == whole
+    again = {key for key, mark in marks.items() if os.stat(tmp_path / "storage" / key).st_mtime_ns != mark}
+    assert again == set()
+
+
 def test_a_killed_run_leaves_no_data_set_and_the_next_one_none_of_its_shards(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path / "storage"))
     write_idx(tmp_path / "idx", num_train=3000)
@@ -130,7 +201,7 @@ def test_a_killed_run_leaves_no_data_set_and_the_next_one_none_of_its_shards(tmp
     with subprocess.Popen(
         [sys.executable, "-c", code, storage.url, str(tmp_path / "idx"), address], env=environment
     ) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not storage.list("train") and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)

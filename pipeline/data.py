@@ -1,0 +1,123 @@
+"""``vlae data inspect``: what is in a data set, at a glance. ``vlae data verify``: whether every byte of it is what it was."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from pipeline import cluster, manifest, pictures, tar
+from pipeline.config import DataConfig
+from pipeline.errors import UserError
+from pipeline.foreign import Pieces
+from pipeline.loader import EvalLoader
+from pipeline.manifest import Index, Manifest
+from pipeline.reader import Reader, Rows
+from pipeline.storage import Storage, open_storage
+
+LABELS = 10_000  # images of each split whose labels are counted
+
+
+def run(action: str, config: DataConfig) -> dict[str, Any]:
+    """Inspect or verify the data set at ``dataset.url``. Returns what was found, as JSON values."""
+    storage = open_storage(config.dataset.url, config.storage.endpoint_url)
+    contents = manifest.load(storage)
+    found = {"url": storage.url, "name": contents.name, "encoding": contents.encoding, **manifest.summary(contents)}
+    return found | (_inspect(storage, contents, config) if action == "inspect" else _verify(storage, contents, config))
+
+
+def _inspect(storage: Storage, contents: Manifest, config: DataConfig) -> dict[str, Any]:
+    output = open_storage(config.output)
+    classes, made = {}, []
+    for split in contents.splits:
+        loader = EvalLoader(storage, contents, split=split, batch_size=500, num_images=LABELS)
+        labels, shown = [], None
+        for batch in loader:
+            shown = batch.images if shown is None else shown
+            labels.append(batch.labels.numpy())
+        counts = Counter(label for part in labels for label in part.tolist())
+        classes[split] = {str(label): counts[label] for label in sorted(counts)}
+        if shown is not None:
+            sheet = pictures.contact_sheet(
+                shown[: config.pictures].float() / 255, f"{contents.name}, {split}: the first images."
+            )
+            output.write(f"{split}.png", sheet)
+            made.append(f"{output.url}/{split}.png")
+    return {"classes": classes, "labels_counted": LABELS, "pictures": made}
+
+
+def _verify(storage: Storage, contents: Manifest, config: DataConfig) -> dict[str, Any]:
+    """Every shard by a Ray task: all of them, so that all that is damaged is known at once."""
+    cluster.connect(config.cluster, config.storage)
+    calls = [(storage, contents, split, number) for split, shards in contents.splits.items() for number in range(len(shards))]
+    damaged, checked = [], 0
+    with tqdm(total=len(calls), desc="verifying", unit=" shards", mininterval=1.0) as progress:
+        for name, size, reason in cluster.in_tasks(verify_shard, calls):
+            checked += size
+            damaged += [{"shard": name, "reason": reason}] if reason else []
+            progress.update()
+    return {"shards_checked": len(calls), "bytes_checked": checked, "damaged": sorted(damaged, key=lambda item: item["shard"])}
+
+
+def verify_shard(storage: Storage, contents: Manifest, split: str, number: int) -> tuple[str, int, str | None]:
+    """A shard's name, how many bytes were read, and what is wrong with it, if anything is."""
+    shard, reader = contents.shards(split)[number], Reader(storage, contents, split)
+    try:
+        place, key = reader.place(shard)
+        pieces = Pieces(place.stream(key))
+        for _ in tar.members(pieces, max(shard.size, 1)):
+            pass
+        pieces.finish()
+        if (pieces.size, pieces.sha256) != (shard.size, shard.sha256):
+            return (
+                shard.name,
+                pieces.size,
+                f"it has {pieces.size} bytes and sha256 {pieces.sha256}, not {shard.size} and {shard.sha256}",
+            )
+        if int(Index.load(storage, shard).starts[-1]) != shard.num_samples:
+            return shard.name, pieces.size, "its index holds another number of samples"
+        step = max(1, (16 << 20) // reader.image_bytes)  # decoded, a part at a time
+        for start in range(0, shard.num_samples, step):
+            stop = min(start + step, shard.num_samples)
+            reader.fill(
+                Rows.of(stop - start, contents.image_shape), [(np.array([[number, start, stop]]), np.arange(stop - start))]
+            )
+    except (UserError, tar.BadTar) as error:
+        return shard.name, 0, str(error)
+    return shard.name, pieces.size, None
+
+
+def format_report(action: str, result: dict[str, Any]) -> str:
+    """What a person wants to know."""
+    channels, height, width = result["image_shape"]
+    lines = [
+        f"{result['name']}: {width} x {height}, {channels} channels, {result['bytes'] / 1e6:,.1f} MB as {result['encoding']}"
+    ]
+    for split, counts in result["splits"].items():
+        line = f"  {split:<6}{counts['images']:>12,} images in {counts['shards']:,} shards"
+        classes = result.get("classes", {}).get(split)
+        lines.append(line + (f"; {_balance(classes)}" if classes else ""))
+    if action == "verify":
+        lines.append(
+            f"checked {result['shards_checked']:,} shards, {result['bytes_checked'] / 1e6:,.1f} MB: "
+            f"{len(result['damaged'])} damaged"
+        )
+        lines += [f"  {item['shard']}: {item['reason']}" for item in result["damaged"][:20]]
+    return "\n".join(lines + [f"picture: {url}" for url in result.get("pictures", [])])
+
+
+def _balance(classes: dict[str, int]) -> str:
+    if set(classes) == {"-1"}:
+        return "no labels"
+    total = sum(classes.values())
+    least, most = min(classes, key=lambda label: classes[label]), max(classes, key=lambda label: classes[label])
+    return (
+        f"{len(classes)} classes, from {classes[least] / total:.1%} (class {least}) to {classes[most] / total:.1%} (class {most}) of "
+        f"the first {total:,}"
+    )
+
+
+if __name__ == "__main__":
+    from pipeline.cli import main
+
+    main("data")
