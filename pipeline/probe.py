@@ -24,7 +24,8 @@ from torch import Tensor
 import vlae
 from pipeline.config import Binarization
 from pipeline.errors import UserError
-from pipeline.loader import Batch, EvalLoader, Integers, binarize
+from pipeline.loader import Batch, EvalLoader, binarize
+from pipeline.manifest import Integers
 from pipeline.measure import several_at_once
 from pipeline.noise import Purpose, normal
 from vlae.distributions import DiagonalGaussian
