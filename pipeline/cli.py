@@ -8,7 +8,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, NoReturn
 
-from pipeline.config import COMMANDS, choices, describe, load, options_of
+from pipeline.config import COMMANDS, choices, compose, describe, load, options_of
 from pipeline.errors import UserError
 
 ACTIONS = {"registry": ("list", "show", "promote"), "data": ("inspect", "verify")}
@@ -246,11 +246,9 @@ def help_page(command: str) -> str:
 
 def _defaults(command: str) -> dict[str, Any]:
     """The values that the options have if none is given; what must be given is left out."""
-    from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
 
-    with initialize_config_module("configs", version_base=None):
-        composed = OmegaConf.merge(OmegaConf.structured(COMMANDS[command]), compose(command))
+    composed = OmegaConf.merge(OmegaConf.structured(COMMANDS[command]), compose(command)[0])
     plain = OmegaConf.to_container(composed, resolve=False)
     return {key: value for key, value in _flatten(plain) if value != "???"}
 

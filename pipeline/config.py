@@ -6,6 +6,7 @@ overrides, and checks everything that can be checked without touching data, so t
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.resources
 import json
@@ -16,13 +17,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-from hydra import compose, initialize_config_module
+import hydra
+from hydra import initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import vlae
@@ -454,8 +457,8 @@ class TrainConfig:
                 f"train.free_groups={groups} does not divide a code of {latents} latents; use a number that does, or 1",
             )
         _check(
-            groups == 1 or max(depths) <= 1,
-            f"train.free_groups={groups} needs a rate that splits over the latents, which that of a flow of {max(depths)} steps does "
+            groups == 1 or max(*depths, self.model.posterior_depth) <= 1,
+            f"train.free_groups={groups} needs a rate that splits over the latents, which that of a flow of more than one step does "
             "not; use train.free_groups=1, or flow depths of 0 and 1",
         )
 
@@ -567,11 +570,24 @@ COMMANDS: dict[str, type] = {
 }
 
 
-def choices(command: str) -> dict[str, str | None]:
-    """The config groups that a command composes, each with its default choice: {"dataset": "mnist", ...}."""
+@functools.cache
+def compose(command: str, *chosen: str) -> tuple[DictConfig, Mapping[str, str | None]]:
+    """The values that ``configs/`` gives a command, and which choice of each config group they come from.
+
+    ``chosen`` are choices other than the command's own, such as "model=tiny". Hydra takes 0.1 s for it, so it is asked once in a
+    process. Raises HydraException.
+    """
     with initialize_config_module("configs", version_base=None):
-        composed = compose(command, return_hydra_config=True)
-    return {group: choice for group, choice in composed.hydra.runtime.choices.items() if not group.startswith("hydra/")}
+        composed = hydra.compose(command, list(chosen), return_hydra_config=True)
+    names = {group: choice for group, choice in composed.hydra.runtime.choices.items() if not group.startswith("hydra/")}
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed, MappingProxyType(names)
+
+
+def choices(command: str) -> Mapping[str, str | None]:
+    """The config groups that a command composes, each with its default choice: {"dataset": "mnist", ...}."""
+    return compose(command)[1]
 
 
 def options_of(group: str) -> list[str]:
@@ -628,11 +644,10 @@ def load(command: str, overrides: list[str]) -> Any:
             chosen.append(text)
         else:
             values[key] = override.value()
-    with initialize_config_module("configs", version_base=None):
-        try:
-            composed = compose(command, chosen)
-        except HydraException as error:
-            raise UserError(" ".join(str(error).split())) from None
+    try:
+        composed, _ = compose(command, *chosen)
+    except HydraException as error:
+        raise UserError(" ".join(str(error).split())) from None
     return build(schema, composed, values)
 
 

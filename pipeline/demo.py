@@ -87,3 +87,9 @@ def format_summary(result: dict[str, Any]) -> str:
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+if __name__ == "__main__":
+    from pipeline.cli import main
+
+    main("demo")

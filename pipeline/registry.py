@@ -43,7 +43,8 @@ class Registry:
             if config.uri.startswith("sqlite:///"):
                 Path(config.uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
             self.client = MlflowClient(config.uri, config.uri)
-            self.client.search_registered_models(max_results=1)
+            with _at_most_seconds():
+                self.client.search_registered_models(max_results=1)
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise UserError(
                 f"the registry at {config.uri} does not answer: {str(error).splitlines()[0]}; check registry.uri"
@@ -175,6 +176,19 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from _numbers(f"{name}/{key}", item)
     elif isinstance(value, int | float):
         yield name, float(value)
+
+
+@contextlib.contextmanager
+def _at_most_seconds() -> Iterator[None]:
+    """Have MLflow's client give up on a server within seconds, where by itself it would try for minutes; what the user set stands."""
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ class OptunaSearcher(Searcher):
     at the same number of images. The searcher keeps no state of its own on disk: a search that is started again proposes afresh.
     """
 
-    def __init__(self, search: Search, metric: str, budget: int, seed: int) -> None:
-        """``metric`` is minimised; a trial is complete if it has seen ``budget`` images."""
+    def __init__(self, search: Search, metric: str, budget: int, seed: int, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
+        """``metric`` is minimised; a trial is complete if it has seen ``budget`` images.
+
+        ``earlier`` trials are known from the start, and not proposed again: rows with their point's options, ``metric`` and ``images``.
+        """
         super().__init__(metric=metric, mode="min")
         self.budget = budget
         self.space = {key: list(dict.fromkeys(getattr(search, name))) for key, name in SEARCHED.items()}
@@ -43,6 +47,8 @@ class OptunaSearcher(Searcher):
             else optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
         )
         self.asked: dict[str, optuna.Trial] = {}
+        for row in earlier:
+            self._learn(row)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next point, as dotted options; FINISHED when all have been proposed."""
@@ -51,12 +57,30 @@ class OptunaSearcher(Searcher):
         for attempt in range(ATTEMPTS):
             if attempt == ATTEMPTS - 1:
                 self.study.enqueue_trial(next(iter(self.untried.values())))
-            trial = self.study.ask({key: CategoricalDistribution(values) for key, values in self.space.items()})
+            trial = self.study.ask(self._distributions())
             if self.untried.pop(_key(trial.params), None):
                 self.asked[trial_id] = trial
                 return trial.params
             self.study.tell(trial, state=TrialState.FAIL)
         raise AssertionError("an enqueued point is proposed as it is")
+
+    def _learn(self, row: Mapping[str, Any]) -> None:
+        point = {key: row[key] for key in self.space}
+        if self.untried.pop(_key(point), None) is None:
+            return  # the space is another now
+        finished = row["images"] >= self.budget
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                params=point,
+                distributions=self._distributions(),
+                value=row[self.metric] if finished else None,
+                intermediate_values={} if finished else {row["images"]: row[self.metric]},
+                state=TrialState.COMPLETE if finished else TrialState.PRUNED,
+            )
+        )
+
+    def _distributions(self) -> dict[str, CategoricalDistribution]:
+        return {key: CategoricalDistribution(values) for key, values in self.space.items()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self.asked[trial_id].report(result[self.metric], result["images"])

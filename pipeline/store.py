@@ -260,3 +260,9 @@ def _write_private(path: Path, text: str) -> None:
     with atomic_file(path) as file:
         os.chmod(file.fileno(), 0o600)
         file.write(text.encode())
+
+
+if __name__ == "__main__":
+    from pipeline.cli import main
+
+    main("serve-store")

@@ -2,14 +2,14 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer, get_device
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError
 from tqdm import tqdm
 
 from pipeline import loop, manifest
@@ -64,7 +64,7 @@ def check(config: TrainConfig) -> None:
     storage.write_json("config.json", to_dict(config))
 
 
-def fit(config: TrainConfig, callbacks: list[UserCallback] | None = None) -> None:
+def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
     """Run ``worker`` on every worker of the cluster until the run is complete. Ray must be connected.
 
     Raises UserError for a user's mistake that only the workers could see; else what Ray Train raises.
@@ -82,18 +82,28 @@ def fit(config: TrainConfig, callbacks: list[UserCallback] | None = None) -> Non
             name=config.run_name,
             storage_path=f"{config.storage.root}/ray",
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            callbacks=callbacks,
+            callbacks=[EndOnMistake(), *callbacks],
         ),
     )
     try:
         trainer.fit()
-    except TrainingFailedError as error:
-        failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
-        for failure in failures:
-            cause = getattr(failure, "_base_exc", failure)  # Ray Train's wrapper keeps the worker's own exception there
-            if isinstance(cause, UserError):
-                raise UserError(str(cause)) from None
+    except ControllerError as error:
+        if isinstance(error.controller_failure, UserError):
+            raise UserError(str(error.controller_failure)) from None
         raise
+
+
+class EndOnMistake(UserCallback):
+    """Ends a run at once if a worker reports a user's mistake: no restart would mend it.
+
+    What a callback raises is an error of the controller's, in which this runs, and those are not retried.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for exception in worker_exceptions.values():
+            cause = getattr(exception, "_base_exc", exception)  # Ray Train's wrapper keeps the worker's own exception there
+            if isinstance(cause, UserError):
+                raise cause
 
 
 def worker(config: dict[str, Any]) -> None:

@@ -28,27 +28,42 @@ OBJECTIVE = "elbo_nats"
 def run(config: TuneConfig) -> dict[str, Any]:
     """Search, then register the best models. Returns the table of trials and what was registered.
 
-    A finished search is not run again. One that was killed goes on with the same command: a trial's run is named after what is
-    tried in it, so finished trials are taken as they are, and interrupted ones continue from their checkpoints.
+    A finished search is not run again; with more trials it goes on from those that it had. One that was killed goes on with the same
+    command: a trial's run is named after what is tried in it, so finished trials are taken as they are, and interrupted ones
+    continue from their checkpoints.
     """
     name = search_name(config)
     storage = open_storage(f"{config.storage.root}/searches/{name}", config.storage.endpoint_url)
+    earlier: dict[str, Any] = {"num_trials": 0, "trials": []}
     if storage.exists(train.RESULT):
-        return {**storage.read_json(train.RESULT), "reused": True}
+        earlier = storage.read_json(train.RESULT)
+    if earlier["num_trials"] >= config.search.num_trials:
+        return {**earlier, "reused": True}
     for window in config.search.windows:
         train.check(trial_config(config, {"model.window": window}))
     registry = Registry(config.registry)
     connect(config.cluster, config.storage)
-    trials = search(config, name)
-    result = {"name": name, "url": storage.url, "trials": trials, "registered": register(config, registry, trials)}
+    trials = search(config, name, [row for row in earlier["trials"] if row["status"] != "failed"])
+    result = {
+        "name": name,
+        "url": storage.url,
+        "num_trials": config.search.num_trials,
+        "trials": trials,
+        "registered": register(config, registry, trials),
+    }
     storage.write_json(train.RESULT, result)
     return {**result, "reused": False}
 
 
 def search_name(config: TuneConfig) -> str:
-    """The name given, or one made from the data set and everything that the trials and their judgement depend on."""
+    """The name given, or one made from the data set and everything that a trial and its judgement depend on.
+
+    How many trials there are is no part of it: with more of them, the search goes on.
+    """
     values = to_dict(config)
-    searched = {key: value for key, value in values["search"].items() if key not in ("max_concurrent", "min_rate_bits")}
+    searched = {
+        key: value for key, value in values["search"].items() if key not in ("num_trials", "max_concurrent", "min_rate_bits")
+    }
     judged = {key: values["train"][key] for key in ("valid_images", "valid_every")}
     return config.name or f"{config.dataset.name}-search-{digest([config.identity(), searched, judged])}"
 
@@ -61,19 +76,21 @@ def trial_config(config: TuneConfig, point: dict[str, Any]) -> TrainConfig:
     return build(TrainConfig, base, {**point, "name": f"{search_name(config)}-{tried}"})
 
 
-def search(config: TuneConfig, name: str) -> list[dict[str, Any]]:
-    """Run the trials; returns one row for each, the best first, those that were stopped early behind those that finished."""
+def search(config: TuneConfig, name: str, earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run the trials that ``earlier`` lacks; returns one row for each, the best first, those that were stopped early behind the rest."""
     # Ray's newer console prints a table for every trial; `Announcer` says it in a line.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     images = config.train.num_steps * config.train.global_batch
     workers = config.cluster
     cores = ray.cluster_resources().get("CPU", 1)
     concurrent = config.search.max_concurrent or max(1, int(cores // (workers.num_workers * workers.cpus_per_worker)))
+    searcher = OptunaSearcher(config.search, OBJECTIVE, images, config.train.seed, earlier)
+    num_trials = min(config.search.num_trials - len(earlier), len(searcher.untried))
     tuner = Tuner(
         # The trial itself only waits for its workers: were it to hold a core, trials could starve their own workers.
         ray.tune.with_resources(ray.tune.with_parameters(trial, config=config), {"memory": 1 << 20}),
         tune_config=ray.tune.TuneConfig(
-            search_alg=OptunaSearcher(config.search, OBJECTIVE, images, config.train.seed),
+            search_alg=searcher,
             scheduler=ASHAScheduler(
                 time_attr="images",
                 metric=OBJECTIVE,
@@ -83,18 +100,18 @@ def search(config: TuneConfig, name: str) -> list[dict[str, Any]]:
                 grace_period=max(1, round(config.search.grace_fraction * images)),
                 reduction_factor=config.search.reduction,
             ),
-            num_samples=config.search.num_trials,
+            num_samples=num_trials,
             max_concurrent_trials=concurrent,
         ),
         run_config=ray.tune.RunConfig(
             name=name,
             storage_path=f"{config.storage.root}/ray",
             verbose=0,
-            callbacks=[Announcer(config.search.num_trials, images)],
+            callbacks=[Announcer(len(earlier), len(earlier) + num_trials, images)],
         ),
     )
-    rows = []
-    for outcome in tuner.fit():
+    rows = list(earlier)
+    for outcome in tuner.fit() if num_trials else ():
         metrics = outcome.metrics or {}
         row = {key: (outcome.config or {}).get(key) for key in SEARCHED}
         row |= {key: metrics.get(key) for key in ("images", OBJECTIVE, "elbo_nats_se", "rate_nats", "rate_bits", "num_images")}
@@ -151,14 +168,14 @@ def format_table(trials: list[dict[str, Any]]) -> str:
 
 
 class Announcer(Callback):
-    """Prints one line for each thing that happens to a trial."""
+    """Prints one line for each thing that happens to a trial; they are numbered from behind the ``earlier`` ones."""
 
-    def __init__(self, num_trials: int, images: int) -> None:
-        self.num_trials, self.images = num_trials, images
+    def __init__(self, earlier: int, num_trials: int, images: int) -> None:
+        self.earlier, self.num_trials, self.images = earlier, num_trials, images
         self.numbers: dict[str, int] = {}
 
     def _say(self, trial: Trial, text: str) -> None:
-        number = self.numbers.setdefault(trial.trial_id, len(self.numbers) + 1)
+        number = self.numbers.setdefault(trial.trial_id, self.earlier + len(self.numbers) + 1)
         point = trial.config
         print(
             f"trial {number}/{self.num_trials}  window {point['model.window']}, {point['model.latents']} latents, "

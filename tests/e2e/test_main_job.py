@@ -77,7 +77,10 @@ def test_damaged_data_ends_a_run_with_the_name_of_the_shard(run: Run, root: str,
         if key.startswith("train/") and key.endswith(".tar"):
             content[100_000] ^= 1
         damaged.write(key, bytes(content))
-    done = run("train", f"storage.root={root}", "dataset.name=damaged", "name=damaged", *TINY, "cluster.max_failures=0", code=2)
+    # Were it tried again, it would not end before its time is up.
+    done = run(
+        "train", f"storage.root={root}", "dataset.name=damaged", "name=damaged", *TINY, "cluster.max_failures=1000", code=2
+    )
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert "datasets/damaged/train/" in error
@@ -103,6 +106,20 @@ def test_the_same_search_again_is_not_searched_again(searched: dict[str, object]
     )  # fmt: skip
     assert "was finished already" in done.stdout
     assert result_of(done)["trials"] == searched["trials"]
+
+
+def test_the_same_search_with_more_trials_goes_on(searched: dict[str, object], run: Run, root: str) -> None:
+    done = run(
+        "tune", f"storage.root={root}", *TINY, "search.windows=[3x1,5x2]", "search.latents=[2,4]", "search.flow_depths=[0,1]",
+        "search.num_trials=4", "register_best=2",
+    )  # fmt: skip
+    assert "trial 4/4" in done.stdout
+    assert "trial 3/4" not in done.stdout
+    trials, before = result_of(done)["trials"], searched["trials"]
+    assert isinstance(trials, list)
+    assert isinstance(before, list)
+    assert len({row["run"] for row in trials}) == 4
+    assert all(row in trials for row in before)
 
 
 def test_a_registered_model_is_listed_shown_and_promoted(searched: dict[str, object], run: Run) -> None:

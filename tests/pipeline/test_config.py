@@ -308,12 +308,12 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     (
         "train",
         {"train.free_groups": 4},
-        "which that of a flow of 2 steps does not; use train.free_groups=1, or flow depths of 0",
+        "a flow of more than one step does not; use train.free_groups=1, or flow",
     ),
     (
         "tune",
         {"train.free_groups": 4, "model.flow_depth": 0},
-        "which that of a flow of 4 steps does not; use train.free_groups=1",
+        "a flow of more than one step does not; use train.free_groups=1",
     ),
     (
         "train",

@@ -1,116 +1,322 @@
-"""The registry, on a real MLflow in a SQLite file, with artifacts in a folder and on S3."""
+"""The registry, on a real MLflow: it keeps what it is given, refuses in one sentence what it cannot do, mends what an interrupted
+registration left, and unpickles nothing.
+"""
 
-import multiprocessing
+import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import vlae
-from pipeline import config, loop
+from pipeline import config, loop, registry
 from pipeline.errors import UserError
 from pipeline.registry import Registry
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 
-SIZES = {
-    "encoder_channels": 4,
-    "decoder_channels": 4,
-    "decoder_maps": 4,
-    "decoder_features": 8,
-    "flow_hidden": 16,
-    "latents": 3,
-}
-FIGURES = {"elbo_nats": 90.5, "rate_bits": 12.0, "num_images": 100}
+MODEL = config.to_dict(config.load("train", ["model=tiny"]))["model"]
+FIGURES = {"elbo_nats": 90.5, "elbo_nats_se": 0.5, "rate_bits": 12.25, "num_images": 1000.0}
 
 
-def finished_run(storage: Storage, name: str, seed: int = 0) -> Storage:
-    """A run's folder with a final model in it, as training leaves it."""
+def prepare_run(storage: Storage, seed: int) -> Storage:
+    """A finished run's folder, as training leaves it."""
     torch.manual_seed(seed)
-    run = storage.child(f"runs/{name}")
-    options = config.to_dict(config.load("train", [f"name={name}", "model=tiny"]))
-    training = {"config": options, "manifest": "f" * 64, "valid": FIGURES}
-    loop.publish(run, vlae.build(image_shape=(1, 6, 6), window="3x1", **SIZES), training)  # type: ignore[arg-type]
+    run = storage.child(f"runs/{seed}")
+    settings = config.to_dict(config.load("train", ["model=tiny", f"name=run-{seed}"]))
+    training = {"config": settings, "manifest": "0" * 64, "valid": FIGURES}
+    loop.publish(run, vlae.build(image_shape=(1, 8, 8), **MODEL), training)
     return run
 
 
-def open_registry(database: Path, artifacts: str) -> Registry:
-    return Registry(config.Registry(uri=f"sqlite:///{database}", artifacts=artifacts))
-
-
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One database for all tests here: making its tables takes seconds."""
-    return tmp_path_factory.mktemp("registry") / "registry.db"
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An MLflow database: one for all tests here, since making its tables takes seconds. Each uses models of its own."""
+    return f"sqlite:///{tmp_path_factory.mktemp('database') / 'registry.db'}"
 
 
 @pytest.fixture
-def registry(database: Path, storage: Storage) -> Registry:
-    return open_registry(database, f"{storage.url}/registry")
+def models(database: str, storage: Storage) -> Registry:
+    return Registry(config.Registry(uri=database, artifacts=f"{storage.url}/registry"))
+
+
+@pytest.fixture
+def local(database: str, tmp_path: Path) -> Registry:
+    """A registry with artifacts in a folder."""
+    return Registry(config.Registry(uri=database, artifacts=str(tmp_path / "registry")))
 
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
-    """A model's name of this test's own."""
-    return "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
+    """A model of this test's own."""
+    return request.node.name.replace("[", "-").replace("]", "")
 
 
-def test_the_first_version_is_champion_and_the_next_challenger(registry: Registry, storage: Storage, name: str) -> None:
-    assert registry.register(name, finished_run(storage, "a")) == {"name": name, "version": 1}
-    assert registry.register(name, finished_run(storage, "b")) == {"name": name, "version": 2}
-    assert registry.resolve(f"models:/{name}@champion")["version"] == 1
-    assert registry.resolve(f"models:/{name}@challenger")["version"] == 2
-    assert registry.resolve(f"models:/{name}/2")["version"] == 2
-    registry.promote(name, 2, "champion")
-    assert registry.resolve(f"models:/{name}@champion")["version"] == 2
+def sentence_of(raised: pytest.ExceptionInfo[UserError]) -> str:
+    return check_sentence(str(raised.value))
 
 
-def test_a_run_is_registered_once(registry: Registry, storage: Storage, name: str) -> None:
-    run = finished_run(storage, "a")
-    assert registry.register(name, run) == registry.register(name, run)
-    assert len(registry.versions(name)) == 1
+def check_sentence(sentence: str) -> str:
+    assert sentence
+    assert "\n" not in sentence
+    return sentence
 
 
-def test_what_is_downloaded_is_what_was_trained(registry: Registry, storage: Storage, name: str, tmp_path: Path) -> None:
-    run = finished_run(storage, "a", seed=7)
-    registry.register(name, run)
-    folder = tmp_path / "downloaded"
-    folder.mkdir()
-    folder = registry.download(name, 1, folder)
-    assert {path.name for path in folder.iterdir()} == {"model.json", "model.safetensors", "training.json"}
-    assert (folder / "model.safetensors").read_bytes() == run.read("model/model.safetensors")
-    assert vlae.load(folder).image_shape == (1, 6, 6)
+# --- what a version is -------------------------------------------------------------------------------------------------
 
 
-def test_figures_are_kept_with_a_version(registry: Registry, storage: Storage, name: str) -> None:
-    registry.register(name, finished_run(storage, "a"))
-    registry.log_evaluation(name, 1, "test", {"iwae_nats": 83.5, "iwae_samples": 64})
-    (version,) = registry.versions(name)
-    assert version["metrics"]["valid/elbo_nats"] == 90.5
-    assert version["metrics"]["test/iwae_nats"] == 83.5
-    assert version["parameters"]["model.window"] == "3x1"
+def test_a_version_holds_three_files_none_of_them_a_pickle(
+    models: Registry, storage: Storage, name: str, tmp_path: Path
+) -> None:
+    run = prepare_run(storage, 0)
+    models.register(name, run)
+    kept = storage.list("registry/")
+    assert sorted(Path(key).name for key in kept) == ["model.json", "model.safetensors", "training.json"]
+    for key in kept:
+        content = storage.read(key)
+        assert content == run.read(f"model/{Path(key).name}")
+        if key.endswith(".json"):
+            json.loads(content)
+        else:
+            assert json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    loaded = vlae.load(models.download(name, 1, tmp_path / "there"))
+    torch.manual_seed(0)
+    expected = vlae.build(image_shape=(1, 8, 8), **MODEL).state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
 
 
-def test_what_is_not_there_is_named(registry: Registry, storage: Storage, name: str) -> None:
-    with pytest.raises(UserError, match="no model named absent"):
-        registry.versions("absent")
-    registry.register(name, finished_run(storage, "a"))
-    with pytest.raises(UserError, match="no version 9; it has 1"):
-        registry.promote(name, 9, "champion")
-    with pytest.raises(UserError, match="@nobody is not in the registry"):
-        registry.resolve(f"models:/{name}@nobody")
+def test_a_version_tells_what_it_was_trained_with_and_how_well(models: Registry, storage: Storage, name: str) -> None:
+    run = prepare_run(storage, 0)
+    models.register(name, run)
+    (row,) = models.versions(name)
+    assert (row["name"], row["version"], row["aliases"], row["run"]) == (name, 1, ["champion"], run.url)
+    for key, value in MODEL.items():
+        assert row["parameters"][f"model.{key}"] == str(value)
+    assert row["parameters"]["manifest"] == "0" * 64
+    assert row["parameters"]["train.seed"] == "0"
+    assert row["metrics"] == {f"valid/{key}": value for key, value in FIGURES.items()}
+    models.log_evaluation(name, 1, "test", {"iwae_nats": 84.5})
+    assert models.versions(name)[0]["metrics"] == row["metrics"] | {"test/iwae_nats": 84.5}
 
 
-def register_one(database: Path, artifacts: str, storage: Storage, name: str, number: int) -> None:
-    open_registry(database, artifacts).register(name, finished_run(storage, f"run-{number}", seed=number))
+def test_of_an_evaluation_all_numbers_are_kept(local: Registry, tmp_path: Path, name: str) -> None:
+    local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
+    probe = {"linear": {"accuracy": 0.9, "accuracy_se": None}}
+    local.log_evaluation(
+        name, 1, "test", {"num_images": 1, "rate_nats_se": None, "probe": probe, "latents": {"rate_nats": [1.0, 2.0]}}
+    )
+    metrics = local.versions(name)[0]["metrics"]
+    assert {key: metrics[key] for key in metrics if key.startswith("test/")} == {
+        "test/num_images": 1.0,
+        "test/probe/linear/accuracy": 0.9,
+    }
 
 
-def test_two_people_registering_at_once_lose_nothing(registry: Registry, database: Path, storage: Storage, name: str) -> None:
-    context = multiprocessing.get_context("spawn")
-    arguments = [(database, f"{storage.url}/registry", storage, name, number) for number in range(2)]
-    people = [context.Process(target=register_one, args=each) for each in arguments]
-    for person in people:
-        person.start()
-    for person in people:
-        person.join()
-        assert person.exitcode == 0
-    assert sorted(row["version"] for row in registry.versions(name)) == [1, 2]
+def test_the_latest_evaluation_counts(local: Registry, tmp_path: Path, name: str) -> None:
+    local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
+    local.log_evaluation(name, 1, "test", {"iwae_nats": 85.0, "iwae_samples": 16})
+    local.log_evaluation(name, 1, "test", {"iwae_nats": 84.5, "iwae_samples": 64})
+    metrics = local.versions(name)[0]["metrics"]
+    assert (metrics["test/iwae_nats"], metrics["test/iwae_samples"]) == (84.5, 64)
+
+
+def test_aliases_move_and_the_newest_version_comes_first(local: Registry, tmp_path: Path, name: str) -> None:
+    storage = open_storage(str(tmp_path))
+    for seed in range(3):
+        assert local.register(name, prepare_run(storage, seed)) == {"name": name, "version": seed + 1}
+    assert [(row["version"], row["aliases"]) for row in local.versions(name)] == [
+        (3, ["challenger"]),
+        (2, []),
+        (1, ["champion"]),
+    ]
+    local.promote(name, 3, "champion")
+    assert [row["aliases"] for row in local.versions(name)] == [["champion"], [], []]
+    local.promote(name, 1, "blessed")
+    assert local.resolve(f"models:/{name}@blessed")["version"] == 1
+    assert local.register(name, prepare_run(storage, 1)) == {"name": name, "version": 2}
+    assert len(local.versions(name)) == 3
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_there_is_said_with_what_is(local: Registry, tmp_path: Path, name: str) -> None:
+    local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
+    with pytest.raises(UserError, match=r"holds no model named absent; it holds .*") as raised:
+        local.versions("absent")
+    assert name in sentence_of(raised)
+    for uri in (
+        f"models:/{name}@nobody",
+        f"models:/{name}/2",
+        f"models:/{name}/champion",
+        f"models:/{name}",
+        f"models:/{name}/",
+    ):
+        with pytest.raises(
+            UserError, match=f"^{uri} is not in the registry at .*; see `vlae registry show name={name}`$"
+        ) as raised:
+            local.resolve(uri)
+        sentence_of(raised)
+    with pytest.raises(UserError, match=f"^{name} has no version 2; it has 1$"):
+        local.promote(name, 2, "champion")
+    assert local.versions(name)[0]["aliases"] == ["champion"]
+
+
+def test_a_run_without_a_model_is_refused_and_leaves_no_version(local: Registry, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"there is no .*/nothing/model/model\.json") as raised:
+        local.register(name, open_storage(str(tmp_path / "nothing")))
+    sentence_of(raised)
+    with pytest.raises(UserError, match="holds no model named"):
+        local.versions(name)
+
+
+@pytest.mark.parametrize("odd", ["it's", "a/b", "a:b", "", 'a "good" one', "ü z%"])
+def test_a_name_of_odd_characters_is_taken_or_refused_in_one_sentence(odd: str, local: Registry, tmp_path: Path) -> None:
+    run = prepare_run(open_storage(str(tmp_path)), 0)
+    try:
+        made = local.register(odd, run)
+    except UserError as error:
+        made = {}
+        check_sentence(str(error))
+    if made:
+        assert made == {"name": odd, "version": 1}
+        assert local.resolve(f"models:/{odd}@champion")["version"] == 1
+        assert vlae.load(local.download(odd, 1, tmp_path / "there")).latents == 4
+
+
+@pytest.mark.parametrize("alias", ["v1", "latest", "two words", ""])
+def test_an_alias_that_cannot_be_given_is_refused_in_one_sentence(
+    alias: str, local: Registry, tmp_path: Path, name: str
+) -> None:
+    local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
+    with pytest.raises(UserError) as raised:
+        local.promote(name, 1, alias)
+    sentence_of(raised)
+
+
+def test_a_registry_that_is_none_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the registry at ftp://x does not answer: .*; check registry\.uri") as raised:
+        Registry(config.Registry(uri="ftp://x", artifacts=str(tmp_path)))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.timeout(60)  # MLflow's client by itself would try for minutes
+@pytest.mark.parametrize("listening", [False, True], ids=["nobody listens", "nobody answers"])
+def test_a_server_that_does_not_answer_is_given_up_on(listening: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listening:
+            server.listen()
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"^the registry at {uri} does not answer: .*; check registry\.uri$") as raised:
+            Registry(config.Registry(uri=uri, artifacts=str(tmp_path)))
+    sentence_of(raised)
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
+
+
+@pytest.mark.parametrize("path", ["file/registry.db", "file"])
+def test_a_database_that_cannot_be_opened_is_refused_in_one_sentence(path: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no database" * 100)
+    with pytest.raises(UserError) as raised:
+        Registry(config.Registry(uri=f"sqlite:///{tmp_path / path}", artifacts=str(tmp_path)))
+    sentence_of(raised)
+
+
+# --- what others leave and do ------------------------------------------------------------------------------------------
+
+
+def test_a_registration_that_was_cut_off_before_its_version_can_be_done_again(
+    local: Registry, tmp_path: Path, name: str
+) -> None:
+    local.client.create_registered_model(name)
+    assert local.register(name, prepare_run(open_storage(str(tmp_path)), 0)) == {"name": name, "version": 1}
+
+
+def test_every_model_is_listed(local: Registry) -> None:
+    names = [f"one-of-many-{number:03d}" for number in range(101)]
+    for each in names:
+        local.client.create_registered_model(each)
+    listed = {row["name"] for row in local.models()}
+    for each in names:
+        local.client.delete_registered_model(each)
+    assert set(names) <= listed
+
+
+REGISTER = """
+import json, sys
+from pipeline.config import Registry as Options
+from pipeline.registry import Registry
+from pipeline.storage import open_storage
+
+uri, artifacts, name, *runs = sys.argv[1:]
+registry = Registry(Options(uri=uri, artifacts=artifacts))
+print("ready", flush=True)
+sys.stdin.readline()
+print(json.dumps([registry.register(name, open_storage(run))["version"] for run in runs]))
+"""
+
+
+def test_two_processes_that_register_a_new_model_at_once_lose_nothing(
+    database: str, local: Registry, tmp_path: Path, name: str
+) -> None:
+    storage = open_storage(str(tmp_path))
+    runs = [prepare_run(storage, seed).url for seed in range(6)]
+    command = [sys.executable, "-c", REGISTER, database, str(tmp_path / "registry"), name]
+    processes = [
+        subprocess.Popen([*command, *part], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for part in (runs[:3], runs[3:])
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    printed = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    versions = [version for out, _ in printed for version in json.loads(out)]
+    assert sorted(versions) == list(range(1, 7))
+    rows = {row["version"]: row["run"] for row in local.versions(name)}
+    assert [rows[version] for version in versions] == runs
+    aliases = [alias for row in local.versions(name) for alias in row["aliases"]]
+    assert sorted(aliases) == ["challenger", "champion"]
+
+
+# --- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_shows_and_promotes(
+    database: str, local: Registry, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = open_storage(str(tmp_path))
+    for seed in range(2):
+        local.register(name, prepare_run(storage, seed))
+    local.log_evaluation(name, 2, "test", {"elbo_nats": 95.0, "rate_bits": 11.5, "num_images": 200.0})
+    options = config.load(
+        "registry", [f"registry.uri='{database}'", f"name='{name}'", "version=2", f"output={tmp_path}/result"]
+    )
+
+    listed = registry.run("list", options)["models"]
+    assert {"name": name, "versions": 2, "aliases": {"champion": 1, "challenger": 2}} in listed
+    assert f"{name}: 2 versions; challenger is version 2, champion is version 1\n" in capsys.readouterr().out
+
+    registry.run("show", options)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{name} version 2 @challenger",
+        "  window 3x1, 4 latents, flow depth 1; trained on mnist (dynamic), 1,000,000 images",
+        "  valid: code length 90.50 nats, rate 12.2 bits, on 1,000 images",
+        "  test: code length 95.00 nats, rate 11.5 bits, on 200 images",
+        f"  from {storage.url}/runs/1",
+    ]
+
+    promoted = registry.run("promote", options)
+    assert capsys.readouterr().out == f"{name} version 2 is now champion\n"
+    assert json.loads(json.dumps(promoted)) == promoted
+    assert local.resolve(f"models:/{name}@champion")["version"] == 2
