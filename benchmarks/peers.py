@@ -4,6 +4,7 @@ Reads the images from ``images.npy`` and ``labels.npy`` of a folder (to write th
 read them back). Each loader shuffles and gives batches of tensors: images uint8 ``(batch, channels, height, width)``.
 """
 
+import importlib
 import importlib.machinery
 import io
 import itertools
@@ -201,7 +202,8 @@ def identity(item: Any) -> Any:
 def litdata(folder: Path, prefix: str) -> Epoch:
     import litdata as lit
 
-    os.environ["AWS_ALLOW_HTTP"] = "true"
+    downloader = importlib.import_module("litdata.streaming.downloader")
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # there is no option for it
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
     data = lit.StreamingDataset(
         f"s3://benchmark/{prefix}", cache_dir=str(folder / "local"), shuffle=True, storage_options=options, seed=0
