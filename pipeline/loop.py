@@ -63,7 +63,7 @@ def fit(
     if train.free_bits is FreeBits.soft:
         soft = state["free_bits"] = vlae.SoftFreeBits(train.free_nats, device)
     step = checkpoint.resume(run, state)
-    network = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
+    network = DistributedDataParallel(model, forward_sync_buffers=False) if world_size > 1 else model
 
     def validate() -> dict[str, Any]:
         loader = EvalLoader(
