@@ -222,7 +222,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
         ["model={window:3x1}"],
         "there is no such model; choose one of colour, fast, large, paper_binary, paper_cifar, tiny",
     ),
-    ("train", ["experiment=none"], "there is no such experiment; choose one of static"),
+    ("train", ["experiment=none"], "there is no such experiment; choose one of long, static, study"),
     ("tune", ["dataset=imagenet"], "there is no such dataset; choose one of folder, idx, mnist"),
     # values of the wrong type
     ("train", ["train.images=many"], "train.images: Value 'many'"),
