@@ -147,6 +147,16 @@ def _registry(arguments: list[str]) -> None:
     _name_result(config.output)
 
 
+def _theory(arguments: list[str]) -> None:
+    config = load("theory", arguments)
+    from pipeline import theory
+
+    result = theory.run(config)
+    print(theory.format_report(result))
+    print(f"figure{' (made before)' if result['reused'] else ''}: {result['figure']}")
+    _name_result(config.output)
+
+
 def _serve_store(arguments: list[str]) -> int:
     divider = arguments.index("--") if "--" in arguments else len(arguments)
     config = load("serve-store", arguments[:divider])
@@ -172,6 +182,7 @@ HANDLERS: dict[str, Callable[[list[str]], int | None]] = {
     "tune": _tune,
     "evaluate": _evaluate,
     "registry": _registry,
+    "theory": _theory,
     "serve-store": _serve_store,
     "demo": _demo,
 }

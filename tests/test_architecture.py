@@ -15,7 +15,7 @@ LAYERS = [
     {"measure"},
     {"loop", "information", "probe"},
     {"registry", "train", "shard", "index", "data"},
-    {"evaluate", "tune"},
+    {"evaluate", "tune", "theory"},
     {"demo"},
     {"cli"},
 ]

@@ -181,7 +181,7 @@ def test_a_single_image_has_figures_but_no_errors(
     assert {figures["accuracy_se"] for figures in test["probe"].values()} == {None}
     assert test["latents"]["rate_nats_se"] == [None] * 4
     assert "+-" not in printed
-    assert f"  rate                  {test['rate_nats']:.3f}  " in printed
+    assert f"  rate                      {test['rate_nats']:.3f}  " in printed
 
 
 def test_a_split_that_the_probes_have_seen_is_named_so(runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

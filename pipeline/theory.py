@@ -1,0 +1,319 @@
+"""``vlae theory``: the theory held to a distribution whose entropy is known. It needs neither Ray nor a data set.
+
+Three decoders are trained on images of ``vlae.synthetic.clouds``, all of them new: one that sees nothing, one whose window covers
+the texture, and one that sees every earlier pixel. No code length can be below the entropy, so what each exceeds it by says how
+good its use of z is, whatever the rate.
+"""
+
+import math
+import multiprocessing
+import os
+import queue
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import vlae
+from pipeline import optimizer, pictures, schedule
+from pipeline.config import Algorithm, Optim, TheoryConfig, Train, to_dict
+from pipeline.errors import UserError
+from pipeline.loop import TRAINING_FILE, keep_freed_memory, publish
+from pipeline.measure import with_error
+from pipeline.metrics import Moments
+from pipeline.storage import Storage, open_storage
+from vlae.synthetic import PatternedTexture, clouds
+
+WINDOWS = {"factorized": "0x0", "covering": "3x1", "full": "full"}
+LATENTS = {"factorized": 32, "covering": 8, "full": 8}
+"""The factorized decoder has to say much more."""
+FLOW_DEPTH = 2
+BATCH = 32
+OPTIM = Optim(
+    algorithm=Algorithm.adam, learning_rate=2e-3, warmup_steps=100, decay_fraction=0.5, clip_norm=200.0, ema_decay=0.999
+)
+FREE_NATS, FREE_FRACTION = 3.5, 0.4
+"""The floor under the rate early in a run, about the global information. The full decoder has none: it is left to itself."""
+
+KNOWN = "known"
+"""The job that computes what is known of the distribution."""
+JOBS = ("full", KNOWN, "covering", "factorized")
+"""In the order in which they are begun: what takes longest first."""
+
+POOL = 4096
+"""Images drawn at once: a draw takes as long for one as for some hundreds."""
+CHUNK = 500
+"""Images measured at once."""
+KNOWN_IMAGES = 40_000
+"""Images by which H(c|x) is measured."""
+SHOWN, DECODINGS = 8, 2
+"""Images in the figure, and how often each is decoded."""
+
+
+def run(config: TheoryConfig) -> dict[str, Any]:
+    """Train and measure the three decoders, draw the figure, and write everything to ``config.output``.
+
+    What is there already, made by the same options, is not made again. Raises UserError if the output cannot be written, or a
+    run's numbers do not stay finite.
+    """
+    output = open_storage(config.output)
+    found = {job: _finished(output, config, job) for job in JOBS}
+    parts = {job: part for job, part in found.items() if part is not None}
+    reused = len(parts) == len(JOBS)
+    if not reused:
+        parts |= _work_all(config, [job for job in JOBS if job not in parts])
+    known = parts[KNOWN]
+    result = {
+        "options": _options(config),
+        **known,
+        **{name: _against(known, parts[name]) for name in WINDOWS},
+        "figure": f"{output.url}/theory.png",
+        "reused": reused,
+    }
+    output.write("theory.png", _figure(config, output, result))
+    output.write_json("result.json", result)
+    return result
+
+
+# --- the jobs, each in a process of its own ----------------------------------------------------------------------------
+
+
+def _options(config: TheoryConfig) -> dict[str, Any]:
+    """Everything that the figures depend on."""
+    options = {key: value for key, value in to_dict(config).items() if key != "output"}
+    recipe = {
+        "latents": LATENTS,
+        "flow_depth": FLOW_DEPTH,
+        "batch": BATCH,
+        "free_nats": FREE_NATS,
+        "free_fraction": FREE_FRACTION,
+    }
+    return {**options, **recipe, "optim": to_dict(OPTIM)}
+
+
+def _finished(output: Storage, config: TheoryConfig, job: str) -> dict[str, Any] | None:
+    """The figures of a job that is done, if it was done with these options."""
+    key = f"{job}/{TRAINING_FILE}" if job == KNOWN else f"{job}/model/{TRAINING_FILE}"
+    if not output.exists(key):
+        return None
+    record = output.read_json(key)
+    return record["figures"] if record["options"] == _options(config) else None
+
+
+def _work_all(config: TheoryConfig, jobs: list[str]) -> dict[str, dict[str, Any]]:
+    """Do some jobs, as many at once as there are cores, and show their progress."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    messages = context.Queue()
+    waiting, running = list(jobs), dict[str, BaseProcess]()
+    done: dict[str, dict[str, Any]] = {}
+    lengths: dict[str, float] = {}
+    images = sum(config.images for job in jobs if job != KNOWN)
+    with tqdm(total=images, unit=" images", desc="training", dynamic_ncols=True, mininterval=1.0) as bar:
+        while waiting or running:
+            while waiting and len(running) < cores:
+                job = waiting.pop(0)
+                # Daemons end with this process, however it ends.
+                running[job] = context.Process(target=_work, args=(config, job, messages), daemon=True)
+                running[job].start()
+            try:
+                job, kind, value = messages.get(timeout=1.0)
+            except queue.Empty:
+                for job, process in running.items():
+                    if process.exitcode:
+                        raise UserError(f"the process of {job} ended with exit code {process.exitcode}; run it again") from None
+                continue
+            if kind == "progress":
+                images, lengths[job] = value
+                bar.update(images)
+                bar.set_postfix({name: f"{length:.2f}" for name, length in lengths.items()})
+            elif kind == "error":
+                raise UserError(value)
+            else:
+                done[job] = value
+                running.pop(job).join()
+    return done
+
+
+def _work(config: TheoryConfig, job: str, messages: Any) -> None:
+    """One job, in its process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to tell of
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    output, options = open_storage(config.output), _options(config)
+    try:
+        if job == KNOWN:
+            figures = known_quantities(clouds(), config.seed)
+            output.write_json(f"{job}/{TRAINING_FILE}", {"options": options, "figures": figures})
+        else:
+            model = train(config, job, lambda images, length: messages.put((job, "progress", (images, length))))
+            figures = {"window": WINDOWS[job], **measure(config, model)}
+            publish(output.child(job), model, {"options": options, "figures": figures})
+    except UserError as error:
+        messages.put((job, "error", str(error)))
+    else:
+        messages.put((job, "done", figures))
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """Random numbers for one purpose; no two purposes share any."""
+    purposes = ("training", "held out", "known", "codes", "figure")
+    return torch.Generator().manual_seed(len(purposes) * seed + purposes.index(purpose))
+
+
+def known_quantities(images: PatternedTexture, seed: int) -> dict[str, Any]:
+    """What is known of a distribution, in nats per image.
+
+    H(x|c), and the code lengths without z, are exact. H(c|x), a small part of the entropy, is a mean over images; it is what gives the
+    entropy and the global information their standard errors.
+    """
+    draw, moments = generator(seed, "known"), Moments()
+    for _ in range(KNOWN_IMAGES // POOL + 1):
+        moments.add({"class_entropy": images.class_entropy(images.sample(POOL, draw)[0])})
+    information = math.log(images.classes) - moments.mean("class_entropy")
+    return {
+        "classes": images.classes,
+        "entropy": images.entropy_given_class + information,
+        "entropy_se": moments.standard_error("class_entropy"),
+        "entropy_given_class": images.entropy_given_class,
+        "global_information": information,
+        "global_information_se": moments.standard_error("class_entropy"),
+        "without_z": {
+            name: images.code_length_without_class(vlae.Window.parse(WINDOWS[name])) for name in ("factorized", "covering")
+        },
+    }
+
+
+def train(config: TheoryConfig, name: str, progress: Callable[[int, float], object]) -> vlae.VLAE:
+    """Train one decoder on images that are all new; returns the moving average of its weights.
+
+    ``progress`` is called about once a second with the images since the last call and their mean code length in nats.
+    Raises UserError if the gradients do not stay finite.
+    """
+    plan = Train(
+        images=config.images,
+        global_batch=BATCH,
+        num_streams=1,
+        free_nats=0.0 if name == "full" else FREE_NATS,
+        free_fraction=FREE_FRACTION,
+        rate_warmup_fraction=0.0,
+    )
+    images, draw, device = clouds(), generator(config.seed, "training"), torch.device("cpu")
+    torch.manual_seed(config.seed)
+    model = vlae.build(image_shape=images.image_shape, window=WINDOWS[name], latents=LATENTS[name], flow_depth=FLOW_DEPTH)
+    ema, adam, guard = vlae.EMA(model, OPTIM.ema_decay), optimizer.make(OPTIM, model), optimizer.Guard(device)
+    at, lengths = time.monotonic(), list[Tensor]()
+    pool: Iterator[Tensor] = iter(())
+    for step in range(plan.num_steps):
+        x = next(pool, None)
+        if x is None:
+            pool = iter(images.sample(POOL, draw)[0].split(BATCH))
+            x = next(pool)
+        bound = model(x, torch.randn(len(x), model.latents, generator=draw))
+        rate = bound.rate.detach().mean()
+        loss = vlae.training_loss(bound, rate, schedule.free_nats(plan, step), schedule.rate_weight(plan, step))
+        for group in adam.param_groups:
+            group["lr"] = schedule.learning_rate(OPTIM, plan, step)
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
+        guard.step(adam, norm, loss.detach())
+        ema.update(model, step + 1)
+        lengths.append(-bound.elbo.detach().mean())
+        if time.monotonic() - at > 1 or step + 1 == plan.num_steps:
+            guard.check(name, step + 1)
+            progress(len(lengths) * BATCH, float(torch.stack(lengths).mean()))
+            at, lengths = time.monotonic(), []
+    return ema.module
+
+
+def measure(config: TheoryConfig, model: vlae.VLAE) -> dict[str, Any]:
+    """A model's bound on held-out images, the same for every decoder, in nats per image, with standard errors.
+
+    An image that is hard is hard for every model, and how hard on average is known: -log p(x) has the mean H(x). So distortion and
+    code length are measured by what they exceed it by, image by image, which has a fraction of their variance.
+    """
+    images, draw, codes = clouds(), generator(config.seed, "held out"), generator(config.seed, "codes")
+    moments = Moments()
+    for start in range(0, config.num_images, CHUNK):
+        x, _ = images.sample(min(CHUNK, config.num_images - start), draw)
+        estimate = vlae.estimate(model, x, torch.randn(1, len(x), model.latents, generator=codes))
+        distortion_excess = estimate.distortion + images.log_prob(x)
+        excess = estimate.rate + distortion_excess
+        moments.add({"rate": estimate.rate, "distortion_excess": distortion_excess, "excess": excess})
+    figures = {name: moments.mean(name) for name in moments.sums}
+    return figures | {f"{name}_se": moments.standard_error(name) for name in moments.sums}
+
+
+# --- what came of it ---------------------------------------------------------------------------------------------------
+
+
+def _against(known: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """A decoder's figures: rate, distortion, code length = rate + distortion, and excess = code length - entropy."""
+    entropy, names = known["entropy"], ("window", "rate", "rate_se", "excess", "excess_se")
+    return {
+        **{name: measured[name] for name in names},
+        "distortion": entropy + measured["distortion_excess"],
+        "distortion_se": measured["distortion_excess_se"],
+        "code_length": entropy + measured["excess"],
+        "code_length_se": measured["excess_se"],
+    }
+
+
+def _figure(config: TheoryConfig, output: Storage, result: dict[str, Any]) -> bytes:
+    draw = generator(config.seed, "figure")
+    x, _ = clouds().sample(SHOWN, draw)
+    drawn = {}
+    with tempfile.TemporaryDirectory() as name:
+        for decoder in WINDOWS:
+            folder = Path(name) / decoder
+            folder.mkdir()
+            for key in output.list(f"{decoder}/model/"):
+                output.download(key, folder / Path(key).name)
+            model = vlae.load(folder)
+            drawn[decoder] = [vlae.reconstruct(model, x, draw) for _ in range(DECODINGS)]
+    return pictures.theory(result, x, drawn)
+
+
+def format_report(result: dict[str, Any]) -> str:
+    """The figures as text."""
+    entropy, information = result["entropy"], result["global_information"]
+    lines = [
+        "nats per image:",
+        f"  entropy H             {with_error(result, 'entropy', 3)}",
+        f"    texture H(x|c)      {result['entropy_given_class']:.3f} (exact)",
+        f"    global I(c; x)      {with_error(result, 'global_information', 3)}: which of {result['classes']} patterns",
+        *(
+            f"  best C without z      {length:.3f} (exact) for the {name} decoder, {100 * (length / entropy - 1):.1f} % above H"
+            for name, length in result["without_z"].items()
+        ),
+        "",
+        f"  {'decoder':<12}{'window':<8}{'rate R':<18}{'distortion D':<20}{'code length C':<20}C - H",
+    ]
+    for name in WINDOWS:
+        row = result[name]
+        lines.append(
+            f"  {name:<12}{row['window']:<8}{with_error(row, 'rate', 3):<18}{with_error(row, 'distortion', 3):<20}"
+            f"{with_error(row, 'code_length', 3):<20}{with_error(row, 'excess', 3)}"
+        )
+    lines.append("")
+    for name in WINDOWS:
+        row = result[name]
+        lines.append(
+            f"  {name + ':':<12}R is {row['rate'] / information:.2f} of the global information, "
+            f"C - H is {100 * row['excess'] / entropy:.2f} % of H"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from pipeline.cli import main
+
+    main("theory")
