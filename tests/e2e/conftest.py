@@ -36,7 +36,7 @@ def run(root: str, workplace: Path) -> Run:
 
     def run(*arguments: str, code: int = 0, standalone: bool = False) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if not (standalone and name == "RAY_ADDRESS")}
-        done = subprocess.run([VLAE, *arguments], cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([VLAE, *arguments], cwd=workplace, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == code, f"vlae {' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
         return done
 

@@ -147,7 +147,7 @@ main("evaluate", sys.argv[1:])
 """
     arguments = ["model=models:/vlae-mnist@champion", f"storage.root={root}", "bounds.samples=8", "bounds.num_images=200"]
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=workplace, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script, *arguments], cwd=workplace, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     result = result_of(done)
@@ -170,7 +170,7 @@ def test_a_job_is_submitted_to_a_running_cluster(data: str, root: str, object_st
         "--runtime-env-json", json.dumps({"env_vars": environment}), "--",
         sys.executable, "-m", "pipeline.train", f"storage.root={root}", "name=job", *TINY,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=dict(os.environ))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"result: {root}/runs/job/result.json" in done.stdout
     assert "succeeded" in done.stdout
