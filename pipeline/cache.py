@@ -75,7 +75,8 @@ class ShardCache:
                 try:
                     with self._room(partial, size) as file:
                         _fill(file, storage, key, size, sha256)
-                    os.replace(partial, path)
+                    with self._locked("room"):  # whoever counts what is taken finds it under one name or the other
+                        os.replace(partial, path)
                 finally:
                     partial.unlink(missing_ok=True)
             return True

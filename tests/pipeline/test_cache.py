@@ -17,6 +17,7 @@ from pipeline.config import Dataset
 from pipeline.errors import DamagedData, UserError
 from pipeline.loader import EvalLoader, TrainLoader
 from pipeline.manifest import Manifest
+from pipeline.reader import in_parallel
 from pipeline.storage import PARTIAL, FolderStorage, Storage
 from tests.pipeline.conftest import write
 
@@ -115,6 +116,14 @@ def test_many_processes_share_a_cache_and_one_that_is_killed_leaves_nothing(tmp_
     for each in made:
         cache.read_range(storage, *each, 0, 1)
     assert files(cache) == sorted(each[2] for each in made[-3:])
+
+
+def test_threads_that_fetch_at_once_never_take_more_than_the_bound(tmp_path: Path) -> None:
+    storage, cache = FolderStorage(tmp_path / "storage"), ShardCache(tmp_path / "cache", int(1.5 * SIZE))
+    made = [shard(storage, number) for number in range(3)]
+    for _ in range(200):
+        in_parallel(lambda each: cache.read_range(storage, *each, 0, 100), made, 3)
+        assert sum((cache.folder / name).stat().st_size for name in files(cache)) <= cache.max_bytes
 
 
 def test_the_room_of_a_fetch_under_way_is_not_given_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
