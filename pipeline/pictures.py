@@ -80,33 +80,40 @@ def latents(capacity: list[float], rate: list[float] | None, active: list[bool])
     return _png(sheet)
 
 
-def theory(figures: Mapping[str, Any], originals: Tensor, drawn: Mapping[str, list[Tensor]]) -> bytes:
-    """Each decoder's code length as a bar of distortion and rate against the entropy, beside decodings of the same images' codes.
+def theory(figures: Mapping[str, Any], images: Mapping[str, Tensor], drawn: Mapping[str, Mapping[str, Tensor]]) -> bytes:
+    """Each decoder's code length as a bar of distortion and rate against the entropy, beside what it makes of some images' codes.
 
-    figures: what ``vlae theory`` measured. originals: (num_images, 1, height, width), pixels 0 or 1; drawn: for each decoder, a
-    list of tensors like it.
+    figures: what ``vlae theory`` measured. images: rows of pictures by their names, each (num_images, 1, height, width), in [0, 1];
+    drawn: such rows for each decoder.
     """
     entropy, texture = figures["entropy"], figures["entropy_given_class"]
     title, font, small = ImageFont.load_default(36), ImageFont.load_default(22), ImageFont.load_default(18)
-    tile, between, label_width, chart_width = 6 * originals.shape[-1], 8, 300, 760
-    band = len(next(iter(drawn.values()))) * (tile + between) + 28
-    chart, pictures = 2 * MARGIN + label_width, 4 * MARGIN + label_width + chart_width
-    top = 170 + tile + 3 * MARGIN
-    width = pictures + len(originals) * (tile + between) + 2 * MARGIN
-    sheet = Image.new("RGB", (width, top + len(drawn) * band + 110), PAPER)
+    count, _, size, _ = next(iter(images.values())).shape
+    label_width, chart_width, row_height = 300, 760, 6 * size + GAP
+    band = max(map(len, drawn.values())) * row_height + 28
+    chart = 2 * MARGIN + label_width
+    tiles = chart + chart_width + 170
+    top = 170 + len(images) * row_height + 2 * MARGIN
+    sheet = Image.new("RGB", (tiles + count * row_height + 2 * MARGIN, top + len(drawn) * band + 110), PAPER)
     draw = ImageDraw.Draw(sheet)
+
+    def paste(rows: Mapping[str, Tensor], top: int) -> None:
+        for place, (name, row) in enumerate(rows.items()):
+            y = top + place * row_height
+            draw.text((tiles - 2 * GAP, y + row_height // 2), name, FAINT, small, anchor="rm")
+            for number, image in enumerate(row[:, 0]):
+                pixels = Image.fromarray((255 * image).round().to(torch.uint8).numpy()).convert("RGB")
+                scaled = pixels.resize((6 * pixels.width, 6 * pixels.height), Image.Resampling.NEAREST)
+                sheet.paste(scaled, (tiles + number * row_height, y))
 
     draw.text((2 * MARGIN, 36), "What the decoder sees decides what the code carries", INK, title)
     known = f"Images of known entropy: H = {entropy:.2f} nats, {figures['global_information']:.2f} of them global"
     draw.text((2 * MARGIN, 92), f"{known} (which of {figures['classes']} patterns), {texture:.2f} local texture.", FAINT, font)
-    for place, (color, text) in enumerate(
-        [(RATE, "rate R: carried by the code z"), (BAR, "distortion D: left to the decoder")]
-    ):
-        y = 170 + 36 * place
+    legend = {"rate R: carried by the code z": RATE, "distortion D: left to the decoder": BAR}
+    for y, (text, color) in zip((170, 206), legend.items(), strict=True):
         draw.rectangle((chart, y, chart + 24, y + 20), color)
         draw.text((chart + 36, y + 10), text, INK, font, anchor="lm")
-    draw.text((pictures - MARGIN, 170 + tile // 2), "images", INK, font, anchor="rm")
-    _paste(sheet, originals, pictures, 170, tile, between)
+    paste(images, 170)
 
     # The bars begin where something is to be seen: nats that all decoders spend on texture alike are cut off.
     rows = [figures[name] for name in drawn]
@@ -129,9 +136,8 @@ def theory(figures: Mapping[str, Any], originals: Tensor, drawn: Mapping[str, li
         excess = f"C - H = {row['excess']:.2f}  ({100 * row['excess'] / entropy:.1f} %)"
         draw.text((2 * MARGIN, middle - 42), f"{name} decoder", INK, font, anchor="lm")
         draw.text((2 * MARGIN, middle - 12), SEES[name].format(window=row["window"]), FAINT, small, anchor="lm")
-        draw.text(
-            (2 * MARGIN, middle + 22), f"R = {abs(row['rate']):.2f}   D = {row['distortion']:.2f}", INK, small, anchor="lm"
-        )
+        terms = f"R = {round(row['rate'], 2) + 0.0:.2f}   D = {row['distortion']:.2f}"  # no -0.00
+        draw.text((2 * MARGIN, middle + 22), terms, INK, small, anchor="lm")
         draw.text((2 * MARGIN, middle + 48), excess, INK, small, anchor="lm")
         begin, end = at(row["distortion"]), at(row["code_length"])
         draw.rectangle((at(first), middle - half, begin, middle + half), BAR)
@@ -141,20 +147,12 @@ def theory(figures: Mapping[str, Any], originals: Tensor, drawn: Mapping[str, li
         if without < last:
             draw.line((at(without), middle - half - 6, at(without), middle + half + 6), INK, 2)
             draw.text((at(without), middle + half + 10), "least without z", FAINT, small, anchor="mt")
-        for number, images in enumerate(drawn[name]):
-            _paste(sheet, images, pictures, y + 14 + number * (tile + between), tile, between)
+        paste(drawn[name], y + 14)
     for nats, text, anchor in ((texture, "texture H(x|c)", "rb"), (entropy, "entropy H", "lb")):
         for y in range(top - 8, bottom, 14):
             draw.line((at(nats), y, at(nats), min(y + (7 if nats == texture else 14), bottom)), INK, 3)
         draw.text((at(nats) + (6 if anchor == "lb" else -6), top - 10), text, INK, small, anchor=anchor)
     return _png(sheet)
-
-
-def _paste(sheet: Image.Image, images: Tensor, left: int, top: int, tile: int, between: int) -> None:
-    """Lay black and white images side by side, each scaled to a square of ``tile``."""
-    for number, image in enumerate(images[:, 0]):
-        pixels = Image.fromarray((255 * image).to(torch.uint8).numpy()).resize((tile, tile), Image.Resampling.NEAREST)
-        sheet.paste(pixels.convert("RGB"), (left + number * (tile + between), top))
 
 
 def _row(images: Tensor) -> list[Image.Image]:

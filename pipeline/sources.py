@@ -46,6 +46,8 @@ def open_source(dataset: config.Dataset, options: config.ShardOptions, endpoint_
     if kind is config.Source.mnist:
         return MnistSource(path)
     if kind is config.Source.synthetic:
+        if path is not None:
+            raise UserError("dataset.source=synthetic draws its images itself; leave dataset.path out")
         return SyntheticSource(options.seed)
     if path is None or dataset.path is None:
         raise UserError(f"dataset.source={kind.value} needs dataset.path, where its files are")

@@ -53,8 +53,8 @@ CHUNK = 500
 """Images measured at once."""
 KNOWN_IMAGES = 40_000
 """Images by which H(c|x) is measured."""
-SHOWN, DECODINGS = 8, 2
-"""Images in the figure, and how often each is decoded."""
+SHOWN, AVERAGED = 8, 200
+"""Images in the figure, and how many decodings of each are averaged to show what its code says."""
 
 
 def run(config: TheoryConfig) -> dict[str, Any]:
@@ -268,8 +268,9 @@ def _against(known: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def _figure(config: TheoryConfig, output: Storage, result: dict[str, Any]) -> bytes:
-    draw = generator(config.seed, "figure")
-    x, _ = clouds().sample(SHOWN, draw)
+    distribution, draw = clouds(), generator(config.seed, "figure")
+    x, labels = distribution.sample(SHOWN, draw)
+    images = {"images": x, "their patterns": torch.sigmoid(distribution.patterns[labels])[:, None]}
     drawn = {}
     with tempfile.TemporaryDirectory() as name:
         for decoder in WINDOWS:
@@ -277,9 +278,9 @@ def _figure(config: TheoryConfig, output: Storage, result: dict[str, Any]) -> by
             folder.mkdir()
             for key in output.list(f"{decoder}/model/"):
                 output.download(key, folder / Path(key).name)
-            model = vlae.load(folder)
-            drawn[decoder] = [vlae.reconstruct(model, x, draw) for _ in range(DECODINGS)]
-    return pictures.theory(result, x, drawn)
+            decodings = vlae.reconstruct(vlae.load(folder), x.repeat(AVERAGED, 1, 1, 1), draw).unflatten(0, (AVERAGED, SHOWN))
+            drawn[decoder] = {"one decoding": decodings[0], f"mean of {AVERAGED}": decodings.mean(0)}
+    return pictures.theory(result, images, drawn)
 
 
 def format_report(result: dict[str, Any]) -> str:

@@ -183,7 +183,9 @@ def clouds(size: int = 16, places: int = 12) -> PatternedTexture:
     """The distribution of ``vlae theory``: light and dark clouds in ragged texture; the class is where they are.
 
     The pattern is cos(x) + cos(y), two periods of it across the image, moved to one of ``places`` x ``places`` positions, which
-    cover three quarters of a period both ways. The texture makes a pixel like its neighbours in the window 3x1.
+    cover three quarters of a period both ways. They lie so close that an image leaves open which of some neighbours it is: a
+    position known up to an error is what a Gaussian posterior can code without loss. The texture makes a pixel like its
+    neighbours in the window 3x1.
     """
     place = 0.75 * torch.linspace(0, 1, places, dtype=torch.float64)[:, None]
     wave = STRENGTH * torch.cos(2 * math.pi * (2 * torch.arange(size, dtype=torch.float64) / size - place))  # (places, size)
@@ -195,4 +197,4 @@ STRENGTH = 1.25
 """The clouds' height, in log odds: high enough for a whole image to show where they are, too low for a few pixels to."""
 
 COUPLINGS = (0.1, 0.6, 0.2, 0.6)
-"""Of the pixels above left, above, above right, and left."""
+"""Of the pixels above left, above, above right, and left, in log odds."""

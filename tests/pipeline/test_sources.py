@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline import sources
 from pipeline.config import Dataset, ShardOptions, Source
 from pipeline.errors import UserError
 from pipeline.images import BadImage, decode
-from pipeline.sources import FolderSource, IdxSource, MnistSource, open_source
+from pipeline.sources import FolderSource, IdxSource, MnistSource, SyntheticSource, open_source
 from tests.pipeline.images import idx_bytes, write_idx, write_images
+from vlae.synthetic import clouds
 
 NAMES = [f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(40)]
 
@@ -100,6 +102,48 @@ def test_other_arrays_are_not_mnist(tmp_path: Path) -> None:
     (tmp_path / "mnist.pkl.gz").write_bytes(gzip.compress(content))
     with pytest.raises(UserError, match="does not hold MNIST"):
         MnistSource(tmp_path / "mnist.pkl.gz").read("train", 0, 1)
+
+
+# --- synthetic images --------------------------------------------------------------------------------------------------
+
+
+def test_synthetic_images_are_black_and_white_and_labelled_by_their_pattern() -> None:
+    source = open_source(Dataset(name="synthetic", source=Source.synthetic), ShardOptions())
+    assert source.splits == {"train": 50_000, "valid": 10_000, "test": 10_000}
+    assert (source.image_shape, source.num_classes) == ((1, 16, 16), clouds().classes)
+    images, labels = source.read("train", 0, 4000)
+    assert images.shape == (4000, 16, 16, 1)
+    assert images.dtype == np.uint8
+    assert set(np.unique(images)) == {0, 255}
+    assert len(np.unique(labels)) == source.num_classes
+    # An image's own pattern explains it better than another's, on average by more than a few chances.
+    log_prob = clouds().log_prob_given_class(torch.from_numpy(images.transpose(0, 3, 1, 2) // 255))
+    own = log_prob.gather(1, torch.from_numpy(labels)[:, None])
+    assert (own[:, 0] - log_prob.mean(1)).mean() > 10
+    # They are drawn from the very distribution: the code lengths of theirs and of its own samples have the same mean.
+    other, _ = clouds().sample(4000, torch.Generator().manual_seed(1))
+    lengths = [clouds().log_prob(x) for x in (torch.from_numpy(images.transpose(0, 3, 1, 2) // 255), other)]
+    error = (sum(float(each.var()) for each in lengths) / 4000) ** 0.5
+    assert abs(float(lengths[0].mean() - lengths[1].mean())) < 4 * error
+
+
+def test_a_synthetic_image_is_the_same_in_whatever_block_it_is_read_and_no_two_are_alike() -> None:
+    source = SyntheticSource(3)
+    images, labels = source.read("valid", 100, 140)
+    for start, stop in ((100, 101), (110, 140)):
+        part = source.read("valid", start, stop)
+        assert np.array_equal(part[0], images[start - 100 : stop - 100])
+        assert np.array_equal(part[1], labels[start - 100 : stop - 100])
+    assert source.description == SyntheticSource(3).description != SyntheticSource(4).description
+    others = [
+        images,
+        source.read("train", 100, 140)[0],
+        source.read("test", 100, 140)[0],
+        SyntheticSource(4).read("valid", 100, 140)[0],
+    ]
+    assert len({image.tobytes() for part in others for image in part}) == 160
+    with pytest.raises(UserError, match=r"leave dataset\.path out"):
+        open_source(Dataset(name="a", source=Source.synthetic, path="/some"), ShardOptions())
 
 
 # --- IDX ---------------------------------------------------------------------------------------------------------------
