@@ -315,8 +315,11 @@ class Search:
 
 @dataclass
 class Registry:
-    uri: str = option("MLflow's tracking and registry server, or a SQLite file", "sqlite:///vlae-registry.db")
-    artifacts: str = option("where the files of model versions are kept", "${storage.root}/registry")
+    uri: str = option("MLflow's server, or a SQLite file, for runs and registered models", "sqlite:///vlae-registry.db")
+    artifacts: str = option(
+        "where a SQLite file's registry keeps the files of model versions; a server has a place of its own",
+        "${storage.root}/registry",
+    )
 
 
 @dataclass
@@ -441,6 +444,7 @@ class TrainConfig:
     optim: Optim = section(Optim, "how its weights are moved")
     train: Train = section(Train, "the run")
     cluster: Cluster = section(Cluster, "where it runs")
+    registry: Registry = section(Registry, "where MLflow keeps account of it")
 
     def check(self) -> None:
         _check(
@@ -480,12 +484,8 @@ class TrainConfig:
         return self.name or f"{self.dataset.name}-{self.model.window}-{digest(self.identity())}"
 
     def identity(self) -> dict[str, Any]:
-        """What makes this run this run: everything that its weights depend on, and nothing else."""
-        resolved = to_dict(self)
-        no_matter = re.compile(r"keep_checkpoints|valid_.*|.*_seconds")
-        train = {key: value for key, value in resolved["train"].items() if not no_matter.fullmatch(key)}
-        dataset = {key: resolved["dataset"][key] for key in ("name", "url", "binarization")}
-        return {"dataset": dataset, "model": resolved["model"], "optim": resolved["optim"], "train": train}
+        """What makes this run this run: see ``identity``."""
+        return identity(to_dict(self))
 
 
 @dataclass
@@ -494,7 +494,6 @@ class TuneConfig(TrainConfig):
 
     search: Search = section(Search, "what is searched, and how")
     bounds: Bounds = section(Bounds, "how candidates are judged on validation data")
-    registry: Registry = section(Registry, "where the best go")
     register_best: int = option("how many of the best models are registered", 1)
     model_name: str = option("their name in the registry", "vlae-${dataset.name}")
 
@@ -719,6 +718,14 @@ def _check_all(config: Any) -> None:
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain values, ready for JSON."""
     return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)  # type: ignore[return-value]
+
+
+def identity(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of a training run's configuration, as plain values: everything that its weights depend on, and nothing else."""
+    no_matter = re.compile(r"keep_checkpoints|valid_.*|.*_seconds")
+    train = {key: value for key, value in values["train"].items() if not no_matter.fullmatch(key)}
+    dataset = {key: values["dataset"][key] for key in ("name", "url", "binarization")}
+    return {"dataset": dataset, "model": values["model"], "optim": values["optim"], "train": train}
 
 
 def digest(value: Any) -> str:

@@ -18,6 +18,7 @@ from pipeline.config import TrainConfig, build, to_dict
 from pipeline.errors import UserError
 from pipeline.metrics import read_rows
 from pipeline.storage import open_storage
+from pipeline.tracking import Tracking, training_run
 
 RESULT = "result.json"
 
@@ -29,11 +30,13 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """
     check(config)
     storage = loop.run_storage(config)
-    if storage.exists(RESULT):
-        return {**storage.read_json(RESULT), "reused": True}
-    connect(config.cluster, config.storage)
-    with progress(config):
-        fit(config)
+    with Tracking(config.registry) as tracking:
+        tracking.follow(training_run(storage, to_dict(config), storage.read_json("identity.json")["manifest"]))
+        if storage.exists(RESULT):
+            return {**storage.read_json(RESULT), "reused": True}
+        connect(config.cluster, config.storage)
+        with progress(config):
+            fit(config)
     return {**storage.read_json(RESULT), "reused": False}
 
 

@@ -12,7 +12,7 @@ LAYERS = [
     {"reader", "sources"},
     {"loader", "checkpoint", "pictures", "search"},
     {"metrics"},
-    {"measure"},
+    {"measure", "tracking"},
     {"loop", "information", "probe"},
     {"registry", "train", "shard", "index", "data"},
     {"evaluate", "tune", "theory"},

@@ -456,7 +456,7 @@ def test_an_s3_address_is_left_as_it_is(root: str) -> None:
 # --- what a run is -----------------------------------------------------------------------------------------------------
 
 OF_NO_MATTER = re.compile(
-    r"name|storage\..*|cluster\..*|dataset\.(source|path|cache.*|max_skipped)|train\.(keep_checkpoints|valid_.*|.*_seconds)"
+    r"name|(storage|cluster|registry)\..*|dataset\.(source|path|cache.*|max_skipped)|train\.(keep_checkpoints|valid_.*|.*_seconds)"
 )
 """What the weights of a run do not depend on; where its data is, is dataset.url."""
 
