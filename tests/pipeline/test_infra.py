@@ -1,0 +1,244 @@
+"""What ``infra/`` holds is what Ray, Kubernetes and S3 take, and gives nobody more than is needed."""
+
+import ast
+import copy
+import json
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pydantic
+import pytest
+import yaml
+from kubernetes.client import V1ObjectMeta, V1PodTemplateSpec
+from ray._private.runtime_env.packaging import create_package
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra"
+CLUSTERS = ["local", "aws", "gcp"]
+MANIFESTS = ["raycluster", "rayjob"]
+SCHEMA = json.loads(Path(__file__).with_name("kuberay.schema.json").read_text())
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((INFRA / f"{name}.yaml").read_text())
+
+
+def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """A copy with one place of it replaced."""
+    value = copy.deepcopy(value)
+    inner = value
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = new
+    return value
+
+
+# --- ray up ------------------------------------------------------------------------------------------------------------
+
+
+def check_cluster(config: Any) -> None:
+    """What `ray up` checks before it contacts anything. Raises jsonschema.ValidationError."""
+    validate_config(prepare_config(config))
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_ray_takes_a_cluster_file(name: str) -> None:
+    check_cluster(read(name))
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+@pytest.mark.parametrize(
+    ("path", "new"),
+    [
+        (("num_workers",), 2),
+        (("head_start_ray_commands",), "ray start --head"),
+        (("auth", "user"), "root"),
+        (("cluster_name",), 1),
+    ],
+)
+def test_ray_refuses_it_with_a_mistake_in_it(name: str, path: tuple[Any, ...], new: Any) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        check_cluster(changed(read(name), path, new))
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_hosts_want_a_token_and_keep_the_dashboard_to_themselves(name: str) -> None:
+    config = read(name)
+    for kind in ("head", "worker"):
+        for command in config[f"{kind}_start_ray_commands"]:
+            assert command.startswith("source ~/vlae-pipeline/infra/environment.sh && ")
+    assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "export RAY_AUTH_MODE=token" in (INFRA / "environment.sh").read_text()
+
+
+def test_the_clouds_differ_from_plain_hosts_only_in_how_hosts_are_made() -> None:
+    local = read("local")
+    for name in ("aws", "gcp"):
+        other = read(name)
+        for key in ("file_mounts", "rsync_filter", "setup_commands", "worker_start_ray_commands"):
+            assert other[key] == local[key], f"{name}: {key}"
+
+
+# --- Kubernetes --------------------------------------------------------------------------------------------------------
+
+
+def groups(manifest: Any) -> list[Any]:
+    spec = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def check_manifest(manifest: Any) -> None:
+    """Hold a manifest to KubeRay's schema and its pods to Kubernetes' own types, unknown fields refused."""
+    jsonschema.validate(manifest, SCHEMA)
+    strict = {"strict": True, "extra": "forbid", "by_alias": True, "by_name": False}
+    V1ObjectMeta.model_validate(manifest["metadata"], **strict)
+    for group in groups(manifest):
+        V1PodTemplateSpec.model_validate(group["template"], **strict)
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_kuberay_and_kubernetes_take_a_manifest(name: str) -> None:
+    check_manifest(read(name))
+
+
+POD = ("headGroupSpec", "template", "spec")
+
+
+@pytest.mark.parametrize(
+    ("path", "new"),
+    [
+        (("headGroupSpec", "rayStartParams", "num-cpus"), 0),
+        (("headGroupSpec", "replicas"), 1),
+        (("authOptions", "mode"), "on"),
+        (("workerGroupSpecs", 0, "minReplicas"), "1"),
+        ((*POD, "serviceAccount_name"), "vlae"),
+        ((*POD, "containers", 0, "image"), 3),
+        ((*POD, "containers", 0, "name"), None),
+        ((*POD, "containers", 0, "resources", "limits", "cpu"), 2),
+        ((*POD, "containers", 0, "ports", 0, "containerPort"), "6379"),
+        ((*POD, "securityContext", "runAsNonRoot"), "true"),
+    ],
+)
+def test_a_manifest_with_a_mistake_in_it_is_refused(path: tuple[Any, ...], new: Any) -> None:
+    with pytest.raises((jsonschema.ValidationError, pydantic.ValidationError)):
+        check_manifest(changed(read("raycluster"), ("spec", *path), new))
+
+
+def test_the_job_has_the_cluster_of_the_cluster_manifest() -> None:
+    assert read("rayjob")["spec"]["rayClusterSpec"] == read("raycluster")["spec"]
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_pods_want_a_token_and_run_without_privileges(name: str) -> None:
+    manifest = read(name)
+    spec = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    for group in groups(manifest):
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["automountServiceAccountToken"] is False
+        for container in pod["containers"]:
+            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            assert container["resources"]["limits"] == container["resources"]["requests"]
+
+
+def test_manifests_and_image_have_the_installed_version_of_ray() -> None:
+    pinned = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned
+    assert read("raycluster")["spec"]["rayVersion"] == pinned[1]
+
+
+def test_the_image_is_pinned_does_not_run_as_root_and_copies_what_is_there() -> None:
+    lines = (INFRA / "Dockerfile").read_text().splitlines()
+    instructions = [line.split() for line in lines if line and not line.startswith("#")]
+    base = next(words[1] for words in instructions if words[0] == "FROM")
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base)
+    users = [words[1] for words in instructions if words[0] == "USER"]
+    assert users == ["1000"]
+    copied = [source for words in instructions if words[0] == "COPY" for source in words[2:-1]]
+    assert copied
+    assert all((ROOT / source).exists() for source in copied)
+    packages = re.search(r"^packages = (.+)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert packages
+    assert set(json.loads(packages[1])) <= set(copied)
+
+
+# --- storage -----------------------------------------------------------------------------------------------------------
+
+PERMISSIONS = {
+    "get_object": {"s3:GetObject"},
+    "head_object": {"s3:GetObject"},
+    "put_object": {"s3:PutObject"},
+    "upload_file": {"s3:PutObject", "s3:AbortMultipartUpload"},
+    "list_objects_v2": {"s3:ListBucket"},  # without it, an object that is not there looks like one that is forbidden
+    "delete_objects": {"s3:DeleteObject"},
+}
+"""What S3 asks of a caller, by the methods of boto3's client, after its service authorization reference."""
+
+
+def methods_called() -> set[str]:
+    """The methods of S3's client that ``pipeline.storage`` calls."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / "pipeline/storage.py").read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of = ast.unparse(node.func.value)
+            if of in ("self._s3", "client"):
+                found.add(ast.literal_eval(node.args[0]) if node.func.attr == "get_paginator" else node.func.attr)
+    return found
+
+
+def test_the_s3_policy_allows_what_the_code_does_and_nothing_else() -> None:
+    policy = json.loads((INFRA / "s3-policy.json").read_text())
+    allowed = {action for statement in policy["Statement"] for action in statement["Action"]}
+    assert allowed == set().union(*(PERMISSIONS[method] for method in methods_called()))
+    assert all(statement["Effect"] == "Allow" for statement in policy["Statement"])
+    for statement in policy["Statement"]:
+        below = "" if statement["Action"] == ["s3:ListBucket"] else "/YOUR-PREFIX/*"
+        assert statement["Resource"] == [f"arn:aws:s3:::YOUR-BUCKET{below}"]
+
+
+def test_no_file_of_infra_holds_a_secret() -> None:
+    for path in INFRA.iterdir():
+        text = path.read_text()
+        assert not re.search(r"(SECRET_ACCESS_KEY|RAY_AUTH_TOKEN|PASSWORD)\w*['\"]?\s*[:=]\s*\S", text), path
+        assert not re.search(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|BEGIN .*PRIVATE KEY|\b[0-9a-f]{40,}\b", text), path
+
+
+# --- jobs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of this checkout in which people have worked: there is a virtual environment, a history, a demo and a cache."""
+    copied = tmp_path / "checkout"
+    shutil.copytree(
+        ROOT, copied, symlinks=True, ignore=shutil.ignore_patterns(".venv", ".git", "demo", "outputs", "__pycache__")
+    )
+    for place in (".venv/torch.so", ".git/pack", "demo/model", "vlae-store/shard.tar", "vlae/__pycache__/made.pyc"):
+        (copied / place).parent.mkdir(parents=True, exist_ok=True)
+        (copied / place).write_bytes(bytes(1_000_000))
+    return copied
+
+
+def test_a_job_uploads_the_code_and_its_configuration_only(checkout: Path, tmp_path: Path) -> None:
+    package = tmp_path / "package.zip"
+    create_package(str(checkout), package, include_gitignore=True)  # what `ray job submit --working-dir` calls
+    with zipfile.ZipFile(package) as file:
+        files = {item.filename: item.file_size for item in file.infolist() if not item.is_dir()}
+    assert {name.partition("/")[0] for name in files if "/" in name} == {"vlae", "pipeline", "configs", "infra"}
+    assert "pipeline/train.py" in files
+    assert not any("__pycache__" in name for name in files)
+    assert sum(files.values()) < 1_000_000
+
+
+def test_the_files_of_infra_are_all_accounted_for() -> None:
+    documents = (ROOT / "docs/cluster.md").read_text()
+    for path in INFRA.iterdir():
+        assert path.name in documents, path
