@@ -36,24 +36,30 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
-def save(storage: Storage, step: int, state: Mapping[str, Stateful], keep: int) -> None:
-    """Publish the state after ``step`` steps, a number of named parts, then delete all but the ``keep`` newest checkpoints.
+def snapshot(state: Mapping[str, Stateful]) -> dict[str, Tensor]:
+    """A copy, on the host, of a state of several named parts, to be saved while training goes on. This waits for the device."""
+    return {f"{part}/{name}": value for part, each in state.items() for name, value in _tensors(each).items()}
 
-    One of a later step is deleted, too: the run was resumed from before it, since it is damaged.
+
+def save(storage: Storage, step: int, tensors: Mapping[str, Tensor], keep: int) -> None:
+    """Publish the snapshot of after ``step`` steps, then delete all but the ``keep`` newest checkpoints up to that step.
+
+    One of a later step stays: the run was resumed from before it, since it is damaged, or else it is another process's, of the same
+    run, and just as good.
     Raises UserError, and publishes nothing, if a number in it is not finite.
     """
-    tensors = {f"{part}/{name}": value for part, each in state.items() for name, value in _tensors(each).items()}
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise UserError(
                 f"{storage.url}: {name} is not finite after step {step}, and no checkpoint of it is kept; lower optim.learning_rate"
             )
-    data = serialize(tensors, {"step": json.dumps(step)})
+    data = serialize(dict(tensors), {"step": json.dumps(step)})
     saved = f"checkpoints/{step:010d}-{hashlib.sha256(data).hexdigest()}.safetensors"
     storage.write(saved, data)
-    published = _published(storage)
+    published = [key for key in _published(storage) if key != saved]
     older = [key for key in published if key[:CUT] < saved[:CUT]]
-    storage.delete(set(published) - {saved, *older[: keep - 1]})
+    later = [key for key in published if key[:CUT] > saved[:CUT]]
+    storage.delete(set(published) - {*later, *older[: keep - 1]})
 
 
 def resume(storage: Storage, state: Mapping[str, Stateful]) -> int:
@@ -81,7 +87,7 @@ def _tensors(part: Stateful) -> dict[str, Tensor]:
     state = part.state_dict()
     if isinstance(part, torch.optim.Optimizer):
         state = {f"{index}/{name}": value for index, each in state["state"].items() for name, value in each.items()}
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
 
 def _nested(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -127,13 +127,28 @@ class Dataset:
 @dataclass
 class Cluster:
     address: str | None = option("a running Ray cluster's address, auto for one on this machine; none starts one", None)
-    num_workers: int = option("workers of one training run; must divide train.num_streams", 1)
+    num_workers: Any = option(
+        "workers of one training run; [MIN,MAX] goes on with what is there of them, as hosts go and come", 1
+    )
     cpus_per_worker: int = option("CPU cores of each worker", 1)
     use_gpu: bool = option("give each worker a GPU", False)
-    max_failures: int = option("how many times a run is restarted after a worker or host is lost", 3)
+    max_failures: int = option("how many times in a row a run is restarted without having got any further", 3)
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers[0] if isinstance(self.num_workers, list) else self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
 
     def check(self) -> None:
-        _check(self.num_workers >= 1, f"cluster.num_workers is {self.num_workers}; it must be at least 1")
+        numbers = self.num_workers if isinstance(self.num_workers, list) else [self.num_workers]
+        _check(
+            all(type(number) is int and number >= 1 for number in numbers)
+            and (numbers is not self.num_workers or (len(numbers) == 2 and numbers[0] <= numbers[1])),
+            f"cluster.num_workers is {self.num_workers}; it must be at least 1, or such numbers [MIN,MAX]",
+        )
         _check(self.cpus_per_worker >= 1, f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be at least 1")
         _check(self.max_failures >= 0, f"cluster.max_failures is {self.max_failures}; it must be at least 0")
 
@@ -223,6 +238,13 @@ class Optim:
         _check(0 <= self.ema_decay < 1, f"optim.ema_decay is {self.ema_decay}; it must lie in 0..1, below 1")
 
 
+class Precision(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+
 class FreeBits(Enum):
     hard = "hard"
     soft = "soft"
@@ -232,8 +254,15 @@ class FreeBits(Enum):
 class Train:
     images: int = option("how many images the run sees in all, repeats included")
     global_batch: int = option("images of one step, over all workers")
-    num_streams: int = option(
-        "canonical streams the data is dealt to; any number of workers that divides it gives the same run"
+    num_streams: int = option("canonical streams the data is dealt to; any number of workers up to it gives the same run")
+    precision: Precision = option(
+        "bfloat16 has matrix products in it and all else in float32; auto does so on GPUs that can, and is float32 elsewhere; "
+        "float64 is for checks",
+        Precision.auto,
+    )
+    micro_batch: int | None = option(
+        "images that a worker holds in memory at once; the gradients of several are added up, to the same result, but slower",
+        None,
     )
     seed: int = option("decides the weights' start, the order of the data and all noise", 0)
     free_bits: FreeBits = option(
@@ -260,6 +289,9 @@ class Train:
     def check(self) -> None:
         for name in ("images", "global_batch", "num_streams", "free_groups", "valid_images", "valid_every", "keep_checkpoints"):
             _check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        _check(
+            self.micro_batch is None or self.micro_batch >= 1, f"train.micro_batch is {self.micro_batch}; it must be at least 1"
+        )
         for name in ("seed", "free_nats", "report_seconds", "checkpoint_seconds"):
             _check(
                 0 <= getattr(self, name) < 1 << 63,
@@ -451,12 +483,11 @@ class TrainConfig:
             self.name is None or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name)),
             f"name={self.name} is no name for a run; use letters, digits, dots, underscores and hyphens",
         )
-        workers, streams = self.cluster.num_workers, self.train.num_streams
-        divisors = [str(n) for n in range(1, streams + 1) if streams % n == 0]
+        workers, streams = self.cluster.max_workers, self.train.num_streams
         _check(
-            streams % workers == 0,
-            f"cluster.num_workers={workers}, but the data is dealt to train.num_streams={streams} streams; "
-            f"use {', '.join(divisors[:-1])}{' or ' if divisors[:-1] else ''}{divisors[-1]} workers, or another train.num_streams",
+            workers <= streams,
+            f"cluster.num_workers={workers}, but the data is dealt to train.num_streams={streams} streams, and each worker needs one; "
+            "use fewer workers, or more streams",
         )
         groups, (sizes, depths) = self.train.free_groups, self.codes()
         for latents in sizes:
@@ -722,7 +753,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def identity(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Of a training run's configuration, as plain values: everything that its weights depend on, and nothing else."""
-    no_matter = re.compile(r"keep_checkpoints|valid_.*|.*_seconds")
+    no_matter = re.compile(r"keep_checkpoints|valid_.*|.*_seconds|micro_batch")
     train = {key: value for key, value in values["train"].items() if not no_matter.fullmatch(key)}
     dataset = {key: values["dataset"][key] for key in ("name", "url", "binarization")}
     return {"dataset": dataset, "model": values["model"], "optim": values["optim"], "train": train}

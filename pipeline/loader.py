@@ -66,8 +66,10 @@ class TrainLoader:
     that are damaged or missing are replaced by others of their group, on this rank, with a warning; by default the first is
     an error.
 
-    Raises ``UserError`` if the ranks do not divide the streams or there are fewer samples than one batch, and while
-    iterating if data is missing or damaged.
+    Ranks have one stream more or less than others where their number does not divide that of the streams.
+
+    Raises ``UserError`` if there are more ranks than streams or fewer samples than one batch, and while iterating if data is
+    missing or damaged.
     """
 
     def __init__(
@@ -87,8 +89,8 @@ class TrainLoader:
         cache: ShardCache | None = None,
         max_skipped: int = 0,
     ) -> None:
-        if num_streams % world_size:
-            raise UserError(f"{world_size} ranks cannot share {num_streams} streams; the ranks must divide train.num_streams")
+        if world_size > num_streams:
+            raise UserError(f"{world_size} ranks cannot share {num_streams} streams; use fewer, or a larger train.num_streams")
         self._reader = Reader(storage, manifest, split, cache, max_skipped)
         try:
             self._order = Order(
@@ -100,8 +102,8 @@ class TrainLoader:
             )
         except ValueError as error:
             raise UserError(f"split {split} of data set {manifest.name}: {error}; choose another train.global_batch") from None
-        self._streams = range(rank * num_streams // world_size, (rank + 1) * num_streams // world_size)
-        self._first_position = rank * global_batch // world_size
+        self._streams = range(*share(num_streams, rank, world_size))
+        self._first_position = self._streams.start * self._order.stream_batch
         self._steps = range(start_step, num_steps)
 
     @property

@@ -1,5 +1,6 @@
 """The training loop. It needs torch and the data, not Ray: call ``fit`` in a notebook or a test as well."""
 
+import copy
 import ctypes
 import json
 import math
@@ -7,29 +8,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import vlae
-from pipeline import checkpoint, manifest, schedule
+from pipeline import checkpoint, manifest
 from pipeline.cache import open_cache
-from pipeline.config import FreeBits, TrainConfig, to_dict
+from pipeline.config import TrainConfig, to_dict
 from pipeline.errors import UserError
-from pipeline.loader import EvalLoader, TrainLoader, binarize
+from pipeline.learner import Learner
+from pipeline.loader import EvalLoader, TrainLoader
 from pipeline.measure import QUANTITIES, measure, report
-from pipeline.metrics import MetricLog, StepMeter, mean_over_ranks
-from pipeline.noise import Purpose, normal
-from pipeline.optimizer import Guard
-from pipeline.optimizer import make as make_optimizer
+from pipeline.metrics import MetricLog, StepMeter
 from pipeline.storage import Storage, open_storage
+from pipeline.uploads import Uploads, patiently
 
 VALIDATION_BATCH = 64
 TRAINING_FILE = "training.json"
 CPU = torch.device("cpu")
+
+Metrics = dict[str, Any]
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved its state: started again, it goes on from there."""
 
 
 def fit(
@@ -38,57 +44,45 @@ def fit(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device = CPU,
-    on_validation: Callable[[dict[str, Any]], None] = lambda metrics: None,
-) -> dict[str, Any]:
+    on_validation: Callable[[Metrics], None] = lambda metrics: None,
+    on_report: Callable[[Metrics], None] = lambda metrics: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Metrics:
     """Train one model to the end, from the newest checkpoint of its run if there is one. Returns the last validation.
 
     What happens at a step is a function of the configuration and the step alone: a run that was killed ends with the weights of one
-    that was not, and any number of ranks that divides the streams sees the same batches and the same noise. With ``world_size``
-    above 1, torch.distributed must be initialised. ``on_validation`` is called on every rank.
+    that was not, and any number of ranks up to that of the streams sees the same batches and the same noise. With ``world_size``
+    above 1, torch.distributed must be initialised. ``on_validation`` is called on every rank, ``on_report`` on rank 0 with what it
+    logs, and ``should_stop`` on every rank about once a second: where it is true on any, all save the state and raise Stopped.
 
-    Raises UserError if the data is damaged, or if the gradients are no longer finite.
+    Raises UserError if the data is damaged, the gradients are no longer finite, or the storage stays away.
     """
     keep_freed_memory()
-    optim, train = config.optim, config.train
-    data, run = open_storage(config.dataset.url, config.storage.endpoint_url), run_storage(config)
-    contents = manifest.load(data)
-    cache, max_skipped = open_cache(config.dataset), config.dataset.max_skipped
+    train, run, data = config.train, run_storage(config), open_storage(config.dataset.url, config.storage.endpoint_url)
+    contents = patiently(partial(manifest.load, data))
+    reading: dict[str, Any] = {"cache": open_cache(config.dataset), "max_skipped": config.dataset.max_skipped}
+    reading |= {"rank": rank, "world_size": world_size}
+    learner = Learner(config, contents.image_shape, world_size, device)
+    step = agreed(patiently(partial(checkpoint.resume, run, learner.state)), device)
+    meter, beats = StepMeter(device), Beats(config, step, device)
+    training = {"config": {**to_dict(config), "name": config.run_name}, "manifest": contents.digest}
 
-    torch.manual_seed(train.seed)
-    model = config.build(contents.image_shape).to(device)
-    ema = vlae.EMA(model, optim.ema_decay)
-    optimizer, guard = make_optimizer(optim, model), Guard(device)
-    state: dict[str, checkpoint.Stateful] = {"model": model, "ema": ema, "optimizer": optimizer, "guard": guard}
-    soft = None
-    if train.free_bits is FreeBits.soft:
-        soft = state["free_bits"] = vlae.SoftFreeBits(train.free_nats, device)
-    step = checkpoint.resume(run, state)
-    network = DistributedDataParallel(model, forward_sync_buffers=False) if world_size > 1 else model
-
-    def validate() -> dict[str, Any]:
+    def validate() -> Metrics:
         loader = EvalLoader(
-            data,
-            contents,
-            split="valid",
-            batch_size=VALIDATION_BATCH,
-            rank=rank,
-            world_size=world_size,
-            num_images=train.valid_images,
-            cache=cache,
-            max_skipped=max_skipped,
+            data, contents, split="valid", batch_size=VALIDATION_BATCH, num_images=train.valid_images, **reading
         )
         moments = measure(
-            ema.module, loader, samples=1, binarization=config.dataset.binarization, seed=train.seed, device=device
+            learner.ema.module, loader, samples=1, binarization=config.dataset.binarization, seed=train.seed, device=device
         )
         moments.reduce(QUANTITIES, device)
-        values = {"images": step * train.global_batch, **report(moments, model, samples=1)}
-        log.add(step, {f"valid/{name}": value for name, value in values.items()})
-        on_validation({"step": step, **values})
-        return values
+        valid = {"images": step * train.global_batch, **report(moments, learner.model, samples=1)}
+        if rank == 0 and -moments.mean("elbo") <= log.lowest("valid/elbo_nats"):
+            best = copy.deepcopy(learner.ema.module)
+            uploads.put("best", partial(publish, run.child("best"), best, training | {"valid": valid}))
+        log.add(step, {f"valid/{name}": value for name, value in valid.items()})
+        on_validation({"step": step, **valid})
+        return valid
 
-    meter = StepMeter(device)
-    pace = Pace(train.report_seconds, step, device)
-    saved_at = time.monotonic()
     batches = TrainLoader(
         data,
         contents,
@@ -97,75 +91,90 @@ def fit(
         num_streams=train.num_streams,
         num_steps=train.num_steps,
         start_step=step,
-        rank=rank,
-        world_size=world_size,
-        cache=cache,
-        max_skipped=max_skipped,
+        **reading,
     )
-    with MetricLog(run, step, writes=rank == 0) as log:
+    with patiently(lambda: MetricLog(run, step, writes=rank == 0)) as log, Uploads() as uploads:
         for batch in meter.waits(batches):
-            x = binarize(batch, config.dataset.binarization, train.seed).to(device, non_blocking=True)
-            noise = torch.from_numpy(normal((Purpose.POSTERIOR, train.seed), batch.positions, model.latents))
-            bound = network(x, noise.to(device, non_blocking=True))
-            terms = [bound.distortion.mean(0, keepdim=True), vlae.group_rates(bound, train.free_groups)]
-            means = mean_over_ranks(torch.cat(terms))
-            distortion, rates = means[0], means[1:]
-            weight = soft.gamma if soft else schedule.rate_weight(train, step)
-            loss = vlae.training_loss(bound, rates, schedule.free_nats(train, step), weight)
-
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.learning_rate(optim, train, step)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
-            taken = guard.step(optimizer, norm, means)
+            meter.add(*learner.learn(batch))
             step += 1
-            ema.update(model, step)
-            meter.add(distortion, rates.sum(), taken)
-            if soft:
-                soft.update(rates.sum())
-
-            if step * train.global_batch % train.valid_every < train.global_batch and step < train.num_steps:
+            last = step == train.num_steps
+            if step * train.global_batch % train.valid_every < train.global_batch and not last:
                 validate()
-            if step >= pace.next_step or step == train.num_steps:
-                skipped, in_a_row = guard.read()
-                settings = {"train/learning_rate": group["lr"], "train/rate_weight": float(weight)}
-                progress = meter.report(train.global_batch) | {"train/skipped_steps": skipped}
-                log.add(step, {"images": step * train.global_batch, **settings, **progress})
-                pace.set(step)
-                due = time.monotonic() - saved_at > train.checkpoint_seconds or step == train.num_steps
-                if rank == 0 and due and not in_a_row:  # what follows a skipped step may be another
-                    checkpoint.save(run, step, state, train.keep_checkpoints)
-                    saved_at = time.monotonic()
-                log.flush()
-                guard.check(config.run_name, step)
-        validation = validate()
-    if not math.isfinite(validation["elbo_nats"]):
-        raise UserError(f"run {config.run_name}: the code length on validation images is not finite; {guard.ADVICE}")
+            if step < beats.next_step and not last:
+                continue
+            stop, save, tell = beats.meet(step, should_stop(), not uploads.is_busy("checkpoint"))
+            skipped, in_a_row = learner.guard.read()
+            if tell or stop or last:
+                counts = {"train/skipped_steps": skipped, "train/failed_uploads": uploads.failures}
+                row = (
+                    {"images": step * train.global_batch}
+                    | learner.settings(batch.step)
+                    | meter.report(train.global_batch)
+                    | counts
+                )
+                log.add(step, row)
+                if rank == 0:
+                    uploads.put("metrics", log.flush)
+                    on_report(row)
+            if rank == 0 and (save or stop or last) and not in_a_row:  # what follows a skipped step may be another
+                snapshot = checkpoint.snapshot(learner.state)
+                uploads.put("checkpoint", partial(checkpoint.save, run, step, snapshot, train.keep_checkpoints))
+            if stop and not last:
+                uploads.wait()
+                raise Stopped
+            learner.guard.check(config.run_name, step)
+        valid = validate()
+        uploads.put("metrics", log.flush)
+    if not math.isfinite(valid["elbo_nats"]):
+        raise UserError(f"run {config.run_name}: the code length on validation images is not finite; {learner.guard.ADVICE}")
     if rank == 0:
-        training = {"config": {**to_dict(config), "name": config.run_name}, "manifest": contents.digest, "valid": validation}
-        publish(run, ema.module, training)
-    return validation
+        patiently(partial(publish, run, learner.ema.module, training | {"valid": valid}))
+    return valid
 
 
-class Pace:
-    """When to report next: every so many seconds, but at a step that all ranks agree on.
+def agreed(step: int, device: torch.device) -> int:
+    """The step that every rank resumed from. Raises RuntimeError if they differ, as when one alone read a checkpoint wrongly."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        ends = torch.tensor([step, -step], device=device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        highest, lowest = ends[0], -ends[1]
+        if highest != lowest:
+            raise RuntimeError(f"the ranks resumed from different steps, {lowest} to {highest}")
+    return step
 
-    Rank 0 measures and tells the others, at each report only, so that no step in between waits for a clock.
+
+class Beats:
+    """Steps at which all ranks agree on what is due, about once a second: to stop, to save, to tell.
+
+    Rank 0 has the clock. Between two beats no step waits for a clock, a device or another rank's wishes.
     """
 
-    def __init__(self, seconds: float, step: int, device: torch.device) -> None:
-        self.seconds, self.device = seconds, device
-        self.next_step, self.step, self.at = step + 10, step, time.monotonic()
+    SECONDS = 1.0
 
-    def set(self, step: int) -> None:
-        """Choose ``next_step`` from the speed since the last report."""
+    def __init__(self, config: TrainConfig, step: int, device: torch.device) -> None:
+        self.device, self.next_step = device, step + 10
+        self.seconds = min(self.SECONDS, config.train.report_seconds)
+        self.due = {"save": config.train.checkpoint_seconds, "tell": config.train.report_seconds}
+        self.step, self.at = step, time.monotonic()
+        self.done = dict.fromkeys(self.due, self.at)
+
+    def meet(self, step: int, stop: bool, can_save: bool) -> list[bool]:
+        """Whether any rank wants to ``stop``, and whether rank 0's clock says that it is time to save, if it can, and to tell.
+
+        Chooses ``next_step`` from the speed since the last beat. This waits for the device.
+        """
         now = time.monotonic()
-        steps = max(1, round(self.seconds * (step - self.step) / max(1e-9, now - self.at)))
-        ahead = torch.tensor(steps, device=self.device)
+        ahead = max(1, round(self.seconds * (step - self.step) / max(1e-9, now - self.at)))
+        save, tell = (now - self.done[name] >= seconds for name, seconds in self.due.items())
+        wishes = torch.tensor([ahead, stop, save and can_save, tell], device=self.device)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.broadcast(ahead, 0)
-        self.next_step, self.step, self.at = step + int(ahead), step, now
+            if dist.get_rank() > 0:
+                wishes *= torch.tensor([0, 1, 0, 0], device=self.device)
+            dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        ahead, *due = wishes.tolist()
+        self.next_step, self.step, self.at = step + ahead, step, now
+        self.done |= {name: now for name, is_due in zip(self.due, due[1:], strict=True) if is_due}
+        return [bool(wish) for wish in due]
 
 
 def run_storage(config: TrainConfig) -> Storage:
@@ -173,8 +182,8 @@ def run_storage(config: TrainConfig) -> Storage:
     return open_storage(f"{config.storage.root}/runs/{config.run_name}", config.storage.endpoint_url)
 
 
-def publish(run: Storage, model: vlae.VLAE, training: dict[str, Any]) -> None:
-    """Put the final model, ready for ``vlae.load``, under ``model/`` of the run, with a record of its training beside it."""
+def publish(run: Storage, model: vlae.VLAE, training: Metrics) -> None:
+    """Put a model, ready for ``vlae.load``, under ``model/`` of the run, with a record of its training beside it."""
     with tempfile.TemporaryDirectory() as folder:
         vlae.save(model, folder)
         (Path(folder) / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n")

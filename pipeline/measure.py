@@ -52,11 +52,13 @@ def measure(
     found, in the loader's order. The sums are this rank's own; see ``Moments.reduce``.
     """
 
+    dtype = next(model.parameters()).dtype
+
     def bounds(batch: Batch) -> tuple[Batch, Tensor, vlae.Estimate]:
-        x = binarize(batch, binarization, seed).to(device)
+        x = binarize(batch, binarization, seed).to(device, dtype)
         noise = normal((Purpose.IMPORTANCE, seed), batch.positions, samples * model.latents)
         codes = torch.from_numpy(noise).unflatten(1, (samples, model.latents)).transpose(0, 1)
-        return batch, x, vlae.estimate(model, x, codes.to(device))
+        return batch, x, vlae.estimate(model, x, codes.to(device, dtype))
 
     moments = Moments()
     for batch, x, estimate in several_at_once(bounds, loader, threads):

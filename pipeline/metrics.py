@@ -18,12 +18,10 @@ from pipeline.loader import Batch
 from pipeline.storage import Storage
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of a tensor over all ranks, without gradient; itself where there is one rank."""
-    values = values.detach()
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor without gradient over all ranks, in place; itself where there is one rank."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
-        values /= dist.get_world_size()
     return values
 
 
@@ -46,9 +44,7 @@ class Moments:
     def reduce(self, names: list[str], device: torch.device) -> None:
         """Add up over all ranks; a rank that saw no image takes part with zeros."""
         zero = torch.zeros(3, dtype=torch.float64)
-        table = torch.stack([self.sums.get(name, zero) for name in names]).to(device)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(table)
+        table = sum_over_ranks(torch.stack([self.sums.get(name, zero) for name in names]).to(device))
         self.sums = dict(zip(names, table.cpu(), strict=True))
 
     def count(self, name: str) -> int:
@@ -91,7 +87,7 @@ class StepMeter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.total = torch.zeros(3, device=device)
+        self.total = torch.zeros(3, device=device, dtype=torch.float64)
         self.restart()
 
     def restart(self) -> None:
@@ -110,16 +106,27 @@ class StepMeter:
             yield batch
 
     def add(self, distortion: Tensor, rate: Tensor, taken: Tensor) -> None:
-        """Take in a step's mean distortion and rate over the global batch, in nats per image; a step not ``taken`` is left out."""
-        values = torch.stack([distortion, rate, torch.ones_like(rate)])
-        self.total += torch.where(taken, values, 0)
+        """Take in a step: this rank's part of its mean distortion over the global batch, its mean rate, in nats per image, and
+        whether it was ``taken``; if not, it is left out."""
+        self.total += torch.where(taken, torch.stack([distortion, rate, torch.ones_like(rate)]), 0)
         self.steps += 1
 
     def report(self, global_batch: int) -> dict[str, float]:
-        """The averages since the last report, which start afresh. There is no code length if no step was taken."""
+        """The averages since the last report, which start afresh; all ranks have to ask for them together.
+
+        ``data_wait`` is the share of the time that the ranks, on average, waited for images. There is no code length if no step was
+        taken.
+        """
         seconds = time.monotonic() - self.started
-        distortion, rate, taken = self.total.tolist()
-        values = {"train/images_per_s": self.steps * global_batch / seconds, "train/data_wait": self.waited / seconds}
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        own = torch.stack([self.total[0], self.total.new_tensor(self.waited / seconds)])
+        distortion, waited = sum_over_ranks(own).tolist()
+        _, rate, taken = self.total.tolist()
+        values = {
+            "train/images_per_s": self.steps * global_batch / seconds,
+            "train/step_ms": 1000 * seconds / self.steps,
+            "train/data_wait": waited / world_size,
+        }
         if taken:
             distortion, rate = distortion / taken, rate / taken
             values |= {"train/code_length": distortion + rate, "train/distortion": distortion, "train/rate": rate}
@@ -130,7 +137,7 @@ class StepMeter:
 class MetricLog:
     """A run's rows of metrics: ``metrics.jsonl`` and TensorBoard event files in the run's storage.
 
-    Rows are kept in a local folder and uploaded by ``flush``. A resumed run continues the log at the step of its checkpoint: rows after
+    Rows are kept in a local folder until ``flush`` uploads them. A resumed run continues the log at the step of its checkpoint: rows after
     it are dropped, since they are about to be written again. On ranks other than 0 (``writes=False``) it does nothing.
     A context manager.
     """
@@ -158,12 +165,16 @@ class MetricLog:
         for name, value in known.items():
             self.writer.add_scalar(name, value, step)
 
+    def lowest(self, name: str) -> float:
+        """The lowest value of this name in the log; infinity if it has none."""
+        return min((row[name] for row in self.rows if name in row), default=math.inf)
+
     def flush(self) -> None:
-        """Bring what is in storage up to date."""
+        """Bring what is in storage up to date. Safe to call while rows are added."""
         if not self.writes:
             return
         self.writer.flush()
-        self.storage.write(self.KEY, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        self.storage.write(self.KEY, "".join(json.dumps(row) + "\n" for row in list(self.rows)).encode())
         for path in Path(self.folder.name).iterdir():
             self.storage.upload(f"tensorboard/{path.name}", path)
 
@@ -171,11 +182,8 @@ class MetricLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        """Bring what is in storage up to date, unless something went wrong: that may be the storage."""
         if not self.writes:
             return
-        if kind is None:
-            self.flush()
         self.writer.close()
         self.folder.cleanup()
 

@@ -2,10 +2,10 @@
 
 An epoch shuffles the shards and lays their samples end to end in a circle, which it enters at a random place. The
 circle is dealt to C canonical *streams* of equal length; each stream is cut into *groups* of consecutive samples, and a group's
-samples are shuffled. Global batch b is the next B / C samples of every stream, in the order of streams; rank r of W reads
-streams r C / W up to (r + 1) C / W. So
+samples are shuffled. Global batch b is the next B / C samples of every stream, in the order of streams; rank r of W <= C reads
+streams floor(r C / W) up to floor((r + 1) C / W). So
 
-* every rank has the same number of steps, and a global batch is the same for every W that divides C;
+* every rank has the same number of steps, and a global batch is the same for every W;
 * no sample comes twice in an epoch; the N mod B samples that fill no batch (the end of the circle) are left out, other
   ones in each epoch, every sample as likely as any other;
 * a position in training is one integer, the step since its start, and going there needs no replay.

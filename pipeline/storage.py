@@ -6,6 +6,7 @@ from the byte reached; what ends in failure is a ``UserError`` that names the ob
 reading only: other people's shards.
 """
 
+import errno
 import json
 import logging
 import os
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 20.0  # seconds without a single byte, or with less than a chunk
 READ_CHUNK = 64 * 1024  # bytes
-READ_ATTEMPTS = 12  # in a row that bring less than a chunk: 48 s of back-off on average, enough for a server to restart
+READ_ATTEMPTS = 20  # in a row that bring less than a chunk: 64 s of back-off at least, 96 s on average
 FIRST_ATTEMPTS = 5  # if the server never answered this process: 6 s, since its address may well be wrong
 BACKOFF = 0.25  # seconds, doubled at each attempt, up to LONGEST_PAUSE
 LONGEST_PAUSE = 8.0
@@ -62,6 +63,10 @@ class ObjectNotFound(UserError):
 
 class ObjectTooShort(UserError):
     """The object ends before the bytes that were wanted."""
+
+
+class Unavailable(UserError):
+    """The storage does not answer, is overloaded, or has no room: the same request may succeed later."""
 
 
 def open_storage(url: str, endpoint_url: str | None = None) -> "Storage":
@@ -254,7 +259,8 @@ class FolderStorage(Storage):
         except FileNotFoundError:
             raise ObjectNotFound(f"there is no {self.url}/{key}") from None
         except OSError as error:
-            raise UserError(f"cannot use {self.url}/{key}: {error.strerror or error}") from error
+            kind = Unavailable if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE) else UserError
+            raise kind(f"cannot use {self.url}/{key}: {error.strerror or error}") from error
 
 
 # --- over a network ----------------------------------------------------------------------------------------------------
@@ -313,7 +319,7 @@ def _stream(
             if failures >= (READ_ATTEMPTS if server in _reached else min(FIRST_ATTEMPTS, READ_ATTEMPTS)):
                 if isinstance(error, _Interrupted) and error.explanation:
                     raise error.explanation from error
-                raise UserError(
+                raise Unavailable(
                     f"reading {url} broke off at byte {position} of {'all' if stop is None else stop}, {failures} times in a row "
                     f"({error}); check the connection to {server}"
                 ) from error
@@ -491,13 +497,14 @@ class S3Storage(Storage):
                     f"{server} refused access to {name} ({code}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
                     "AWS_PROFILE to credentials that may use it"
                 )
-            return UserError(f"{server} failed on {name}: {code} {error.response.get('Error', {}).get('Message', '')}")
+            kind = Unavailable if _is_passing(error) else UserError
+            return kind(f"{server} failed on {name}: {code} {error.response.get('Error', {}).get('Message', '')}")
         if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
             return UserError(
                 f"no credentials for {name} ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
             )
         if isinstance(error, HTTPClientError | NoConnectionError):
-            return UserError(
+            return Unavailable(
                 f"cannot reach {server} for {name} ({error}); is the server running, and is storage.endpoint_url or "
                 "AWS_ENDPOINT_URL its address?"
             )
@@ -592,7 +599,7 @@ class HttpStorage(Storage):
             try:
                 body = pool.request("GET", url, headers=headers, preload_content=False, redirect=True)
             except (urllib3.exceptions.HTTPError, OSError) as error:
-                explanation = UserError(f"cannot reach {parts.netloc} for {url} ({error}); is the address right?")
+                explanation = Unavailable(f"cannot reach {parts.netloc} for {url} ({error}); is the address right?")
                 raise _Interrupted(error, explanation) from error
             if body.status in (200, 206):
                 return self._answer(url, body, bool(headers))
@@ -603,7 +610,7 @@ class HttpStorage(Storage):
                 raise _too_short(url, start, stop or start, body.headers.get("Content-Range", "").rpartition("/")[2] or "less")
             if body.status in (401, 403):
                 raise UserError(f"{parts.netloc} refused access to {url} (status {body.status})")
-            explanation = UserError(f"{parts.netloc} failed on {url}: status {body.status}")
+            explanation = Unavailable(f"{parts.netloc} failed on {url}: status {body.status}")
             if body.status >= 500 or body.status in (408, 429):
                 raise _Interrupted(f"status {body.status}", explanation)
             raise explanation

@@ -100,7 +100,9 @@ class Decoder(nn.Module):
 
     def predict(self, hidden: Tensor) -> Distribution:
         """The distribution of pixels from ``condition + see``: (..., features) -> (..., channels)."""
-        return self.likelihood(self.head(self.per_pixel(self.activation(hidden))))
+        h = self.per_pixel(self.activation(hidden))
+        with torch.autocast(h.device.type, enabled=False):  # a distribution's parameters need more digits than bfloat16 has
+            return self.likelihood(self.head(h.to(self.head.weight.dtype)))
 
     def forward(self, z: Tensor, x: Tensor) -> Distribution:
         """p(x|z) with every pixel given its window: z (..., batch, latents) -> pixels (..., batch, height, width, channels)."""

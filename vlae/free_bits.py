@@ -38,7 +38,7 @@ class SoftFreeBits:
         """
         finite = mean_rate.isfinite()
         self.steps = self.steps + finite
-        self.rate = torch.where(finite, self.rate.lerp(mean_rate, 1 / self.INTERVAL), self.rate)
+        self.rate = torch.where(finite, self.rate.lerp(mean_rate.to(self.rate), 1 / self.INTERVAL), self.rate)
         high, low = self.rate > (1 + self.TOLERANCE) * self.target, self.rate < self.target
         changed = torch.where(high, self.gamma * self.FACTOR, torch.where(low, self.gamma / self.FACTOR, self.gamma))
         due = finite & (self.steps % self.INTERVAL == 0)

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from vlae.decoder import Decoder
@@ -65,5 +66,12 @@ class VLAE(nn.Module):
         decoder's window, is evaluated once for all of them.
         """
         z, log_posterior = self.encoder(x).sample_with_log_prob(noise)
-        distortion = -self.decoder(z, x).log_prob(x.permute(0, 2, 3, 1))
+        pixels = self.decoder(z, x)
+        with torch.autocast(x.device.type, enabled=False):  # a sum of hundreds of terms, of which each needs its digits
+            distortion = -pixels.log_prob(x.permute(0, 2, 3, 1))
         return Bound(distortion, log_posterior - self.prior.log_prob(z))
+
+    def rate_per_latent(self, x: Tensor, noise: Tensor) -> Tensor:
+        """That term of the bound alone, which needs no decoder: (batch, latents)."""
+        z, log_posterior = self.encoder(x).sample_with_log_prob(noise)
+        return log_posterior - self.prior.log_prob(z)

@@ -10,13 +10,13 @@ from torch import Tensor
 from vlae.model import Bound
 
 
-def group_rates(bound: Bound, groups: int) -> Tensor:
-    """The batch's mean rate of each of ``groups`` equal parts of the code, in nats: (groups,).
+def group_rates(rate_per_latent: Tensor, groups: int) -> Tensor:
+    """The batch's mean rate of each of ``groups`` equal parts of the code, in nats: (batch, latents) -> (groups,).
 
     A group is a run of neighbouring latents. Its rate is one, log q(z_g|x) - log p(z_g|...), where the prior's log density splits
     over the latents: with no flow, or a flow of one step.
     """
-    return bound.rate_per_latent.unflatten(-1, (groups, -1)).sum(-1).mean(0)
+    return rate_per_latent.unflatten(-1, (groups, -1)).sum(-1).mean(0)
 
 
 def training_loss(bound: Bound, mean_rates: Tensor, free_nats: float, rate_weight: float | Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def training_loss(bound: Bound, mean_rates: Tensor, free_nats: float, rate_weigh
     *Improved Variational Inference with Inverse Autoregressive Flow*, NeurIPS 2016, arXiv:1606.04934.
     """
     groups = mean_rates.numel()
-    rates, floor = group_rates(bound, groups), free_nats / groups
+    rates, floor = group_rates(bound.rate_per_latent, groups), free_nats / groups
     floored = torch.where(mean_rates < floor, torch.full_like(rates, floor), rates)
     return bound.distortion.mean() + rate_weight * floored.sum()
 

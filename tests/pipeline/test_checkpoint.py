@@ -54,7 +54,7 @@ class Training:
             self.soft.update(bound.rate.mean().detach())
             self.step += 1
             self.ema.update(self.model, self.step)
-            checkpoint.save(storage, self.step, self.parts, keep)
+            checkpoint.save(storage, self.step, checkpoint.snapshot(self.parts), keep)
 
     def resume(self, storage: Storage) -> int:
         self.step = checkpoint.resume(storage, self.parts)
@@ -110,7 +110,7 @@ def test_the_same_state_makes_the_same_object(storage: Storage) -> None:
     training = Training(0)
     training.advance(storage, 3, keep=2)
     before = storage.sizes()
-    checkpoint.save(storage, 3, training.parts, 2)
+    checkpoint.save(storage, 3, checkpoint.snapshot(training.parts), 2)
     assert storage.sizes() == before
 
 
@@ -122,7 +122,7 @@ def test_what_is_not_finite_is_not_published(storage: Storage, value: float) -> 
     with torch.no_grad():
         training.model.decoder.get_parameter(next(name for name, _ in training.model.decoder.named_parameters())).fill_(value)
     with pytest.raises(UserError, match=r"model/decoder\S+ is not finite after step 3.*; lower optim\.learning_rate$"):
-        checkpoint.save(storage, 3, training.parts, 2)
+        checkpoint.save(storage, 3, checkpoint.snapshot(training.parts), 2)
     assert storage.sizes() == before
 
 

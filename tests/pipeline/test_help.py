@@ -98,7 +98,7 @@ MISTAKES = {
     "one such window among many": ["tune", "dataset.name=strokes", "model=tiny", "search.windows=[3x1,2x9]"],
     "a batch larger than the data set": ["train", "dataset.name=strokes", "model=tiny", "train.global_batch=104"],
     "a misspelt option": ["train", "model.windw=3x1"],
-    "workers that do not divide the streams": ["train", "cluster.num_workers=3"],
+    "more workers than streams": ["train", "cluster.num_workers=9"],
 }
 
 SCRIPT = """

@@ -1,22 +1,26 @@
 """The training loop, without Ray: a run that is cut off anywhere, or dealt to more ranks, is the same run; and what ends one."""
 
+import contextlib
+import itertools
 import json
 import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 import vlae
-from pipeline import checkpoint, loop, manifest
+from pipeline import checkpoint, learner, loop, manifest
 from pipeline.config import Binarization, TrainConfig
 from pipeline.errors import UserError
 from pipeline.loader import Batch, EvalLoader, binarize
@@ -78,8 +82,11 @@ def steps_of(run: Storage, kind: str) -> list[float]:
 def test_a_run_leaves_its_model_its_log_and_its_newest_checkpoints(whole: Storage, root: str) -> None:
     kept = whole.list()
     checkpoints = [key for key in kept if key.startswith("checkpoints/")]
-    assert [int(Path(key).name[:10]) for key in checkpoints] == [29, 30]
-    assert {key for key in kept if key.startswith("model/")} == {"model/model.json", "model/training.json", WEIGHTS}
+    assert len(checkpoints) == 2
+    assert int(Path(checkpoints[-1]).name[:10]) == 30
+    for folder in ("model/", "best/model/"):
+        files = {f"{folder}{name}" for name in ("model.json", "training.json", "model.safetensors")}
+        assert {key for key in kept if key.startswith(folder)} == files
     assert "metrics.jsonl" in kept
     assert any(key.startswith("tensorboard/") for key in kept)
     training = whole.read_json("model/training.json")
@@ -233,7 +240,7 @@ def plant_faults(patch: pytest.MonkeyPatch, steps: Container[int]) -> None:
     def faulty(batch: Batch, mode: Binarization, seed: int) -> Tensor:
         return binarize(batch, mode, seed) * (math.nan if batch.step in steps else 1)
 
-    patch.setattr(loop, "binarize", faulty)
+    patch.setattr(learner, "binarize", faulty)
 
 
 def test_a_bad_batch_is_skipped_and_counted_and_left_out_of_the_averages(
@@ -271,7 +278,9 @@ def test_when_bad_steps_persist_the_run_stops_at_its_last_good_state(
         ):
             loop.fit(config)
     run = loop.run_storage(config)
-    assert [int(Path(key).name[:10]) for key in run.list("checkpoints/")] == [10, 11]
+    steps = [int(Path(key).name[:10]) for key in run.list("checkpoints/")]
+    assert steps
+    assert max(steps) <= 11
     assert read_rows(run)[-1]["train/skipped_steps"] == 15, "the log shows what happened"
     loop.fit(config)
     assert run.read(WEIGHTS) == whole.read(WEIGHTS)
@@ -297,34 +306,116 @@ def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 # --- ranks -------------------------------------------------------------------------------------------------------------
 
-RANKS = 2
 
-
-def train_on_one_rank(rank: int, root: str, folder: str) -> None:
+def train_on_one_rank(
+    rank: int, world_size: int, root: str, folder: str, runs: dict[str, list[str]], stop_at: int | None
+) -> None:
+    """Train runs, by name with their options, one after the other; ``stop_at`` is where rank 1 is asked to stop each of them."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    valid = loop.fit(configure(root, "ranks"), rank=rank, world_size=RANKS)
-    with pytest.MonkeyPatch.context() as patch:
-        plant_faults(patch, SINGLE_FAULTS if rank == 1 else ())
-        loop.fit(configure(root, "ranks-faulty"), rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    valid = {}
+    for name, overrides in runs.items():
+        faulty = SINGLE_FAULTS if rank == 1 and "faulty" in name else ()
+        beats = itertools.count(10)  # the first is at step 10, and the next follow at each step
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(loop.Stopped):
+            plant_faults(patch, faulty)
+            valid[name] = loop.fit(
+                configure(root, name, *overrides),
+                rank=rank,
+                world_size=world_size,
+                should_stop=lambda: rank == 1 and stop_at is not None and next(beats) >= stop_at,  # noqa: B023
+            )
     Path(folder, f"{rank}.json").write_text(json.dumps(valid))
     dist.destroy_process_group()
 
 
-def test_two_ranks_have_the_loss_of_one_at_every_step(whole: Storage, root: str, tmp_path: Path) -> None:
-    spawn(train_on_one_rank, (root, str(tmp_path)), nprocs=RANKS)
-    run = open_storage(f"{root}/runs/ranks")
-    for kind, names in (("train", ("distortion", "rate")), ("valid", ("distortion_nats", "rate_nats", "elbo_nats_se"))):
-        assert steps_of(run, kind) == steps_of(whole, kind)
-        for one, two in zip(rows_of(whole, kind), rows_of(run, kind), strict=True):
-            for name in names:
-                assert two[f"{kind}/{name}"] == pytest.approx(one[f"{kind}/{name}"], rel=1e-4), (one["step"], name)
-    assert all(row["valid/num_images"] == 20 for row in rows_of(run, "valid"))
-    first, second = (json.loads(Path(tmp_path, f"{rank}.json").read_text()) for rank in range(RANKS))
-    assert first == second
-    weights = [np.frombuffer(storage.read(WEIGHTS)[-4000:], np.float32) for storage in (run, whole)]
-    np.testing.assert_allclose(*weights, rtol=1e-3, atol=1e-4)
-    # A fault on one rank is one on all of them: they skip the same steps, and stay the same.
+def train_on(world_size: int, root: str, runs: dict[str, list[str]], stop_at: int | None = None) -> list[dict[str, Any]]:
+    """Train runs on so many processes; what each says of the last validations."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(train_on_one_rank, (world_size, root, folder, runs, stop_at), nprocs=world_size)
+        if stop_at:
+            return []
+        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+LONG = ["train.images=1600", "train.valid_every=1600"]
+"""200 steps, of which the log has every one but the first nine."""
+PRECISIONS = {"float32": 1e-3, "float64": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(root: str) -> dict[str, Storage]:
+    """The long runs, on one rank."""
+    configs = {name: configure(root, f"one-{name}", f"train.precision={name}", *LONG) for name in PRECISIONS}
+    for config in configs.values():
+        loop.fit(config)
+    return {name: loop.run_storage(config) for name, config in configs.items()}
+
+
+def assert_same_losses(run: Storage, whole: Storage, tolerance: float) -> None:
+    """Each row of a run's log is the average of the steps since the row before it, which differ by no more than the tolerance."""
+    alone = {int(row["step"]): row for row in rows_of(whole, "train")}
+    steps = [int(step) for step in steps_of(run, "train")]
+    assert len(steps) > 170
+    assert (steps[0], steps[-1]) == (10, 200)
+    for row, before in zip(rows_of(run, "train"), [9, *steps], strict=False):
+        for name in ("train/code_length", "train/distortion"):
+            expected = np.mean([alone[step][name] for step in range(before + 1, int(row["step"]) + 1)])
+            assert row[name] == pytest.approx(expected, rel=tolerance), (row["step"], name)
+
+
+def test_three_ranks_of_four_streams_have_the_losses_of_one_over_200_steps(on_one_rank: dict[str, Storage], root: str) -> None:
+    options = {f"three-{name}": [f"train.precision={name}", *LONG] for name in PRECISIONS}
+    micro = {"three-micro": ["train.precision=float64", "train.micro_batch=1", *LONG]}
+    valid = train_on(3, root, options | micro)
+    assert valid[0] == valid[1] == valid[2], "every rank learns the validation of all"
+    for name, tolerance in PRECISIONS.items():
+        assert_same_losses(open_storage(f"{root}/runs/three-{name}"), on_one_rank[name], tolerance)
+    assert_same_losses(open_storage(f"{root}/runs/three-micro"), on_one_rank["float64"], PRECISIONS["float64"])
+
+
+def test_a_run_that_is_stopped_goes_on_with_another_number_of_ranks_at_the_same_losses(
+    on_one_rank: dict[str, Storage], root: str
+) -> None:
+    runs = {f"changed-{name}": [f"train.precision={name}", *LONG] for name in PRECISIONS}
+    train_on(3, root, runs, stop_at=100)
+    for name in runs:
+        run = open_storage(f"{root}/runs/{name}")
+        assert Path(max(run.list("checkpoints/"))).name[:10] == f"{100:010d}", "its state is saved where it was stopped"
+        assert steps_of(run, "train")[-1] == 100
+    train_on(2, root, runs)
+    for name, tolerance in PRECISIONS.items():
+        assert_same_losses(open_storage(f"{root}/runs/changed-{name}"), on_one_rank[name], tolerance)
+
+
+def test_a_fault_on_one_rank_is_skipped_by_all(root: str) -> None:
+    valid = train_on(2, root, {"ranks-faulty": []})
+    assert valid[0] == valid[1]
     faulty = rows_of(open_storage(f"{root}/runs/ranks-faulty"), "train")
     assert faulty[-1]["train/skipped_steps"] == len(SINGLE_FAULTS)
     assert all(math.isfinite(row["train/rate"]) for row in faulty)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["train.free_groups=2"], ["train.free_bits=soft", "train.free_nats=30"], ["train.free_nats=0"]],
+    ids=["floor", "groups", "soft free bits", "no floor"],
+)
+def test_the_size_of_micro_batches_changes_nothing(overrides: list[str], root: str) -> None:
+    weights = []
+    for size in (None, 1, 3):  # 8 images: at once, one by one, and 3 + 3 + 2
+        name = f"micro-{size}-{'-'.join(overrides).replace('=', '-')}"
+        config = configure(root, name, "train.precision=float64", f"train.micro_batch={size or 'null'}", *overrides)
+        loop.fit(config)
+        weights.append(safetensors.torch.load(loop.run_storage(config).read(WEIGHTS)))
+    for name, value in weights[0].items():
+        for other in weights[1:]:
+            torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_bfloat16_matrix_products_train_as_float32_does(root: str, on_one_rank: dict[str, Storage]) -> None:
+    config = configure(root, "bfloat16", "train.precision=bfloat16", *LONG)
+    valid = loop.fit(config)
+    assert valid["elbo_nats"] == pytest.approx(rows_of(on_one_rank["float32"], "valid")[-1]["valid/elbo_nats"], rel=0.02)
+    weights = safetensors.torch.load(loop.run_storage(config).read(WEIGHTS))
+    assert all(value.dtype == torch.float32 for value in weights.values())

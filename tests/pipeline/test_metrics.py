@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from pipeline.loader import Batch
-from pipeline.metrics import MetricLog, Moments, StepMeter, mean_over_ranks, read_rows
+from pipeline.metrics import MetricLog, Moments, StepMeter, read_rows, sum_over_ranks
 from pipeline.storage import Storage
 
 CPU = torch.device("cpu")
@@ -88,9 +88,12 @@ def merge(rank: int, folder: str) -> None:
         moments.add({"rate": torch.tensor(SHARES[rank]), "elbo": -2 * torch.tensor(SHARES[rank])})
     moments.reduce(["rate", "elbo"], CPU)
     figures = [[moments.count(name), moments.mean(name), moments.standard_error(name)] for name in ("rate", "elbo")]
-    mean = mean_over_ranks(torch.tensor([1.0 + rank, 4.0 * rank], requires_grad=True))
-    assert not mean.requires_grad
-    Path(folder, f"{rank}.json").write_text(json.dumps([figures, mean.tolist()]))
+    total = sum_over_ranks(torch.tensor([1.0 + rank, 4.0 * rank]))
+    meter = StepMeter(CPU)
+    meter.add(nats(10.0 + rank), nats(5.0), TAKEN)  # this rank's part of the distortion, and the rate of all
+    report = meter.report(global_batch=4)
+    measured = [report[f"train/{name}"] for name in ("distortion", "rate", "code_length")]
+    Path(folder, f"{rank}.json").write_text(json.dumps([figures, total.tolist(), measured]))
     dist.destroy_process_group()
 
 
@@ -100,14 +103,15 @@ def test_every_rank_learns_the_figures_of_all_even_one_that_saw_no_image(tmp_pat
     error = values.std(ddof=1) / math.sqrt(len(values))
     expected = [[3, values.mean(), error], [3, -2 * values.mean(), 2 * error]]
     for rank in range(len(SHARES)):
-        figures, mean = json.loads(Path(tmp_path, f"{rank}.json").read_text())
+        figures, total, measured = json.loads(Path(tmp_path, f"{rank}.json").read_text())
         np.testing.assert_allclose(figures, expected, rtol=1e-12)
-        assert mean == [1.5, 2.0]
+        assert total == [3.0, 4.0]
+        assert measured == [21.0, 5.0, 26.0]
 
 
-def test_one_rank_is_its_own_mean() -> None:
-    values = torch.tensor([1.0, 2.0], requires_grad=True)
-    assert torch.equal(mean_over_ranks(values), values.detach())
+def test_one_rank_is_its_own_sum() -> None:
+    values = torch.tensor([1.0, 2.0])
+    assert torch.equal(sum_over_ranks(values.clone()), values)
 
 
 # --- the meter ---------------------------------------------------------------------------------------------------------
@@ -138,7 +142,7 @@ def test_the_meter_leaves_out_skipped_steps_whatever_they_measured() -> None:
     first = meter.report(global_batch=16)
     assert (first["train/distortion"], first["train/rate"]) == (75.0, 11.0)
     meter.add(nats(math.nan), nats(1.0), SKIPPED)
-    assert meter.report(global_batch=16).keys() == {"train/images_per_s", "train/data_wait"}
+    assert meter.report(global_batch=16).keys() == {"train/images_per_s", "train/step_ms", "train/data_wait"}
     meter.add(nats(60.0), nats(5.0), TAKEN)
     assert meter.report(global_batch=16)["train/code_length"] == 65.0
 
@@ -178,6 +182,8 @@ def test_a_resumed_log_drops_what_is_about_to_be_written_again(storage: Storage,
         raise Killed
     with MetricLog(storage, 20, writes=True) as resumed:
         resumed.add(25, {"train/rate": 25.5, "valid/elbo_nats_se": None})  # what is none is left out
+        assert (resumed.lowest("train/rate"), resumed.lowest("valid/rate")) == (10.0, math.inf)
+        resumed.flush()
     assert read_rows(storage) == [{"step": step, "train/rate": value} for step, value in [(10, 10.0), (20, 20.0), (25, 25.5)]]
     # TensorBoard reads files in the order of their names, which tell seconds apart, but not two logs of one process within one.
     for number, key in enumerate(sorted(storage.list("tensorboard/"), key=lambda key: int(key.rpartition(".")[2]))):
@@ -192,6 +198,7 @@ def test_a_log_that_is_resumed_twice_has_every_step_once(storage: Storage) -> No
         with MetricLog(storage, start, writes=True) as log:
             for step in range(start + 1, stop + 1):
                 log.add(step, {"x": float(start)})
+            assert len(read_rows(storage)) in (0, 7, 9), "nothing is in storage before it is flushed"
             log.flush()
             before = storage.read(MetricLog.KEY)
             log.flush()
@@ -205,6 +212,7 @@ def test_a_log_leaves_neither_thread_nor_folder_behind_however_it_ends(storage: 
     threads = set(threading.enumerate())
     with MetricLog(storage, 0, writes=True) as finished:
         finished.add(1, {"x": 1.0})
+        finished.flush()
     with contextlib.suppress(Killed), MetricLog(storage, 1, writes=True) as cut_off:
         cut_off.add(2, {"x": 2.0})
         raise Killed

@@ -27,7 +27,7 @@ def a_bound(batch: int, latents: int) -> Bound:
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4), st.floats(0, 20), st.floats(0.01, 1))
 def test_every_group_has_its_share_of_the_floor(batch: int, groups: int, size: int, free_nats: float, weight: float) -> None:
     bound = a_bound(batch, groups * size)
-    rates = group_rates(bound, groups).detach()
+    rates = group_rates(bound.rate_per_latent, groups).detach()
     assert rates.tolist() == pytest.approx(
         [bound.rate_per_latent[:, first : first + size].sum(1).mean().item() for first in range(0, groups * size, size)]
     )
@@ -42,7 +42,7 @@ def test_every_group_has_its_share_of_the_floor(batch: int, groups: int, size: i
 
 def test_one_group_is_all_latents_together() -> None:
     bound = a_bound(7, 6)
-    rates = group_rates(bound, 1)
+    rates = group_rates(bound.rate_per_latent, 1)
     torch.testing.assert_close(rates, bound.rate.mean()[None])
     for free_nats in (0.0, 100.0):
         together = training_loss(bound, bound.rate.mean().detach(), free_nats, 0.5)
