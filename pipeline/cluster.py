@@ -93,9 +93,9 @@ def check_capacity(cluster: Cluster) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     needed = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     places = sum(min(int(node.get(name, 0) // count) for name, count in needed.items()) for node in nodes)
-    if places < cluster.num_workers:
+    if places < cluster.min_workers:
         wanted = " and ".join(f"{count} {name}" for name, count in needed.items())
         raise UserError(
-            f"cluster.num_workers={cluster.num_workers} workers of {wanted} each do not fit: the cluster has room for {places}; "
+            f"cluster.num_workers={cluster.min_workers} workers of {wanted} each do not fit: the cluster has room for {places}; "
             "use fewer or smaller workers, or a larger cluster"
         )

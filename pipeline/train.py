@@ -77,7 +77,7 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
         worker,
         train_loop_config=to_dict(config),
         scaling_config=ScalingConfig(
-            num_workers=workers.num_workers,
+            num_workers=workers.max_workers if workers.min_workers == workers.max_workers else tuple(workers.num_workers),
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
         ),

@@ -83,7 +83,7 @@ def search(config: TuneConfig, name: str, earlier: list[dict[str, Any]]) -> list
     images = config.train.num_steps * config.train.global_batch
     workers = config.cluster
     cores = ray.cluster_resources().get("CPU", 1)
-    concurrent = config.search.max_concurrent or max(1, int(cores // (workers.num_workers * workers.cpus_per_worker)))
+    concurrent = config.search.max_concurrent or max(1, int(cores // (workers.max_workers * workers.cpus_per_worker)))
     searcher = OptunaSearcher(config.search, OBJECTIVE, images, config.train.seed, earlier)
     num_trials = min(config.search.num_trials - len(earlier), len(searcher.untried))
     tuner = Tuner(
