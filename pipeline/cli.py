@@ -99,6 +99,14 @@ def _data(arguments: list[str]) -> None:
         raise UserError(f"{len(result['damaged'])} shards of {config.dataset.url} are damaged: see {config.output}/result.json")
 
 
+def _plan(arguments: list[str]) -> None:
+    config = load("plan", arguments)
+    from pipeline import plan
+
+    print(plan.format_table(plan.run(config)))
+    _name_result(config.output)
+
+
 def _train(arguments: list[str]) -> None:
     config = _load("train", arguments)
     from pipeline import train
@@ -178,6 +186,7 @@ HANDLERS: dict[str, Callable[[list[str]], int | None]] = {
     "shard": _shard,
     "index": _index,
     "data": _data,
+    "plan": _plan,
     "train": _train,
     "tune": _tune,
     "evaluate": _evaluate,

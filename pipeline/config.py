@@ -213,6 +213,11 @@ class Model:
         except ValueError as error:
             raise UserError(f"{key}: {error}") from None
 
+    def build(self, image_shape: tuple[int, int, int], binarization: Binarization) -> vlae.VLAE:
+        """The model, with fresh weights; its likelihood is the one that the images call for. Raises ValueError as ``vlae.build`` does."""
+        likelihood = "logistic" if binarization is Binarization.none else "bernoulli"
+        return vlae.build(image_shape=image_shape, likelihood=likelihood, **to_dict(self))
+
 
 class Algorithm(Enum):
     adam = "adam"
@@ -506,9 +511,8 @@ class TrainConfig:
         return [self.model.latents], [self.model.flow_depth]
 
     def build(self, image_shape: tuple[int, int, int]) -> vlae.VLAE:
-        """The model, with fresh weights; its likelihood is the one that the images call for. Raises ValueError as ``vlae.build`` does."""
-        likelihood = "logistic" if self.dataset.binarization is Binarization.none else "bernoulli"
-        return vlae.build(image_shape=image_shape, likelihood=likelihood, **to_dict(self.model))
+        """The model, with fresh weights. Raises ValueError as ``vlae.build`` does."""
+        return self.model.build(image_shape, self.dataset.binarization)
 
     @property
     def run_name(self) -> str:
@@ -572,6 +576,25 @@ class RegistryConfig:
 
 
 @dataclass
+class PlanConfig:
+    """Say what a training run needs: shards, streams, batches, and memory of each worker."""
+
+    num_images: int = option("training images of the data set", 50_000)
+    image_size: int = option("their height and width in pixels", 28)
+    channels: int = option("1 is grey, 3 is RGB", 1)
+    binarization: Binarization = option("as dataset.binarization", Binarization.dynamic)
+    num_workers: list[int] = option("numbers of workers, each with a row of its own", [1, 2, 4, 8])
+    local_batch: int = option("images of each worker in a step", 16)
+    output: str = option("where the result goes", "outputs/plan")
+    model: Model = section(Model, "the VLAE")
+
+    def check(self) -> None:
+        for name in ("num_images", "image_size", "channels", "local_batch"):
+            _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _check(bool(self.num_workers) and min(self.num_workers) >= 1, "num_workers must hold numbers of at least 1")
+
+
+@dataclass
 class TheoryConfig:
     """Hold the theory to images whose entropy is known: what three decoders leave to the code, in nats."""
 
@@ -610,6 +633,7 @@ COMMANDS: dict[str, type] = {
     "shard": ShardConfig,
     "index": IndexConfig,
     "data": DataConfig,
+    "plan": PlanConfig,
     "train": TrainConfig,
     "tune": TuneConfig,
     "evaluate": EvaluateConfig,

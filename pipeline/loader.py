@@ -24,6 +24,8 @@ from pipeline.reader import Reader, Rows, substitute
 from pipeline.storage import Storage
 
 Item = TypeVar("Item")
+GROUP_BYTES = 128 << 20
+"""How much of a training set is shuffled together, over all streams."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         split: str = "train",
-        group_bytes: int = 128 << 20,
+        group_bytes: int = GROUP_BYTES,
         cache: ShardCache | None = None,
         max_skipped: int = 0,
     ) -> None:

@@ -14,7 +14,7 @@ LAYERS = [
     {"metrics"},
     {"measure", "learner", "tracking"},
     {"loop", "information", "probe"},
-    {"registry", "train", "shard", "index", "data"},
+    {"registry", "train", "shard", "index", "data", "plan"},
     {"evaluate", "tune", "theory"},
     {"demo"},
     {"cli"},
