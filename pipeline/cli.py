@@ -1,5 +1,6 @@
 """The command line: ``vlae COMMAND key=value ...``. It reads the configuration, calls the command, and says what came of it."""
 
+import functools
 import inspect
 import os
 import sys
@@ -129,7 +130,7 @@ def _tune(arguments: list[str]) -> None:
 
     result = tune.run(config)
     print(f"search {result['name']}{' was finished already' if result['reused'] else ''}")
-    print(tune.format_table(result["trials"]))
+    print(tune.format_table(config, result["trials"]))
     for made in result["registered"]:
         print(f"registered: {made['name']} version {made['version']}")
     _name_result(result["url"])
@@ -270,20 +271,20 @@ def _defaults(command: str) -> dict[str, Any]:
 
     composed = OmegaConf.merge(OmegaConf.structured(COMMANDS[command]), compose(command)[0])
     plain = OmegaConf.to_container(composed, resolve=False)
-    return {key: value for key, value in _flatten(plain) if value != "???"}
-
-
-def _flatten(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(values, dict):
-        return [(prefix, values)]
-    return [pair for key, value in values.items() for pair in _flatten(value, f"{prefix}.{key}" if prefix else key)]
+    keys = [key for key, _ in describe(COMMANDS[command])]
+    values = {key: functools.reduce(lambda part, name: part[name], key.split("."), plain) for key in keys}
+    return {key: value for key, value in values.items() if value != "???"}
 
 
 def _show(value: Any) -> str:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, list):
-        return "[" + ",".join(map(str, value)) + "]"
+        return "[" + ",".join(map(_show, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_show(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str) and " " in value:
+        return f"'{value}'"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

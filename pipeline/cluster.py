@@ -90,12 +90,21 @@ def _has_token() -> bool:
 
 def check_capacity(cluster: Cluster) -> None:
     """Raise UserError if no node of the cluster could ever hold one worker, or a fixed cluster not all of them."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    needed = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
-    places = sum(min(int(node.get(name, 0) // count) for name, count in needed.items()) for node in nodes)
+    places = num_places(cluster)
     if places < cluster.min_workers:
-        wanted = " and ".join(f"{count} {name}" for name, count in needed.items())
+        wanted = " and ".join(f"{count:g} {name}" for name, count in resources(cluster).items())
         raise UserError(
             f"cluster.num_workers={cluster.min_workers} workers of {wanted} each do not fit: the cluster has room for {places}; "
             "use fewer or smaller workers, or a larger cluster"
         )
+
+
+def resources(cluster: Cluster) -> dict[str, float]:
+    """What one worker holds, by Ray's names."""
+    return {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if cluster.use_gpu else {})
+
+
+def num_places(cluster: Cluster) -> int:
+    """How many workers the cluster has room for, node by node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(name, 0) // count) for name, count in resources(cluster).items()) for node in nodes)

@@ -9,11 +9,12 @@ import difflib
 import functools
 import hashlib
 import importlib.resources
+import itertools
 import json
 import math
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -30,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import vlae
 from pipeline.errors import UserError
+from pipeline.goals import ON_THE_WAY, QUANTITIES, Goals
 
 
 def option(help: str, default: Any = MISSING) -> Any:
@@ -322,32 +324,82 @@ class Train:
         )
 
 
-class Searcher(Enum):
-    optuna = "optuna"
+class Sampler(Enum):
+    tpe = "tpe"
     random = "random"
+    grid = "grid"
+
+
+class Stopping(Enum):
+    asha = "asha"
+    median = "median"
+    none = "none"
 
 
 @dataclass
 class Search:
-    windows: list[str] = option("decoder windows to choose from")
-    latents: list[int] = option("code sizes to choose from")
-    flow_depths: list[int] = option("depths of the prior to choose from")
-    num_trials: int = option("how many models are trained")
-    searcher: Searcher = option("how the next trial is chosen", Searcher.optuna)
-    max_concurrent: int = option("trials that run at once; 0 is as many as the cluster has cores for", 0)
-    grace_fraction: float = option("the part of a run that every trial is given before it may be stopped early")
-    reduction: int = option("of the trials at each rung, one in this many goes on")
-    min_rate_bits: float = option("trials whose code carries less than this are not candidates for the registry", 0.0)
+    space: dict[str, Any] = option(
+        "what is tried: options of model, optim and train, each with its values, as search.space.model.window=[3x1,5x2]", {}
+    )
+    objectives: list[str] = option(f"min or max, and one of {', '.join(QUANTITIES)}; several are traded off", ["min nll"])
+    constraints: list[str] = option("bounds of the same quantities, as ['20 <= rate_bits <= 60']", [])
+    sampler: Sampler = option("how the next trial is chosen: by Optuna's TPE, at random, or all in turn", Sampler.tpe)
+    stopping: Stopping = option(
+        "which trials end early. asha: those that lag behind at a few numbers of images; median: those worse than most at any validation",
+        Stopping.asha,
+    )
+    num_trials: int = option("how many models are trained, at most")
+    hours: float | None = option(
+        "how long the search may take; what runs then is interrupted, and goes on if there is more time", None
+    )
+    core_hours: float | None = option("how many core-hours its trials may take together", None)
+    max_concurrent: int = option("trials that run at once; 0 is as many as the cluster has room for", 0)
+    grace_fraction: float = option("the part of a run that every trial is given before it may be stopped early", 0.25)
+    reduction: int = option("asha: of the trials at each rung, one in this many goes on", 3)
+    samples: int = option("k of the bound that finished trials are measured with; 1 is the code length", 8)
+    num_images: int = option("validation images that they are measured on (all of them if there are fewer)", 1000)
+    probe_images: int = option("training images that their probes are fitted on, where there are labels; 0 for no probe", 2000)
 
     def check(self) -> None:
-        for name in ("windows", "latents", "flow_depths"):
-            _check(bool(getattr(self, name)), f"search.{name} is empty; give at least one value to choose from")
-        _check(min(self.latents) >= 1, "search.latents has a size below 1")
-        _check(min(self.flow_depths) >= 0, "search.flow_depths has a depth below 0")
-        _check(self.num_trials >= 1, f"search.num_trials is {self.num_trials}; it must be at least 1")
-        _check(self.max_concurrent >= 0, f"search.max_concurrent is {self.max_concurrent}; it must be at least 0")
+        for name in ("num_trials", "samples"):
+            _check(getattr(self, name) >= 1, f"search.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("max_concurrent", "probe_images"):
+            _check(getattr(self, name) >= 0, f"search.{name} is {getattr(self, name)}; it must be at least 0")
+        for name in ("hours", "core_hours"):
+            _check(
+                getattr(self, name) is None or getattr(self, name) > 0,
+                f"search.{name} is {getattr(self, name)}; it must be above 0",
+            )
+        _check(self.num_images >= 2, f"search.num_images is {self.num_images}; it must be at least 2")
         _check(0 < self.grace_fraction <= 1, f"search.grace_fraction is {self.grace_fraction}; it must lie in 0..1, above 0")
         _check(self.reduction >= 2, f"search.reduction is {self.reduction}; it must be at least 2")
+        judged = self.goals.quantities
+        _check(
+            self.stopping is Stopping.none or bool(judged.intersection(ON_THE_WAY)),
+            f"search.stopping={self.stopping.value} compares trials while they run, when only {', '.join(ON_THE_WAY)} are known: "
+            "make one of them an objective, or use search.stopping=none",
+        )
+        _check(
+            "probe_accuracy" not in judged or self.probe_images > 0,
+            "search.probe_images=0 fits no probe, but probe_accuracy is searched for; raise it",
+        )
+
+    @property
+    def goals(self) -> Goals:
+        return Goals.parse(self.objectives, self.constraints)
+
+    @property
+    def axes(self) -> dict[str, list[Any]]:
+        """The searched options by their dotted keys, each with its values, without repeats."""
+        return {
+            f"{part}.{name}": list({repr(value): value for value in values}.values())
+            for part, options in self.space.items()
+            for name, values in options.items()
+        }
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Every combination of the values, as dotted keys; the last key's values change first."""
+        return (dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values()))
 
 
 @dataclass
@@ -494,21 +546,16 @@ class TrainConfig:
             f"cluster.num_workers={workers}, but the data is dealt to train.num_streams={streams} streams, and each worker needs one; "
             "use fewer workers, or more streams",
         )
-        groups, (sizes, depths) = self.train.free_groups, self.codes()
-        for latents in sizes:
-            _check(
-                latents % groups == 0,
-                f"train.free_groups={groups} does not divide a code of {latents} latents; use a number that does, or 1",
-            )
+        groups, latents = self.train.free_groups, self.model.latents
         _check(
-            groups == 1 or max(*depths, self.model.posterior_depth) <= 1,
+            latents % groups == 0,
+            f"train.free_groups={groups} does not divide a code of {latents} latents; use a number that does, or 1",
+        )
+        _check(
+            groups == 1 or max(self.model.flow_depth, self.model.posterior_depth) <= 1,
             f"train.free_groups={groups} needs a rate that splits over the latents, which that of a flow of more than one step does "
             "not; use train.free_groups=1, or flow depths of 0 and 1",
         )
-
-    def codes(self) -> tuple[list[int], list[int]]:
-        """The code sizes and the depths of the prior's flow that are trained."""
-        return [self.model.latents], [self.model.flow_depth]
 
     def build(self, image_shape: tuple[int, int, int]) -> vlae.VLAE:
         """The model, with fresh weights. Raises ValueError as ``vlae.build`` does."""
@@ -523,24 +570,70 @@ class TrainConfig:
         return identity(to_dict(self))
 
 
+MOST_POINTS = 20_000
+"""How many combinations a search's space may have: each is checked before anything is trained."""
+
+SAME_FOR_ALL = re.compile(r"train\.(images|global_batch|num_streams|keep_checkpoints|valid_.*|.*_seconds)")
+"""What the trials of a search have in common, so that they can be compared."""
+
+
 @dataclass
 class TuneConfig(TrainConfig):
-    """Search over the decoder's window, the latent size and the prior's depth; register the best models."""
+    """Search over the decoder's window, the latent size and the prior's depth, or others; register the best models."""
 
     search: Search = section(Search, "what is searched, and how")
-    bounds: Bounds = section(Bounds, "how candidates are judged on validation data")
     register_best: int = option("how many of the best models are registered", 1)
     model_name: str = option("their name in the registry", "vlae-${dataset.name}")
 
     def check(self) -> None:
-        super().check()
-        for window in self.search.windows:
-            self.model.check_window(window, "search.windows")
-        self.model.check_flow(max(self.search.latents), max(self.search.flow_depths), "search.latents")
         _check(self.register_best >= 1, f"register_best is {self.register_best}; it must be at least 1")
+        typed = self._typed_space()
+        size = math.prod(map(len, typed.values()))
+        _check(size <= MOST_POINTS, f"search.space has {size:,} combinations; it may have {MOST_POINTS:,}: leave out values")
+        for values in itertools.product(*typed.values()):
+            point = dict(zip(typed, values, strict=True))
+            try:
+                _check_all(self._at(point))
+            except UserError as error:
+                tried = ", ".join(f"{key}={value.value if isinstance(value, Enum) else value}" for key, value in point.items())
+                raise UserError(f"{error} (search.space tries {tried})") from None
 
-    def codes(self) -> tuple[list[int], list[int]]:
-        return self.search.latents, self.search.flow_depths
+    def _typed_space(self) -> dict[str, list[Any]]:
+        """The searched options with their values as a ``TrainConfig`` holds them.
+
+        Raises UserError unless each is one that trials can differ in, and takes each of its values.
+        """
+        space, typed = self.search.space, dict[str, list[Any]]()
+        _check(bool(space), "search.space is empty; give at least one option to vary, as search.space.model.window=[3x1,5x2]")
+        for part, options in space.items():
+            _check(
+                isinstance(options, dict),
+                f"search.space.{part} is {options}; write search.space.model.window=[3x1,5x2], and in YAML `model: {{window: [3x1, 5x2]}}`",
+            )
+            for name, values in options.items():
+                key = f"{part}.{name}"
+                _check(
+                    part in ("model", "optim", "train") and not SAME_FOR_ALL.fullmatch(key),
+                    f"search.space.{key}: trials differ in options of model, optim and train, but not in their budget or how they are "
+                    "watched",
+                )
+                _check(
+                    isinstance(values, list) and bool(values),
+                    f"search.space.{key} is {values}; give a list of the values to choose from",
+                )
+                known = [option for option, _ in describe(TrainConfig)]
+                if key not in known:
+                    raise UserError(f"search.space.{key}: {_unknown(key, known)}")
+                typed[key] = [_taken(self._at({}), key, value) for value in values]
+        return typed
+
+    def _at(self, point: dict[str, Any]) -> TrainConfig:
+        """The training run of a point of the space, whose values have their types."""
+        parts: dict[str, Any] = {item.name: getattr(self, item.name) for item in dataclasses.fields(TrainConfig)}
+        for key, value in point.items():
+            part, _, name = key.partition(".")
+            parts[part] = dataclasses.replace(parts[part], **{name: value})
+        return TrainConfig(**parts)
 
 
 @dataclass
@@ -703,7 +796,9 @@ def load(command: str, overrides: list[str]) -> Any:
     for text in overrides:
         try:
             key, equals, value = text.partition("=")
-            quoted = f"{key}='{value}'" if equals and re.search(r"\{.*\}.", value) and "'" not in value else text  # a pattern
+            quoted = (
+                f"{key}='{value}'" if equals and re.search(r"\{[^{}:]*\}.", value) and "'" not in value else text
+            )  # a pattern
             override = OverridesParser.create().parse_override(quoted)
         except HydraException:
             raise UserError(f"{text!r} is not understood; write key=value, and quote a value of odd characters") from None
@@ -730,15 +825,15 @@ def build(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:
 
     Used for the command line, and for the samples of a search. Raises UserError as ``load`` does.
     """
-    known = [key for key, _ in describe(schema)]
+    known = dict(describe(schema))
+    mappings = tuple(f"{key}." for key, item in known.items() if typing.get_origin(item.type) is dict)
     key = "the configuration"
     try:
         config = OmegaConf.merge(OmegaConf.structured(schema), base)
         for key, value in values.items():
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                raise UserError(f"{key} is not an option" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-            OmegaConf.update(config, key, value)
+            if key not in known and not key.startswith(mappings):
+                raise UserError(_unknown(key, known))
+            OmegaConf.update(config, key, value, force_add=True)
         for key in known:
             parent, _, name = key.rpartition(".")
             if OmegaConf.is_missing(OmegaConf.select(config, parent) if parent else config, name):
@@ -752,13 +847,34 @@ def build(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:
         _check_all(built)
         to_dict(built)  # so that what is left to resolve is resolved now or never
     except (OmegaConfBaseException, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        # The first line says what is wrong; the rest repeats the key and the class.
-        key = getattr(error, "full_key", None) or key
-        reason = str(error).splitlines()[0]
-        if re.search(r"Optional|NoneType|ListConfig|DictConfig|InterpolationKey|Error|resolver", reason):
-            reason = "this is not a kind of value that it takes; see --help"
-        raise UserError(f"{key}: {reason}") from None
+        raise UserError(f"{getattr(error, 'full_key', None) or key}: {_reason(error)}") from None
     return built
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, known, 1)
+    return f"{key} is not an option" + (f"; did you mean {near[0]}?" if near else "; see --help")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a value, from OmegaConf's error: its first line, the rest of which repeats the key and the class."""
+    reason = str(error).splitlines()[0]
+    if re.search(r"Optional|NoneType|ListConfig|DictConfig|InterpolationKey|Error|resolver", reason):
+        return "this is not a kind of value that it takes; see --help"
+    return reason
+
+
+def _taken(config: Any, key: str, value: Any) -> Any:
+    """A value of a searched option as its configuration holds it. Raises UserError if it is of another kind."""
+    changed = OmegaConf.structured(config)
+    try:
+        OmegaConf.update(changed, key, value)
+        taken = OmegaConf.select(changed, key)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(f"search.space.{key}: {_reason(error)}") from None
+    plain = taken.value if isinstance(taken, Enum) else taken
+    _check(plain == value, f"search.space.{key}: {value!r} is taken for {plain!r}; write it so")
+    return taken
 
 
 def _check_all(config: Any) -> None:

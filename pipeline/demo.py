@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import DemoConfig, load
+from pipeline.errors import UserError
 from pipeline.measure import with_error
 from pipeline.storage import open_storage
 from pipeline.store import ObjectStore
@@ -31,6 +32,10 @@ def run(config: DemoConfig) -> dict[str, Any]:
             + ", ".join(f"{split['images']:,} {name}" for name, split in data["splits"].items())
         )
         found = tune.run(config)
+        if not found["registered"]:
+            raise UserError(
+                f"no model of search {found['name']} was registered; use other search.constraints, or more search.num_trials"
+            )
         chosen = found["registered"][0]
         best = next(row for row in found["trials"] if row["run"] == chosen["run"])
         _say(f"best model: {chosen['name']} version {chosen['version']}; evaluating it on the test images")

@@ -188,9 +188,14 @@ class Evaluation:
 
 
 def num_threads(device: torch.device) -> int:
-    """How many batches to work on at once: on a CPU as many as this process may use cores."""
+    """How many batches to work on at once: on a CPU as many as this process may use cores.
+
+    OMP_NUM_THREADS says so where it is set, as Ray does for what it starts.
+    """
     if device.type == "cuda":
         return 1
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return int(os.environ["OMP_NUM_THREADS"])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,105 +1,110 @@
-"""How a search chooses its next trial: Optuna's samplers over the finite space of ``search``, without repeats."""
+"""How a search goes on: which point it tries next, and which trials it ends early. Pure functions of what is known of its trials.
 
-import itertools
+A trial is known by its row: ``point``, the options tried; ``status``; ``curve``, its validations so far, each with ``images`` and what
+``goals.ON_THE_WAY`` names; and, once it has finished, ``values``, by the names of ``goals.QUANTITIES``.
+"""
+
+import math
 import random
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import optuna
 from optuna.distributions import CategoricalDistribution
-from optuna.trial import TrialState
-from ray.tune.search import Searcher
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from pipeline.config import Search
-from pipeline.config import Searcher as Sampler
+from pipeline.config import Sampler, Search, Stopping
+from pipeline.goals import Goals
 
-SEARCHED = {"model.window": "windows", "model.latents": "latents", "model.flow_depth": "flow_depths"}
-"""Each searched option, and the option of ``search`` that lists its values."""
+Row = Mapping[str, Any]
+Point = dict[str, Any]
 
 ATTEMPTS = 32
-"""How often the sampler may propose something already tried before an untried point is drawn at random."""
+"""How often the sampler may propose what was tried already, before an untried point is drawn at random."""
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-class OptunaSearcher(Searcher):
-    """Proposes points of the space, each once: a trial is deterministic, so that a repeat would teach nothing.
+def propose(search: Search, seed: int, rows: Sequence[Row]) -> Point | None:
+    """The point of the space to try next, or none if all were tried: a repeat would teach nothing, since trials are deterministic.
 
-    A trial that the scheduler stopped early is told to Optuna as pruned, with its values on the way, so that it is compared with others
-    at the same number of images. The searcher keeps no state of its own on disk: a search that is started again proposes afresh.
+    The same rows lead to the same point.
     """
-
-    def __init__(self, search: Search, metric: str, budget: int, seed: int, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
-        """``metric`` is minimised; a trial is complete if it has seen ``budget`` images.
-
-        ``earlier`` trials are known from the start, and not proposed again: rows with their point's options, ``metric`` and ``images``.
-        """
-        super().__init__(metric=metric, mode="min")
-        self.budget = budget
-        self.space = {key: list(dict.fromkeys(getattr(search, name))) for key, name in SEARCHED.items()}
-        points = [dict(zip(self.space, values, strict=True)) for values in itertools.product(*self.space.values())]
-        random.Random(seed).shuffle(points)
-        self.untried = {_key(point): point for point in points}
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        startup = min(10, max(1, search.num_trials // 2))
-        self.study = optuna.create_study(
-            sampler=optuna.samplers.RandomSampler(seed)
-            if search.searcher is Sampler.random
-            else optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
-        )
-        self.asked: dict[str, optuna.Trial] = {}
-        for row in earlier:
-            self._learn(row)
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next point, as dotted options; FINISHED when all have been proposed."""
-        if not self.untried:
-            return Searcher.FINISHED
-        for attempt in range(ATTEMPTS):
-            if attempt == ATTEMPTS - 1:
-                self.study.enqueue_trial(next(iter(self.untried.values())))
-            trial = self.study.ask(self._distributions())
-            if self.untried.pop(_key(trial.params), None):
-                self.asked[trial_id] = trial
+    tried = [row["point"] for row in rows]
+    untried = [point for point in search.points() if point not in tried]
+    if not untried or search.sampler is Sampler.grid:
+        return untried[0] if untried else None
+    draw = random.Random(f"{seed} {len(rows)}")
+    if search.sampler is Sampler.tpe:
+        study = known(search, search.goals, rows, draw.getrandbits(32))
+        distributions = {key: CategoricalDistribution(values) for key, values in search.axes.items()}
+        for _ in range(ATTEMPTS):
+            trial = study.ask(distributions)
+            if trial.params in untried:
                 return trial.params
-            self.study.tell(trial, state=TrialState.FAIL)
-        raise AssertionError("an enqueued point is proposed as it is")
-
-    def _learn(self, row: Mapping[str, Any]) -> None:
-        point = {key: row[key] for key in self.space}
-        if self.untried.pop(_key(point), None) is None:
-            return  # the space is another now
-        finished = row["images"] >= self.budget
-        self.study.add_trial(
-            optuna.trial.create_trial(
-                params=point,
-                distributions=self._distributions(),
-                value=row[self.metric] if finished else None,
-                intermediate_values={} if finished else {row["images"]: row[self.metric]},
-                state=TrialState.COMPLETE if finished else TrialState.PRUNED,
-            )
-        )
-
-    def _distributions(self) -> dict[str, CategoricalDistribution]:
-        return {key: CategoricalDistribution(values) for key, values in self.space.items()}
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self.asked[trial_id].report(result[self.metric], result["images"])
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        trial = self.asked.pop(trial_id)
-        if error or not result or self.metric not in result:
-            self.study.tell(trial, state=TrialState.FAIL)
-        elif result["images"] < self.budget:
-            self.study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self.study.tell(trial, result[self.metric])
-
-    def save(self, checkpoint_path: str) -> None:
-        Path(checkpoint_path).touch()
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a search is continued from its trials' own runs")
+            study.tell(trial, state=TrialState.FAIL)
+    return draw.choice(untried)
 
 
-def _key(point: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(point[key]) for key in SEARCHED)
+def known(search: Search, goals: Goals, rows: Iterable[Row], seed: int = 0) -> optuna.Study:
+    """Optuna's view of the trials, judged by ``goals``."""
+    study = optuna.create_study(
+        directions=["maximize" if each.maximize else "minimize" for each in goals.objectives],
+        sampler=optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, n_startup_trials=min(10, max(1, search.num_trials // 4))
+        ),
+    )
+    study.add_trials([_as_optuna_sees(search, goals, row) for row in rows])
+    return study
+
+
+def _as_optuna_sees(search: Search, goals: Goals, row: Row) -> FrozenTrial:
+    """A trial that finished is complete; one that was stopped is pruned, and compared with others at the same number of images."""
+    values = row.get("values") or {}
+    complete = all(each.name in values for each in goals.objectives)
+    pruned = row["status"] == "stopped early" and len(goals.objectives) == 1
+    name = goals.objectives[0].name
+    return create_trial(
+        params=row["point"],
+        distributions={key: CategoricalDistribution(choices) for key, choices in search.axes.items()},
+        values=[values[each.name] for each in goals.objectives] if complete else None,
+        intermediate_values={entry["images"]: entry[name] for entry in row["curve"] if name in entry} if pruned else None,
+        constraints={str(each): each.violation(values) for each in goals.constraints if each.name in values}
+        if complete
+        else None,
+        state=TrialState.COMPLETE if complete else TrialState.PRUNED if pruned else TrialState.FAIL,
+    )
+
+
+def lags(search: Search, budget: int, row: Row, rows: Iterable[Row]) -> bool:
+    """Whether a trial is to be stopped at its newest validation, of a run of ``budget`` images.
+
+    ``asha`` (asynchronous successive halving, Li et al., 2018) looks at rungs, each at ``reduction`` times the images of the one before: a
+    trial goes on unless more than one in ``reduction`` of those that came by the rung before it, whatever became of them, were better
+    there. The first ``reduction - 1`` go on. ``median`` looks at every validation, and stops a trial if more than half were better. All are compared at the same number
+    of images, and better is what ``Goals.beats`` says: with several objectives, better in everything.
+    """
+    images = row["curve"][-1]["images"]
+    before = row["curve"][-2]["images"] if len(row["curve"]) > 1 else 0
+    rungs = [rung for rung in _rungs(search, budget, images) if before < rung <= images]
+    if search.stopping is Stopping.none or not rungs or images >= budget:
+        return False
+    mine = row["curve"][-1]
+    others = [entry for other in rows if other is not row for entry in [_at(other, rungs[-1])] if entry]
+    better = sum(search.goals.beats(other, mine) for other in others)
+    reduction = search.reduction if search.stopping is Stopping.asha else 2
+    return len(others) >= reduction - 1 and better > len(others) / reduction
+
+
+def _rungs(search: Search, budget: int, images: int) -> list[float]:
+    """The numbers of images, the newest validation's the last, at which trials are compared."""
+    grace = search.grace_fraction * budget
+    if search.stopping is Stopping.median:
+        return [images] if images >= grace else []
+    count = math.floor(math.log(max(1.0, images / grace), search.reduction) + 1e-9) + 1
+    return [grace * search.reduction**number for number in range(count)]
+
+
+def _at(row: Row, images: float) -> Mapping[str, Any] | None:
+    """A trial's first validation after so many images."""
+    return next((entry for entry in row["curve"] if entry["images"] >= images), None)

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray.train
@@ -42,16 +42,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 def check(config: TrainConfig) -> None:
     """Raise UserError unless the data set exists, fits the model and the batch, and the run's name is not another run's."""
-    contents = manifest.load(open_storage(config.dataset.url, config.storage.endpoint_url))
-    try:
-        config.build(contents.image_shape)
-    except ValueError as error:
-        raise UserError(f"model.window: {error}" if "window" in str(error) else f"model: {error}") from None
-    if contents.num_samples("train") < config.train.global_batch:
-        raise UserError(
-            f"train.global_batch={config.train.global_batch} is more than the {contents.num_samples('train')} training images of "
-            f"{config.dataset.url}; use a smaller batch"
-        )
+    contents = check_data(config)
     storage, identity = loop.run_storage(config), config.identity() | {"manifest": contents.digest}
     if storage.exists("identity.json"):
         earlier = storage.read_json("identity.json")
@@ -65,6 +56,21 @@ def check(config: TrainConfig) -> None:
     else:
         storage.write_json("identity.json", identity)
     storage.write_json("config.json", to_dict(config))
+
+
+def check_data(config: TrainConfig) -> manifest.Manifest:
+    """Raise UserError unless the data set exists, and fits the model and the batch; returns what is in it."""
+    contents = manifest.load(open_storage(config.dataset.url, config.storage.endpoint_url))
+    try:
+        config.build(contents.image_shape)
+    except ValueError as error:
+        raise UserError(f"model.window: {error}" if "window" in str(error) else f"model: {error}") from None
+    if contents.num_samples("train") < config.train.global_batch:
+        raise UserError(
+            f"train.global_batch={config.train.global_batch} is more than the {contents.num_samples('train')} training images of "
+            f"{config.dataset.url}; use a smaller batch"
+        )
+    return contents
 
 
 def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
@@ -110,17 +116,31 @@ class EndOnMistake(UserCallback):
 
 
 def worker(config: dict[str, Any]) -> None:
-    """What each worker does: train, and on rank 0 write the result, which marks the run as complete."""
-    typed = build(TrainConfig, config, {})
-    torch.set_num_threads(typed.cluster.cpus_per_worker)
+    """What each worker of Ray Train does."""
     context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    validation = loop.fit(
-        typed, rank=rank, world_size=world_size, device=get_device(), on_validation=lambda metrics: ray.train.report(metrics)
+    complete(
+        build(TrainConfig, config, {}),
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=get_device(),
+        on_validation=lambda metrics: ray.train.report(metrics),
     )
+
+
+def complete(
+    config: TrainConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device,
+    on_validation: Callable[[dict[str, Any]], None],
+) -> None:
+    """Train to the end in this process, and on rank 0 write the result, which marks the run as complete."""
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    validation = loop.fit(config, rank=rank, world_size=world_size, device=device, on_validation=on_validation)
     if rank == 0:
-        storage = loop.run_storage(typed)
-        result = {"name": typed.run_name, "url": storage.url, "model": to_dict(typed)["model"], "valid": validation}
+        storage = loop.run_storage(config)
+        result = {"name": config.run_name, "url": storage.url, "model": to_dict(config)["model"], "valid": validation}
         storage.write_json(RESULT, result)
 
 

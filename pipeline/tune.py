@@ -1,200 +1,468 @@
-"""``vlae tune``: a search over the decoder's window, the latent size and the prior's depth; each trial is a ``train``."""
+"""``vlae tune``: a search over the decoder's window, the latent size, the prior's depth and others; each trial is a ``train``.
 
-import dataclasses
-import math
+What is known of a search is kept as JSON in its folder: ``search.json`` says what it is, ``trials/NNNN.json`` what each trial tries and
+what became of it. Nothing else is read back: Ray Tune runs the trials, and what it keeps of them is not used again.
+"""
+
+import logging
 import os
-from typing import Any
+import statistics
+import time
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 import ray
 import ray.tune
-from ray.tune import Callback, Tuner
+import torch
+from ray.tune import Callback, FailureConfig, Stopper, Tuner
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
 
-from pipeline import loop, train
-from pipeline.cluster import connect
-from pipeline.config import TrainConfig, TuneConfig, build, digest, to_dict
+from pipeline import evaluate, loop, train
+from pipeline.cluster import connect, num_places, resources
+from pipeline.config import Bounds, EvaluateConfig, TrainConfig, TuneConfig, build, digest, to_dict
 from pipeline.errors import UserError
+from pipeline.goals import ON_THE_WAY
+from pipeline.metrics import read_rows
 from pipeline.registry import Registry
-from pipeline.search import SEARCHED, OptunaSearcher
-from pipeline.storage import open_storage
+from pipeline.search import Point, lags, propose
+from pipeline.storage import Storage, open_storage
+from pipeline.tracking import Status, TrackedRun, Tracking, training_run
 
-LETTERS = {"model.window": "w", "model.latents": "z", "model.flow_depth": "f"}
-OBJECTIVE = "elbo_nats"
-"""What is minimised: the code length on validation images. All trials are compared by it; the IWAE bound costs k times more."""
+RECORD = "search.json"
+EVALUATION = "evaluation"
+"""The folder of a trial's run that holds what was measured of it at its end, on validation images."""
+
+RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped early", "failed"
 
 
 def run(config: TuneConfig) -> dict[str, Any]:
     """Search, then register the best models. Returns the table of trials and what was registered.
 
-    A finished search is not run again; with more trials it goes on from those that it had. One that was killed goes on with the same
-    command: a trial's run is named after what is tried in it, so finished trials are taken as they are, and interrupted ones
-    continue from their checkpoints.
+    A finished search is not run again; with a larger budget it goes on from the trials that it had. One that was killed goes on with the
+    same command: finished trials are taken as they are, interrupted ones continue from their checkpoints.
     """
-    name = search_name(config)
-    storage = open_storage(f"{config.storage.root}/searches/{name}", config.storage.endpoint_url)
-    earlier: dict[str, Any] = {"num_trials": 0, "trials": []}
-    if storage.exists(train.RESULT):
-        earlier = storage.read_json(train.RESULT)
-    if earlier["num_trials"] >= config.search.num_trials:
-        return {**earlier, "reused": True}
-    for window in config.search.windows:
-        train.check(trial_config(config, {"model.window": window}))
+    storage = open_storage(f"{config.storage.root}/searches/{search_name(config)}", config.storage.endpoint_url)
+    check(config, storage)
     registry = Registry(config.registry)
-    connect(config.cluster, config.storage)
-    trials = search(config, name, [row for row in earlier["trials"] if row["status"] != "failed"])
+    trials = Trials.load(config, storage)
+    reused = trials.next() is None
+    parameters = {f"search.{key}": value for key, value in to_dict(config)["search"].items()}
+    with Tracking(config.registry) as tracking:
+        parent = TrackedRun(storage, search_name(config), config.dataset.name, parameters)
+        tracking.follow(parent)
+        if not reused:
+            connect(config.cluster, config.storage)
+            search(config, trials, tracking, parent)
+    failed = [row for row in trials.rows if row["status"] == FAILED]
+    if len(failed) == len(trials.rows):
+        raise UserError(
+            f"all {len(failed)} trials of search {search_name(config)} failed; the first with: {failed[0]['error']}; to try them again, "
+            f"delete {storage.url}"
+        )
+    rows = table(config, trials.rows)
     result = {
-        "name": name,
+        "name": search_name(config),
         "url": storage.url,
-        "num_trials": config.search.num_trials,
-        "trials": trials,
-        "registered": register(config, registry, trials),
+        "objectives": config.search.objectives,
+        "constraints": config.search.constraints,
+        "seconds": round(trials.seconds(), 1),
+        "trials": rows,
+        "registered": register(config, registry, rows),
     }
     storage.write_json(train.RESULT, result)
-    return {**result, "reused": False}
+    return {**result, "reused": reused}
 
 
 def search_name(config: TuneConfig) -> str:
-    """The name given, or one made from the data set and everything that a trial and its judgement depend on.
+    """The name given, or one made from the data set and everything that a trial and its judgement depend on."""
+    return config.name or f"{config.dataset.name}-search-{digest(identity(config))}"
 
-    How many trials there are is no part of it: with more of them, the search goes on.
-    """
+
+def identity(config: TuneConfig) -> dict[str, Any]:
+    """What makes this search this search. How long it goes on and how much of it runs at once are no part of that."""
     values = to_dict(config)
-    searched = {
-        key: value for key, value in values["search"].items() if key not in ("num_trials", "max_concurrent", "min_rate_bits")
-    }
+    budget = ("num_trials", "hours", "core_hours", "max_concurrent")
     judged = {key: values["train"][key] for key in ("valid_images", "valid_every")}
-    return config.name or f"{config.dataset.name}-search-{digest([config.identity(), searched, judged])}"
+    searched = {key: value for key, value in values["search"].items() if key not in budget}
+    return {**config.identity(), "valid": judged, "search": searched}
 
 
-def trial_config(config: TuneConfig, point: dict[str, Any]) -> TrainConfig:
-    """The training run that tries ``point``: dotted options on top of the search's own."""
+def check(config: TuneConfig, storage: Storage) -> None:
+    """Raise UserError unless the data set is there and fits every model that is tried, and the search's name is not another's."""
+    for key, values in config.search.axes.items():
+        for value in values:
+            contents = train.check_data(trial_config(config, {key: value}))
+    if "probe_accuracy" in config.search.goals.quantities and (contents.num_classes or 0) < 2:
+        raise UserError(
+            f"probe_accuracy is searched for, but the images of {config.dataset.url} have no labels; use other objectives"
+        )
+    wanted = {**identity(config), "manifest": contents.digest}
+    if not storage.exists(RECORD):
+        storage.write_json(RECORD, wanted)
+        return
+    earlier = storage.read_json(RECORD)
+    changed = [f"{part}.{name}" for part in wanted if part != "manifest" for name in wanted[part]
+               if earlier.get(part, {}).get(name) != wanted[part][name]]  # fmt: skip
+    if changed or earlier.get("manifest") != wanted["manifest"]:
+        raise UserError(
+            f"search {search_name(config)} in {storage.url} was started with another {', '.join(changed) or 'data set of this name'}; "
+            "give this one another name=, or delete that folder"
+        )
+
+
+def trial_config(config: TuneConfig, point: Point) -> TrainConfig:
+    """The training run that tries ``point``: dotted options on top of the search's own. It is named after them."""
     values = to_dict(config)
-    base = {item.name: values[item.name] for item in dataclasses.fields(TrainConfig)}
-    tried = "-".join(f"{letter}{point[key]}" for key, letter in LETTERS.items() if key in point)
+    base = {item.name: values[item.name] for item in fields(TrainConfig)}
+    tried = "-".join(f"{key.partition('.')[2]}{value}" for key, value in point.items())
     return build(TrainConfig, base, {**point, "name": f"{search_name(config)}-{tried}"})
 
 
-def search(config: TuneConfig, name: str, earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Run the trials that ``earlier`` lacks; returns one row for each, the best first, those that were stopped early behind the rest."""
-    # Ray's newer console prints a table for every trial; `Announcer` says it in a line.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    images = config.train.num_steps * config.train.global_batch
+@dataclass
+class Trials:
+    """What is known of a search's trials: a row for each (see ``pipeline.search``), every one kept as an object of its own."""
+
+    config: TuneConfig
+    storage: Storage
+    rows: list[dict[str, Any]]
+    interrupted: list[dict[str, Any]] = field(init=False)
+    """Those that an earlier attempt began, which come first."""
+
+    @classmethod
+    def load(cls, config: TuneConfig, storage: Storage) -> Self:
+        """All that were begun before."""
+        return cls(config, storage, [storage.read_json(key) for key in sorted(storage.list("trials/"))])
+
+    def __post_init__(self) -> None:
+        self.interrupted = [row for row in self.rows if row["status"] == RUNNING]
+        self.spent = max((row["search_seconds"] for row in self.rows), default=0.0)
+        self.began = time.monotonic()
+        self.clocks: dict[int, float] = {}
+
+    def next(self) -> dict[str, Any] | None:
+        """The row of the trial to run next; none if all was tried or the budget is used up. ``begin`` begins it."""
+        if self.exhausted():
+            return None
+        if self.interrupted:
+            return self.interrupted[0]
+        search = self.config.search
+        point = propose(search, self.config.train.seed, self.rows) if len(self.rows) < search.num_trials else None
+        if point is None:
+            return None
+        name = trial_config(self.config, point).run_name
+        known = {"images": 0, "curve": [], "seconds": 0.0, "failures": 0}
+        return {"number": len(self.rows) + 1, "point": point, "run": name, "status": RUNNING, **known}
+
+    def begin(self, row: dict[str, Any]) -> None:
+        """Take in a row that ``next`` gave."""
+        if self.interrupted:
+            self.interrupted.remove(row)
+        else:
+            self.rows.append(row)
+        self.save(row)
+
+    def save(self, row: dict[str, Any]) -> None:
+        """Keep what is known of a trial by now."""
+        now = time.monotonic()
+        row["search_seconds"] = self.seconds()
+        row["seconds"] += now - self.clocks.get(row["number"], now)
+        self.clocks[row["number"]] = now
+        self.storage.write_json(f"trials/{row['number']:04d}.json", row)
+
+    def seconds(self) -> float:
+        """How long this search has gone on, its earlier attempts included."""
+        return self.spent + time.monotonic() - self.began
+
+    def exhausted(self) -> bool:
+        """Whether the hours or core-hours are used up."""
+        search, workers = self.config.search, self.config.cluster
+        hours = self.seconds() / 3600
+        core_hours = sum(row["seconds"] for row in self.rows) * workers.max_workers * workers.cpus_per_worker / 3600
+        return (search.hours is not None and hours >= search.hours) or (
+            search.core_hours is not None and core_hours >= search.core_hours
+        )
+
+
+def search(config: TuneConfig, trials: Trials, tracking: Tracking, parent: TrackedRun) -> None:
+    """Run trials until nothing is left to try, or the budget is used up."""
+    # Ray's newer console prints a table for every trial, its loggers write files for each: `Recorder` says and keeps what there is.
+    os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
     workers = config.cluster
-    cores = ray.cluster_resources().get("CPU", 1)
-    concurrent = config.search.max_concurrent or max(1, int(cores // (workers.max_workers * workers.cpus_per_worker)))
-    searcher = OptunaSearcher(config.search, OBJECTIVE, images, config.train.seed, earlier)
-    num_trials = min(config.search.num_trials - len(earlier), len(searcher.untried))
+    # A trial of several workers only waits for them, and Ray Train starts all of them or none: were it to hold a core itself, trials could
+    # starve their own workers.
+    needed = resources(workers) if workers.max_workers == 1 else {"memory": 1 << 20}
+    concurrent = config.search.max_concurrent or max(1, num_places(workers) // workers.max_workers)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
     tuner = Tuner(
-        # The trial itself only waits for its workers: were it to hold a core, trials could starve their own workers.
-        ray.tune.with_resources(ray.tune.with_parameters(trial, config=config), {"memory": 1 << 20}),
+        ray.tune.with_resources(ray.tune.with_parameters(trial, config=config), needed),
         tune_config=ray.tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=ASHAScheduler(
-                time_attr="images",
-                metric=OBJECTIVE,
-                mode="min",
-                # One more than there are: a trial that ASHA ends at its last report would be cut off before it saves its model.
-                max_t=images + 1,
-                grace_period=max(1, round(config.search.grace_fraction * images)),
-                reduction_factor=config.search.reduction,
-            ),
-            num_samples=num_trials,
+            search_alg=Proposer(trials),
+            scheduler=Halting(trials),
+            num_samples=-1,
             max_concurrent_trials=concurrent,
+            reuse_actors=True,  # to start a process and import PyTorch takes longer than a short trial can spare
         ),
         run_config=ray.tune.RunConfig(
-            name=name,
+            name=search_name(config),
             storage_path=f"{config.storage.root}/ray",
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            stop=Budget(trials),
             verbose=0,
-            callbacks=[Announcer(len(earlier), len(earlier) + num_trials, images)],
+            callbacks=[Recorder(trials, tracking, parent)],
         ),
     )
-    rows = list(earlier)
-    for outcome in tuner.fit() if num_trials else ():
-        metrics = outcome.metrics or {}
-        row = {key: (outcome.config or {}).get(key) for key in SEARCHED}
-        row |= {key: metrics.get(key) for key in ("images", OBJECTIVE, "elbo_nats_se", "rate_nats", "rate_bits", "num_images")}
-        row["status"] = "failed" if outcome.error else "finished" if metrics.get("images") == images else "stopped early"
-        if outcome.error:
-            row["error"] = str(outcome.error).strip().splitlines()[-1]
-        row["run"] = trial_config(config, {key: row[key] for key in SEARCHED}).run_name
-        rows.append(row)
-    if all(row["status"] == "failed" for row in rows):
-        raise UserError(f"all {len(rows)} trials of search {name} failed; the first with: {rows[0]['error']}")
-    return sorted(rows, key=lambda row: (row["status"] != "finished", row[OBJECTIVE] or math.inf))
+    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # which misses the loggers' files
+    tuner.fit()
 
 
-def trial(point: dict[str, Any], config: TuneConfig) -> None:
-    """What Ray Tune runs for each trial: a training run that reports its validations to the search."""
-    typed = trial_config(config, point)
-    storage = loop.run_storage(typed)
-    if storage.exists(train.RESULT):
-        ray.tune.report(storage.read_json(train.RESULT)["valid"])
-        return
-    train.check(typed)
-    train.fit(typed, callbacks=[TuneReportCallback()])
+def trial(row: dict[str, Any], config: TuneConfig) -> None:
+    """What Ray Tune runs for each trial: a training run that reports its validations to the search, and is measured at its end.
 
-
-def register(config: TuneConfig, registry: Registry, trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put the best finished trials whose code carries enough into the registry, the best as the newest version.
-
-    Returns name, version and run of each, the best first.
+    A run of one worker trains in this process, which Ray Tune uses again for the next trial; several are started by Ray Train.
+    A user's mistake is reported, since no retry would mend it; other errors are raised, so that the trial is tried again.
     """
-    candidates = [row for row in trials if row["status"] == "finished" and row["rate_bits"] >= config.search.min_rate_bits]
-    if not candidates:
-        print(
-            f"no finished trial has a rate of at least search.min_rate_bits={config.search.min_rate_bits}: nothing is registered"
+    typed = trial_config(config, row["point"])
+    storage = loop.run_storage(typed)
+    try:
+        if not storage.exists(train.RESULT):
+            train.check(typed)
+            if typed.cluster.max_workers == 1:
+                device = torch.device("cuda" if typed.cluster.use_gpu else "cpu")
+                train.complete(typed, device=device, on_validation=ray.tune.report)
+            else:
+                train.fit(typed, callbacks=[TuneReportCallback()])
+        if typed.cluster.max_workers == 1:
+            values = measure(config, storage)
+        else:
+            held = resources(typed.cluster)
+            task = ray.remote(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0))(measure)
+            values = ray.get(task.remote(config, storage))
+    except UserError as error:
+        ray.tune.report({"error": str(error)})
+    else:
+        ray.tune.report({"images": typed.train.num_steps * typed.train.global_batch, "values": values})
+
+
+def measure(config: TuneConfig, run: Storage) -> dict[str, float | None]:
+    """What ``goals.QUANTITIES`` names, of a run's final model on validation images; measured once, and kept with it."""
+    search, output = config.search, open_storage(f"{run.url}/{EVALUATION}", config.storage.endpoint_url)
+    if not output.exists(train.RESULT):
+        bounds = Bounds(samples=search.samples, num_images=search.num_images, pictures=20, seed=config.train.seed)
+        evaluate.run(
+            EvaluateConfig(
+                model=run.url,
+                split="valid",
+                output=output.url,
+                probe_images=search.probe_images,
+                bounds=bounds,
+                storage=config.storage,
+            )
         )
-    chosen = candidates[: config.register_best]
+    measured = output.read_json(train.RESULT)["valid"]
+    bound = "iwae_nats" if search.samples > 1 else "elbo_nats"
+    values = {"nll": measured[bound], "nll_se": measured[f"{bound}_se"], "code_length_nats": measured["elbo_nats"]}
+    values |= {key: measured[key] for key in ("rate_bits", "rate_nats", "distortion_nats", "distortion_nats_se", "num_images")}
+    if "probe" in measured:
+        probe = measured["probe"]["linear"]
+        values |= {"probe_accuracy": probe["accuracy"], "probe_accuracy_se": probe["accuracy_se"]}
+    speeds = [row["train/images_per_s"] for row in read_rows(run) if "train/images_per_s" in row]
+    return {**values, "samples": search.samples, "images_per_s": statistics.median(speeds)}
+
+
+class Proposer(Searcher):
+    """Gives Ray Tune the trials to run."""
+
+    def __init__(self, trials: Trials) -> None:
+        super().__init__()
+        self.trials = trials
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        row = self.trials.next()
+        if row is None:
+            return Searcher.FINISHED
+        self.trials.begin(row)
+        return {"number": row["number"], "point": row["point"]}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        open(checkpoint_path, "wb").close()
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search is continued from its own record")
+
+
+class Halting(FIFOScheduler):
+    """Takes in what trials report, and stops those that lag behind."""
+
+    def __init__(self, trials: Trials) -> None:
+        super().__init__()
+        self.trials = trials
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        row = self.trials.rows[trial.config["number"] - 1]
+        if "error" in result:
+            row |= {"status": FAILED, "error": result["error"]}
+        elif "values/nll" in result:  # Ray Tune flattens what is reported
+            values = {key.removeprefix("values/"): value for key, value in result.items() if key.startswith("values/")}
+            row |= {"status": FINISHED, "images": result["images"], "values": values}
+        elif result["images"] > row["images"]:
+            entry = {"images": result["images"], "nll": result["elbo_nats"]}
+            row["curve"].append(entry | {name: result[name] for name in ON_THE_WAY if name in result})
+            row["images"] = result["images"]
+            config = self.trials.config
+            if lags(config.search, config.train.num_steps * config.train.global_batch, row, self.trials.rows):
+                row["status"] = STOPPED
+        self.trials.save(row)
+        return self.CONTINUE if row["status"] in (RUNNING, FINISHED) else self.STOP
+
+
+class Budget(Stopper):
+    """Ends a search whose hours or core-hours are used up."""
+
+    def __init__(self, trials: Trials) -> None:
+        self.trials = trials
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.trials.exhausted()
+
+
+class Recorder(Callback):
+    """Prints one line for each thing that happens to a trial, keeps how it ended, and has it tracked as a part of the search."""
+
+    def __init__(self, trials: Trials, tracking: Tracking, parent: TrackedRun) -> None:
+        self.trials, self.tracking, self.parent = trials, tracking, parent
+        self.manifest: str = trials.storage.read_json(RECORD)["manifest"]
+        self.tracked: dict[int, TrackedRun] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray Tune keeps a pickle of what it is given, which nobody reads back, and a thread is no part of that."""
+        return {}
+
+    def _say(self, row: dict[str, Any], text: str) -> None:
+        print(f"trial {row['number']}/{self.trials.config.search.num_trials}  {describe(row['point'])}: {text}", flush=True)
+
+    def _row(self, trial: Trial) -> dict[str, Any]:
+        return self.trials.rows[trial.config["number"] - 1]
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        row = self._row(trial)
+        self.trials.clocks[row["number"]] = time.monotonic()
+        self._say(row, f"goes on behind {row['images']:,} images" if row["images"] else "started")
+        config = trial_config(self.trials.config, row["point"])
+        self.tracked[row["number"]] = training_run(loop.run_storage(config), to_dict(config), self.manifest, self.parent)
+        self.tracking.follow(self.tracked[row["number"]])
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        row = self._row(trial)
+        ended: dict[str, Status] = {FAILED: "FAILED", RUNNING: "KILLED"}
+        self.tracking.end(self.tracked[row["number"]], ended.get(row["status"], "FINISHED"))
+
+    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
+        row = self._row(trial)
+        if row["status"] == FINISHED:
+            values = row["values"]
+            text = f"NLL <= {values['nll']:.2f} nats, rate {values['rate_bits']:.1f} bits"
+            if "probe_accuracy" in values:
+                text += f", probe {100 * values['probe_accuracy']:.1f} %"
+            self._say(row, f"finished, {text}")
+        elif row["status"] == FAILED:
+            self._say(row, f"failed: {row['error']}")
+        else:
+            text = f"{result['images']:,} images, {result['elbo_nats']:.2f} nats, rate {result['rate_bits']:.1f} bits"
+            self._say(row, text + (": stopped early" if row["status"] == STOPPED else ""))
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        row = self._row(trial)
+        row["failures"] += 1
+        self.trials.save(row)
+        self._say(row, f"lost; it is tried again, for the {_ordinal(row['failures'])} time")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        row = self._row(trial)
+        cause = trial.get_error()
+        row |= {"status": FAILED, "error": (str(cause).strip().splitlines() or [type(cause).__name__])[-1]}
+        self.trials.save(row)
+        self.tracking.end(self.tracked[row["number"]], "FAILED")
+        self._say(row, f"failed: {row['error']}")
+
+
+def _ordinal(number: int) -> str:
+    return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")
+
+
+def describe(point: Point) -> str:
+    """A point of the space in words: ``window 5x2, latents 16, flow_depth 2``."""
+    return ", ".join(f"{key.partition('.')[2]} {value}" for key, value in point.items())
+
+
+def table(config: TuneConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A flat row for each trial, the best first, behind the finished ones those that were stopped early, interrupted or failed.
+
+    What was measured of a finished trial is in its row by the names of ``goals.QUANTITIES``; of another, what its last validation said.
+    ``front`` counts from 1, the front of those that nobody beats; ``feasible`` says whether all constraints are kept.
+    """
+    goals = config.search.goals
+
+    def flat(row: dict[str, Any]) -> dict[str, Any]:
+        known = row["values"] if row["status"] == FINISHED else row["curve"][-1] if row["curve"] else {}
+        kept = {key: row[key] for key in ("number", "run", "status", "images", "seconds", "failures", "error") if key in row}
+        return {**row["point"], **known, **kept}
+
+    by_status = {
+        status: [flat(row) for row in rows if row["status"] == status] for status in (FINISHED, STOPPED, RUNNING, FAILED)
+    }
+    fronts = goals.ranked(by_status[FINISHED])
+    best = [
+        {**row, "front": number, "feasible": goals.violation(row) == 0}
+        for number, front in enumerate(fronts, 1)
+        for row in front
+    ]
+    stopped = [row for front in goals.ranked(by_status[STOPPED]) for row in front]
+    stopped += [row for row in by_status[STOPPED] if row not in stopped]
+    return [*best, *stopped, *by_status[RUNNING], *by_status[FAILED]]
+
+
+def register(config: TuneConfig, registry: Registry, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put the best finished trials that keep all constraints into the registry, the best as the newest version.
+
+    ``rows``: as ``table`` orders them. Returns name, version and run of each, the best first.
+    """
+    candidates = [row for row in rows if row.get("feasible")]
+    if not candidates:
+        print(f"no finished trial keeps {' and '.join(config.search.constraints) or 'to its end'}: nothing is registered")
     registered = []
-    for row in reversed(chosen):  # the newest version is the best
-        run_folder = loop.run_storage(trial_config(config, {key: row[key] for key in SEARCHED}))
+    for row in reversed(candidates[: config.register_best]):  # the newest version is the best
+        run_folder = open_storage(f"{config.storage.root}/runs/{row['run']}", config.storage.endpoint_url)
         registered.append({**registry.register(config.model_name, run_folder), "run": row["run"]})
     return registered[::-1]
 
 
-def format_table(trials: list[dict[str, Any]]) -> str:
+COLUMNS = {
+    "images": ",.0f",
+    "nll": ".2f",
+    "rate_bits": ".1f",
+    "distortion_nats": ".2f",
+    "probe_accuracy": ".1%",
+    "images_per_s": ",.0f",
+}
+
+
+def format_table(config: TuneConfig, rows: list[dict[str, Any]]) -> str:
     """The trials as text."""
-    lines = [f"{'window':>8}{'latents':>9}{'depth':>7}{'images':>10}{'code length':>17}{'rate':>12}  status"]
-    for row in trials:
-        shown = [f"{row['model.window']:>8}{row['model.latents']:>9}{row['model.flow_depth']:>7}"]
-        if row[OBJECTIVE] is not None:
-            shown.append(f"{row['images']:>10,}{row[OBJECTIVE]:>12.2f} nats{row['rate_bits']:>7.1f} bits")
-        else:
-            shown.append(" " * 39)
-        lines.append("".join(shown) + "  " + row["status"])
-    return "\n".join(lines)
-
-
-class Announcer(Callback):
-    """Prints one line for each thing that happens to a trial; they are numbered from behind the ``earlier`` ones."""
-
-    def __init__(self, earlier: int, num_trials: int, images: int) -> None:
-        self.earlier, self.num_trials, self.images = earlier, num_trials, images
-        self.numbers: dict[str, int] = {}
-
-    def _say(self, trial: Trial, text: str) -> None:
-        number = self.numbers.setdefault(trial.trial_id, self.earlier + len(self.numbers) + 1)
-        point = trial.config
-        print(
-            f"trial {number}/{self.num_trials}  window {point['model.window']}, {point['model.latents']} latents, "
-            f"flow depth {point['model.flow_depth']}: {text}",
-            flush=True,
-        )
-
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._say(trial, "started")
-
-    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
-        if OBJECTIVE in result:
-            self._say(trial, f"{result['images']:,} images, {result[OBJECTIVE]:.2f} nats, rate {result['rate_bits']:.1f} bits")
-
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._say(trial, "finished" if trial.last_result.get("images", 0) >= self.images else "stopped early")
-
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._say(trial, "failed")
+    lines = [[*(key.partition(".")[2] for key in config.search.axes), *COLUMNS, "front", "status"]]
+    for row in rows:
+        shown = [format(row[name], form) if name in row else "" for name, form in COLUMNS.items()]
+        lines.append([*(str(row[key]) for key in config.search.axes), *shown, str(row.get("front", "")), row["status"]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,14 @@ from tests.e2e.conftest import TINY, Run
 
 
 def test_the_demo_goes_from_images_to_a_registered_model_and_reuses_what_exists(run: Run, workplace: Path) -> None:
-    command = ["demo", *TINY, "search.windows=[3x1]", "search.latents=[2,4]", "search.flow_depths=[0]", "search.num_trials=2"]
-    command += ["search.min_rate_bits=0", "bounds.samples=4", "bounds.num_images=100"]
+    command = ["demo", *TINY, "search.space.model.window=[3x1]", "search.space.model.latents=[2,4]"]
+    command += [
+        "search.space.model.flow_depth=[0]",
+        "search.num_trials=2",
+        "search.constraints=[]",
+        "bounds.samples=4",
+        "bounds.num_images=100",
+    ]
     started = time.monotonic()
     done = run(*command, standalone=True)
     first = time.monotonic() - started

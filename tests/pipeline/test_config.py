@@ -29,7 +29,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values by their dotted keys."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and key != "space" else {prefix + key: value}
     return found
 
 
@@ -129,7 +129,9 @@ def changed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
         "model.window": "7x4",
         "shard.channels": 3,
         "index.channels": 1,
-        "search.windows": ["full", "0x0"],
+        "search.space": {"model": {"window": ["full", "0x0"], "latents": [3], "flow_depth": [1]}},
+        "search.objectives": ["min nll", "max rate_bits"],
+        "search.constraints": ["nll <= 3.5"],
         "evaluate.model": "elsewhere",
     }
     if key in special:
@@ -145,14 +147,18 @@ def changed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
     if isinstance(value, list):
         return value[::-1]
     if value is None:
-        return 7 if "int" in str(item.type) else "other" if key == "name" else "/other"
+        return 7 if re.search("int|float", str(item.type)) else "other" if key == "name" else "/other"
     return f"/other/{key}"
 
 
 def as_text(value: Any) -> str:
     """How a value is written on the command line."""
     if isinstance(value, list):
-        return "[" + ",".join(map(str, value)) + "]"
+        return "[" + ",".join(map(as_text, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{as_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str) and " " in value:
+        return f"'{value}'"
     return str(value.value if isinstance(value, Enum) else value).lower() if isinstance(value, bool | Enum) else str(value)
 
 
@@ -171,7 +177,9 @@ def test_every_option_can_be_set_from_the_command_line(command: str) -> None:
         assert value_at(after, key) == value, key
 
 
-@pytest.mark.parametrize(("command", "depths"), [("train", "model.flow_depth=1"), ("tune", "search.flow_depths=[0,1]")])
+@pytest.mark.parametrize(
+    ("command", "depths"), [("train", "model.flow_depth=1"), ("tune", "search.space.model.flow_depth=[0,1]")]
+)
 def test_options_that_exclude_each_other_can_be_set_one_by_one(command: str, depths: str) -> None:
     assert load(command, ["train.free_groups=4", depths]).train.free_groups == 4
     assert load(command, ["train.free_bits=soft"]).train.free_bits is FreeBits.soft
@@ -204,7 +212,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     # misspelt keys
     ("train", ["model.windw=3x1"], "model.windw is not an option; did you mean model.window?"),
     ("train", ["train.image=3"], "train.image is not an option; did you mean train.images?"),
-    ("tune", ["search.latent=[3]"], "search.latent is not an option; did you mean search.latents?"),
+    ("tune", ["search.num_trial=3"], "search.num_trial is not an option; did you mean search.num_trials?"),
     ("shard", ["model.window=3x1"], "model.window is not an option"),
     ("train", ["zzz=1"], "zzz is not an option; see --help"),
     ("train", ["storage=here"], "storage is not an option; did you mean storage.root?"),
@@ -232,10 +240,59 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("train", ["optim.learning_rate=fast"], "optim.learning_rate: Value 'fast'"),
     ("train", ["cluster.use_gpu=maybe"], "cluster.use_gpu: Value 'maybe'"),
     ("train", ["storage.root={a:1}"], "storage.root: "),
-    ("tune", ["search.latents=[16,many]"], "search.latents[1]: Value 'many'"),
-    ("tune", ["search.latents=16"], "search.latents: "),
+    ("tune", ["search.space.model.latents=[16,many]"], "search.space.model.latents: Value 'many'"),
+    ("tune", ["search.space.model.latents=16"], "search.space.model.latents is 16; give a list of the values to choose from"),
+    ("tune", ["search.space.model.latents=['16']"], "search.space.model.latents: '16' is taken for 16; write it so"),
+    (
+        "tune",
+        ["search.space.model.latent=[16]"],
+        "search.space.model.latent: model.latent is not an option; did you mean model.latents?",
+    ),
+    ("tune", ["search.space.model=16"], "search.space.model is 16; write search.space.model.window=[3x1,5x2]"),
+    (
+        "tune",
+        ["search.space.train.images=[1000,2000]"],
+        "search.space.train.images: trials differ in options of model, optim and train",
+    ),
+    (
+        "tune",
+        ["search.space.cluster.num_workers=[1,2]"],
+        "search.space.cluster.num_workers: trials differ in options of model, optim",
+    ),
+    ("tune", ["search.objectives=[]"], "search.objectives is empty; give at least one, such as 'min nll'"),
+    (
+        "tune",
+        ["search.objectives=[nll]"],
+        "search.objectives: 'nll' is not understood; write min or max and one of nll, rate_bits, ",
+    ),
+    (
+        "tune",
+        ["search.objectives=[min loss]"],
+        "search.objectives: 'min loss' is not understood; write min or max and one of nll, ",
+    ),
+    ("tune", ["search.objectives=[min nll,max nll]"], "search.objectives names nll twice; leave one out"),
+    (
+        "tune",
+        ["search.constraints=['20 < rate_bits']"],
+        "search.constraints: '20 < rate_bits' is not understood; write bounds like",
+    ),
+    (
+        "tune",
+        ["search.constraints=['60 <= rate_bits <= 20']"],
+        "search.constraints: nothing keeps '60 <= rate_bits <= 20', whose lower",
+    ),
+    (
+        "tune",
+        ["search.objectives=[max probe_accuracy]", "search.constraints=[]"],
+        "search.stopping=asha compares trials while they run, when only nll, rate_bits, distortion_nats are known: make one of them",
+    ),
+    (
+        "tune",
+        ["search.objectives=[max probe_accuracy,min nll]", "search.probe_images=0"],
+        "search.probe_images=0 fits no probe, but probe_accuracy is searched for; raise it",
+    ),
     ("train", ["dataset.source=ftp"], "dataset.source: Invalid value 'ftp', expected one of [mnist, idx, folder, npz, "),
-    ("tune", ["search.searcher=grid"], "search.searcher: Invalid value 'grid', expected one of [optuna, random]"),
+    ("tune", ["search.sampler=best"], "search.sampler: Invalid value 'best', expected one of [tpe, random, grid]"),
     # values that are missing
     ("index", ["dataset.name=x"], "index.train is needed; give index.train=VALUE"),
     ("evaluate", [], "model is needed; give model=VALUE"),
@@ -304,12 +361,12 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("train", {"model.window": 3}, "model.window: window '3' is not understood"),
     ("train", {"model.window": "0x3"}, "model.window: window 0x3 "),
-    ("tune", {"search.windows": ["5x2", "big"]}, "search.windows: window 'big' is not understood"),
+    ("tune", {"search.space.model.window": ["5x2", "big"]}, "model.window: window 'big' is not understood"),
     ("train", {"model.flow_hidden": 30}, "model.flow_hidden=30 is too narrow for model.latents of 32: it must be at least 31"),
     ("train", {"train.free_groups": 5, "model.flow_depth": 0}, "train.free_groups=5 does not divide a code of 32 latents; use"),
     (
         "tune",
-        {"train.free_groups": 8, "search.latents": [16, 20], "search.flow_depths": [0]},
+        {"train.free_groups": 8, "search.space.model.latents": [16, 20], "search.space.model.flow_depth": [0]},
         "train.free_groups=8 does not divide a code of 20 latents; use",
     ),
     (
@@ -347,9 +404,27 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("train", {"train.keep_checkpoints": 0}, "train.keep_checkpoints is 0; it must be at least 1"),
     ("train", {"train.free_nats": -1}, "train.free_nats is -1.0; it must be at least 0"),
     ("train", {"train.free_fraction": 2}, "train.free_fraction is 2.0; it must lie in 0..1"),
-    ("tune", {"search.windows": []}, "search.windows is empty; give at least one value to choose from"),
-    ("tune", {"search.latents": [0]}, "search.latents has a size below 1"),
-    ("tune", {"search.flow_depths": [-1]}, "search.flow_depths has a depth below 0"),
+    ("tune", {"search.space.model.window": []}, "search.space.model.window is []; give a list of the values to choose from"),
+    ("tune", {"search.space.model.latents": [0]}, "model.latents is 0; it must be at least 1"),
+    (
+        "tune",
+        {"search.space.model.flow_depth": [-1]},
+        "model.flow_depth is -1; it must be at least 0",
+    ),
+    (
+        "tune",
+        {"search.space.optim.learning_rate": [n / 1000 for n in range(1, 600)]},
+        "search.space has 26,955 combinations; it may",
+    ),
+    (
+        "tune",
+        {"search.space.model.latents": [16, 300], "search.space.model.flow_hidden": [256, 512]},
+        "model.flow_hidden=256 is too narrow for model.latents of 300: it must be at least 299",
+    ),
+    ("tune", {"search.hours": 0}, "search.hours is 0.0; it must be above 0"),
+    ("tune", {"search.core_hours": -1}, "search.core_hours is -1.0; it must be above 0"),
+    ("tune", {"search.samples": 0}, "search.samples is 0; it must be at least 1"),
+    ("tune", {"search.num_images": 1}, "search.num_images is 1; it must be at least 2"),
     ("tune", {"search.num_trials": 0}, "search.num_trials is 0; it must be at least 1"),
     ("tune", {"search.grace_fraction": 0}, "search.grace_fraction is 0.0; it must lie in 0..1, above 0"),
     ("tune", {"search.reduction": 1}, "search.reduction is 1; it must be at least 2"),
@@ -384,7 +459,11 @@ def test_a_flow_of_depth_zero_needs_no_width() -> None:
 
 
 NEVER_USABLE = [
-    ("tune", {"search.latents": [16, 512]}, "no flow of flow_hidden=256 can take 512 latents: it fails when its trial begins"),
+    (
+        "tune",
+        {"search.space.model.latents": [16, 512]},
+        "no flow of flow_hidden=256 can take 512 latents: it fails when its trial begins",
+    ),
     ("train", {"storage.root": ""}, "the data set is then looked for in /datasets"),
     ("train", {"name": "../elsewhere"}, "the run is then kept outside runs/"),
     ("train", {"optim.learning_rate": "inf"}, "no loss stays finite"),
@@ -406,9 +485,9 @@ def test_a_value_that_no_run_can_use_is_refused(command: str, values: dict[str, 
     ("command", "values"),
     [
         ("train", {"train.images": None}),
-        ("tune", {"search.latents": 16}),
-        ("tune", {"search.latents": {"a": 1}}),
-        ("tune", {"search.windows": [None]}),
+        ("tune", {"search.space": 16}),
+        ("tune", {"search.space.model.latents": {"a": 1}}),
+        ("tune", {"search.space.model.window": [None]}),
         ("train", {"name": "${train}"}),
         ("train", {"name": "${oc.env:NO_SUCH_VARIABLE}"}),
     ],
@@ -534,9 +613,11 @@ some = settings(deadline=None, derandomize=True, phases=[Phase.explicit, Phase.g
         ["model=null"],
         ["experiment=null"],
         ["storage.root='~no-such-user/x'"],
-        ["search.windows=[[5x2]]"],
-        ["search.latents=[[16]]"],
-        ["search.flow_depths=[{a:1}]"],
+        ["search.space.model.window=[[5x2]]"],
+        ["search.space.model.latents=[[16]]"],
+        ["search.space.model.flow_depth=[{a:1}]"],
+        ["search.space={model.window:[5x2]}"],
+        ["search.space.model.latents.a=[16]"],
         ["dataset.url=\\${not.an.option}"],
     ],
     ids=str,
@@ -557,7 +638,7 @@ def test_any_words_are_loaded_or_refused_in_one_sentence(overrides: list[str]) -
 
 @settings(some, max_examples=80)
 @given(st.dictionaries(st.sampled_from(SCHEMA_KEYS), JSON, min_size=1, max_size=2))
-@example({"search.windows": [["5x2"]]})
+@example({"search.space.model.window": [["5x2"]]})
 def test_any_values_are_taken_or_refused_in_one_sentence(values: dict[str, Any]) -> None:
     try:
         config = build(COMMANDS["tune"], plain_defaults("tune"), values)

@@ -95,7 +95,7 @@ MISTAKES = {
     "no data set for a search": ["tune", "model=tiny", "dataset.name=absent"],
     "no files to shard": ["shard", "dataset=idx", "dataset.name=absent", "dataset.path=absent"],
     "a window larger than the image": ["train", "dataset.name=strokes", "model=tiny", "model.window=9x2"],
-    "one such window among many": ["tune", "dataset.name=strokes", "model=tiny", "search.windows=[3x1,2x9]"],
+    "one such window among many": ["tune", "dataset.name=strokes", "model=tiny", "search.space.model.window=[3x1,2x9]"],
     "a batch larger than the data set": ["train", "dataset.name=strokes", "model=tiny", "train.global_batch=104"],
     "a misspelt option": ["train", "model.windw=3x1"],
     "more workers than streams": ["train", "cluster.num_workers=9"],
