@@ -133,6 +133,7 @@ def _tune(arguments: list[str]) -> None:
     print(tune.format_table(config, result["trials"]))
     for made in result["registered"]:
         print(f"registered: {made['name']} version {made['version']}")
+    print(f"report: {result['report']}")
     _name_result(result["url"])
 
 

@@ -155,6 +155,43 @@ def theory(figures: Mapping[str, Any], images: Mapping[str, Tensor], drawn: Mapp
     return _png(sheet)
 
 
+def side_by_side(originals: Tensor, models: Mapping[tuple[str, str], tuple[Tensor, Tensor]]) -> bytes:
+    """Models below each other: decodings of the same originals, which stand on top, and on the right images that each draws by itself.
+
+    originals: (num_images, channels, height, width), pixels in [0, 1]; models: by two lines of text on each, two tensors like it.
+    """
+    title, small = ImageFont.load_default(20), ImageFont.load_default(16)
+    tile = _row(originals[:1])[0]
+    block, height = len(originals) * (tile.width + GAP), max(tile.height + 2 * GAP, 58)
+    left = 2 * MARGIN + math.ceil(
+        max(font.getlength(text) for words in models for text, font in zip(words, (title, small), strict=True))
+    )
+    right = left + block + 2 * MARGIN
+    sheet = Image.new("RGB", (right + block + MARGIN, 2 * MARGIN + LABEL_HEIGHT + (len(models) + 1) * height + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+
+    def paste(images: Tensor, x: int, y: int) -> None:
+        for place, each in enumerate(_row(images)):
+            sheet.paste(each, (x + place * (tile.width + GAP), y + (height - tile.height) // 2))
+
+    top = MARGIN + LABEL_HEIGHT
+    for x, text in (
+        (left, "one decoding of each image's code"),
+        (right, "drawn by the model: z from the prior, x from the decoder"),
+    ):
+        draw.text((x, MARGIN - 4), text, FAINT, small)
+    draw.text((MARGIN, top + height // 2), "originals", INK, title, anchor="lm")
+    paste(originals, left, top)
+    draw.line((MARGIN, top + height + GAP // 2, right + block, top + height + GAP // 2), RULE, 2)
+    for (name, figures), (decoded, samples) in models.items():
+        top += height + (GAP if top == MARGIN + LABEL_HEIGHT else 0)
+        draw.text((MARGIN, top + height // 2 - 2), name, INK, title, anchor="lb")
+        draw.text((MARGIN, top + height // 2 + 4), figures, FAINT, small, anchor="lt")
+        paste(decoded, left, top)
+        paste(samples, right, top)
+    return _png(sheet)
+
+
 def _row(images: Tensor) -> list[Image.Image]:
     scale = max(1, round(56 / images.shape[-2]))
     pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -81,8 +81,9 @@ def lags(search: Search, budget: int, row: Row, rows: Iterable[Row]) -> bool:
 
     ``asha`` (asynchronous successive halving, Li et al., 2018) looks at rungs, each at ``reduction`` times the images of the one before: a
     trial goes on unless more than one in ``reduction`` of those that came by the rung before it, whatever became of them, were better
-    there. The first ``reduction - 1`` go on. ``median`` looks at every validation, and stops a trial if more than half were better. All are compared at the same number
-    of images, and better is what ``Goals.beats`` says: with several objectives, better in everything.
+    there; the first ``reduction - 1`` go on. ``median`` looks at every validation, and stops a trial if more than half were better.
+    All are compared at the same number of images, and better is what ``Goals.beats`` says: with several objectives, better in
+    everything.
     """
     images = row["curve"][-1]["images"]
     before = row["curve"][-2]["images"] if len(row["curve"]) > 1 else 0

@@ -20,7 +20,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from pipeline import evaluate, loop, train
+from pipeline import evaluate, loop, report, train
 from pipeline.cluster import connect, num_places, resources
 from pipeline.config import Bounds, EvaluateConfig, TrainConfig, TuneConfig, build, digest, to_dict
 from pipeline.errors import UserError
@@ -71,6 +71,7 @@ def run(config: TuneConfig) -> dict[str, Any]:
         "seconds": round(trials.seconds(), 1),
         "trials": rows,
         "registered": register(config, registry, rows),
+        "report": report.write(config, storage, rows, trials.rows),
     }
     storage.write_json(train.RESULT, result)
     return {**result, "reused": reused}

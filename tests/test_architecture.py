@@ -17,6 +17,7 @@ LAYERS = [
     {"loop", "information", "probe"},
     {"registry", "train", "shard", "index", "data", "plan"},
     {"evaluate", "theory"},
+    {"report"},
     {"tune"},
     {"demo"},
     {"cli"},

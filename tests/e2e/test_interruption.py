@@ -48,17 +48,24 @@ def test_a_killed_run_continues_from_its_newest_checkpoint_and_ends_as_if_it_had
     assert storage.read("model/model.safetensors") == whole.read("model/model.safetensors")
 
 
+def descendants(pid: int) -> dict[int, str]:
+    """All processes below one, and their command lines."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(maxsplit=2) for line in listed.splitlines()]
+    commands = {int(line[0]): line[2] for line in lines if len(line) > 2}
+    parents = {int(line[0]): int(line[1]) for line in lines}
+    below = {pid}
+    while found := {child for child, parent in parents.items() if parent in below} - below:
+        below |= found
+    return {child: commands.get(child, "") for child in below - {pid}}
+
+
 def kill_with_descendants(process: "subprocess.Popen[bytes]") -> None:
     """SIGKILL for a process and all below it, the driver, its Ray and the workers, as when the machine's power is cut.
 
     Left alone, the workers would train on until they notice that their driver is gone: several seconds on a busy machine.
     """
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = {int(pid): int(parent) for pid, parent in (line.split() for line in listed.splitlines())}
-    doomed = {process.pid}
-    while found := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
-        doomed |= found
-    for pid in doomed:
+    for pid in (process.pid, *descendants(process.pid)):
         with contextlib.suppress(ProcessLookupError):  # it ended with its parent
             os.kill(pid, signal.SIGKILL)
     process.wait()

@@ -118,7 +118,9 @@ def test_the_same_search_with_more_trials_goes_on(searched: dict[str, object], r
     assert isinstance(trials, list)
     assert isinstance(before, list)
     assert len({row["run"] for row in trials}) == 4
-    assert all(row in trials for row in before)
+    # A new trial can beat those that were there, but changes nothing else of them.
+    known = [{key: value for key, value in row.items() if key != "front"} for row in trials]
+    assert all({key: value for key, value in row.items() if key != "front"} in known for row in before)
 
 
 def test_a_registered_model_is_listed_shown_and_promoted(searched: dict[str, object], run: Run) -> None:

@@ -1,0 +1,409 @@
+"""The report of a search: the trade-off that it found, drawn so that a person can choose.
+
+``search.html`` needs nothing but itself: its charts are the PNGs' own drawings, as SVG, whose points tell their trial under the mouse.
+"""
+
+import html
+import io
+import json
+import math
+import tempfile
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import matplotlib
+import optuna
+import pyarrow
+import pyarrow.parquet
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
+
+import vlae
+from pipeline import evaluate, manifest, pictures
+from pipeline.config import EvaluateConfig, TuneConfig
+from pipeline.goals import Goals
+from pipeline.loader import EvalLoader, binarize
+from pipeline.search import known
+from pipeline.storage import Storage, open_storage
+
+Row = Mapping[str, Any]
+
+PAGE, TABLE = "search.html", "trials.parquet"
+TITLES = {
+    "front": "Rate against distortion",
+    "map": "What window and code size do",
+    "curves": "Learning curves",
+    "importance": "What matters for what",
+    "models": "Models of the front, side by side",
+}
+MEASURES = {"rate_bits": "rate, bits per image", "nll": "NLL, nats per image", "probe_accuracy": "probe accuracy, %"}
+COLUMNS = {
+    "number": "trial", "status": "status", "front": "front", "images": "images", "nll": "NLL, nats", "nll_se": "+-",
+    "rate_bits": "rate, bits", "distortion_nats": "distortion, nats", "probe_accuracy": "probe",
+    "images_per_s": "images/s", "seconds": "seconds",
+}  # fmt: skip
+FORMATS = {
+    "images": ",.0f", "nll": ".2f", "nll_se": ".2f", "rate_bits": ".1f", "distortion_nats": ".2f", "probe_accuracy": ".1%",
+    "images_per_s": ",.0f", "seconds": ",.0f",
+}  # fmt: skip
+INK, FAINT, RULE = "#1b1f24", "#6b7280", "#e3e6ea"
+MARKERS = "osD^vPX*"
+STYLE = {
+    "font.size": 10, "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": FAINT,
+    "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": RULE,
+    "axes.axisbelow": True,     "svg.fonttype": "none", "legend.frameon": False, "figure.constrained_layout.use": True,
+}  # fmt: skip
+MODELS, IMAGES = 6, 10
+"""So many models are drawn side by side, with so many images each."""
+
+
+def write(config: TuneConfig, output: Storage, rows: Sequence[Row], records: Sequence[Row]) -> str:
+    """Write the report of a search into its folder; returns the page's address.
+
+    ``rows``: the trials as ``tune.table`` orders them; ``records``: all that is known of them, see ``pipeline.search``.
+    """
+    columns = {key: None for row in rows for key in row}
+    table = pyarrow.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows])
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(table, file)
+    output.write(TABLE, file.getvalue())
+
+    look = Look(config)
+    drawings: dict[str, Figure | None] = {}
+    with matplotlib.rc_context(STYLE):
+        drawings["front"] = front(look, rows)
+        drawings["map"] = heat_map(look, rows)
+        drawings["curves"] = learning_curves(look, rows, {row["number"]: row["curve"] for row in records})
+        drawings["importance"] = importance(config, records)
+        charts = {name: _svg(figure, name) for name, figure in drawings.items() if figure}
+        for name, figure in drawings.items():
+            if figure:
+                output.write(f"{name}.png", _png(figure))
+    shown = [row for row in rows if row.get("front") == 1][:MODELS]
+    if shown:
+        sheet = side_by_side(config, sorted(shown, key=lambda row: row["rate_bits"]), look)
+        output.write("models.png", sheet)
+        charts["models"] = f'<img alt="{TITLES["models"]}" src="data:image/png;base64,{b64encode(sheet).decode()}">'
+    output.write(PAGE, page(config, rows, charts, look).encode())
+    return f"{output.url}/{PAGE}"
+
+
+class Look:
+    """Which of the searched options is told by colour, which lies along the other side of the map, and the words for a trial."""
+
+    def __init__(self, config: TuneConfig) -> None:
+        self.axes = config.search.axes
+        varied = [key for key, values in self.axes.items() if len(values) > 1] or list(self.axes)
+        self.color_key = "model.window" if "model.window" in varied else varied[0]
+        others = [key for key in varied if key != self.color_key]
+        self.across = "model.latents" if "model.latents" in others else others[0] if others else None
+        values = self.axes[self.color_key]
+        scale = matplotlib.colormaps["viridis"]
+        self.colors = {value: to_hex(scale(0.92 * place / max(1, len(values) - 1))) for place, value in enumerate(values)}
+        self.markers = {value: MARKERS[place % len(MARKERS)] for place, value in enumerate(values)}
+
+    def color(self, row: Row) -> str:
+        return self.colors[row[self.color_key]]
+
+    def marker(self, row: Row) -> str:
+        return self.markers[row[self.color_key]]
+
+    def words(self, row: Row) -> str:
+        """A trial's point: ``window 5x2, latents 16``."""
+        return ", ".join(f"{name_of(key)} {row[key]}" for key in self.axes)
+
+    def legend(self, axes: Axes, **place: Any) -> None:
+        """What the colours stand for."""
+        handles = [
+            Line2D([], [], color=color, marker=self.markers[value], linestyle="", label=str(value))
+            for value, color in self.colors.items()
+        ]
+        axes.legend(handles=handles, title=name_of(self.color_key), alignment="left", **place)
+
+
+def name_of(key: str) -> str:
+    return key.partition(".")[2].replace("_", " ")
+
+
+def front(look: Look, rows: Sequence[Row]) -> Figure | None:
+    """Rate against distortion of every trial; those that nobody beats are joined. Diagonals are equal code lengths."""
+    placed = [row for row in rows if "distortion_nats" in row]
+    if not placed:
+        return None
+    figure = Figure(figsize=(7.2, 4.6))
+    axes = figure.subplots()
+    joined = sorted((row["rate_bits"], row["distortion_nats"]) for row in rows if row.get("front") == 1)
+    if joined:
+        axes.plot(*zip(*joined, strict=True), color=INK, linewidth=1, zorder=1)
+    for row in reversed(placed):
+        finished = row["status"] == "finished"
+        face = look.color(row) if finished else "white"
+        size = 9 if finished else 5
+        edge = INK if row.get("front") == 1 else look.color(row)
+        axes.plot(
+            row["rate_bits"], row["distortion_nats"], look.marker(row), markersize=size, markerfacecolor=face, markeredgecolor=edge,
+            gid=f"trial{row['number']}.front", zorder=3 if finished else 2, alpha=1 if finished else 0.7,
+        )  # fmt: skip
+    _fit(axes, [row for row in placed if row["status"] == "finished"] or placed)
+    _code_lengths(axes)
+    axes.set_xlabel("rate, bits per image: what the code z carries")
+    axes.set_ylabel("distortion, nats per image: left to the decoder")
+    look.legend(axes, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def _fit(axes: Axes, rows: Sequence[Row]) -> None:
+    """Have the axes hold the finished trials; those that were stopped early may lie outside."""
+    for key, limits in (("rate_bits", axes.set_xlim), ("distortion_nats", axes.set_ylim)):
+        values = [row[key] for row in rows]
+        margin = 0.12 * (max(values) - min(values)) or 1.0
+        limits(min(values) - margin, max(values) + margin)
+
+
+def _code_lengths(axes: Axes) -> None:
+    """Lines of equal code length, distortion + rate ln 2, labelled at their upper end."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    lowest, highest = bottom + left * math.log(2), top + right * math.log(2)
+    step = next((each for each in (0.5, 1, 2, 5, 10, 20, 50, 100) if (highest - lowest) / each <= 8), 200)
+    for number in range(math.ceil(lowest / step), math.floor(highest / step) + 1):
+        length = number * step
+        ends = [(x, length - x * math.log(2)) for x in (left, right)]
+        axes.plot(
+            *zip(*ends, strict=True), color=RULE, linewidth=1, linestyle=(0, (4, 3)), zorder=0, scalex=False, scaley=False
+        )
+        x = left if ends[0][1] <= top else (length - top) / math.log(2)
+        if x < left + 0.93 * (right - left) and length - x * math.log(2) > bottom + 0.05 * (top - bottom):
+            axes.annotate(
+                f"{length:g}",
+                (x, length - x * math.log(2)),
+                (3, -2),
+                textcoords="offset points",
+                color=FAINT,
+                fontsize=8,
+                va="top",
+            )
+    axes.grid(visible=False)
+    axes.text(
+        0.99, 0.98, "dashed: equal code length, nats", transform=axes.transAxes, color=FAINT, fontsize=8, ha="right", va="top"
+    )
+
+
+def heat_map(look: Look, rows: Sequence[Row]) -> Figure | None:
+    """Rate, NLL and probe accuracy over the two main options: in each cell, of the finished trials there, that of the least NLL.
+
+    A cell where none finished has what the last validation of its furthest trial said, in pale.
+    """
+    across = look.across
+    ys, xs = look.axes[look.color_key], look.axes[across] if across else [""]
+    cells: dict[tuple[int, int], Row] = {}
+    for row in rows:
+        if "nll" not in row:
+            continue
+        place = ys.index(row[look.color_key]), xs.index(row[across]) if across else 0
+        if place not in cells or _counts_more(row, cells[place]):
+            cells[place] = row
+    finished = [row for row in cells.values() if row["status"] == "finished"]
+    measures = [key for key in MEASURES if any(key in row for row in finished)]
+    if not measures:
+        return None
+    figure = Figure(figsize=(3.2 * len(measures) + 0.8, 0.55 * len(ys) + 1.5))
+    for axes, key in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+        factor = 100 if key == "probe_accuracy" else 1
+        values = [factor * row[key] for row in finished if key in row]
+        low, span = min(values), max(values) - min(values) or 1.0
+        scale = matplotlib.colormaps["cividis"]
+        for (y, x), row in cells.items():
+            if key not in row:
+                continue
+            sure = row["status"] == "finished"
+            value = factor * row[key]
+            face = scale(min(1.0, max(0.0, (value - low) / span))) if sure else "#f3f4f6"
+            axes.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, color=face, gid=f"trial{row['number']}.map-{key}"))
+            dark = sure and (value - low) / span < 0.55
+            axes.text(
+                x, y, f"{value:.1f}", ha="center", va="center", color="white" if dark else INK if sure else FAINT, fontsize=9
+            )
+        axes.set(xlim=(-0.5, len(xs) - 0.5), ylim=(len(ys) - 0.5, -0.5), title=MEASURES[key])
+        axes.title.set_size(10)
+        axes.set_xticks(range(len(xs)), [str(x) for x in xs])
+        axes.set_yticks(range(len(ys)), [str(y) for y in ys])
+        axes.set_xlabel(name_of(across) if across else "")
+        axes.set_ylabel(name_of(look.color_key))
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        axes.spines[["left", "bottom"]].set_visible(False)
+    return figure
+
+
+def _counts_more(row: Row, other: Row) -> bool:
+    """Whether ``row`` is to stand for its cell of the map rather than ``other``."""
+    return (row["status"] == "finished", row["images"], -row["nll"]) > (
+        other["status"] == "finished",
+        other["images"],
+        -other["nll"],
+    )
+
+
+def learning_curves(look: Look, rows: Sequence[Row], curves: Mapping[int, Sequence[Row]]) -> Figure | None:
+    """Code length on validation images against images seen."""
+    drawn = [row for row in rows if curves.get(row["number"])]
+    if not drawn:
+        return None
+    figure = Figure(figsize=(7.2, 4.2))
+    axes = figure.subplots()
+    for row in reversed(drawn):
+        curve, finished = curves[row["number"]], row["status"] == "finished"
+        axes.plot(
+            [entry["images"] for entry in curve], [entry["nll"] for entry in curve], color=look.color(row),
+            linewidth=1.8 if finished else 1.1,             alpha=1 if finished else 0.8, gid=f"trial{row['number']}.curve",
+        )  # fmt: skip
+        axes.plot(
+            curve[-1]["images"], curve[-1]["nll"], look.marker(row), color=look.color(row), markersize=5,
+            markerfacecolor=look.color(row) if finished else "white", gid=f"trial{row['number']}.end",
+        )  # fmt: skip
+    lengths = sorted(entry["nll"] for row in drawn for entry in curves[row["number"]])
+    low, high = lengths[0], max(curves[row["number"]][-1]["nll"] for row in drawn)
+    top = max(high, lengths[math.ceil(0.9 * (len(lengths) - 1))])
+    axes.set_ylim(low - 0.05 * (top - low or 1), top + 0.08 * (top - low or 1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: f"{images:,.0f}"))
+    axes.set_xlabel("images seen")
+    axes.set_ylabel("code length on validation images, nats")
+    look.legend(axes, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def importance(config: TuneConfig, records: Sequence[Row]) -> Figure | None:
+    """The share of each option in the variance of each quantity, by fANOVA (Hutter et al., 2014) over the finished trials."""
+    finished = [row for row in records if row["status"] == "finished"]
+    shares = {}
+    for key in MEASURES:
+        measured = [row["values"][key] for row in finished if key in row["values"]]
+        if len(measured) >= 4 and len(set(measured)) > 1:
+            study = known(config.search, Goals.parse([f"min {key}"]), finished)
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+            shares[key] = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    if not shares:
+        return None
+    names = [key for key, values in config.search.axes.items() if len(values) > 1]
+    figure = Figure(figsize=(7.2, 0.5 * len(names) + 1.5))
+    axes = figure.subplots()
+    scale = matplotlib.colormaps["cividis"]
+    height = 0.8 / len(shares)
+    for place, (key, values) in enumerate(shares.items()):
+        color = scale(0.1 + 0.75 * place / max(1, len(shares) - 1))
+        heights = [y - 0.4 + height * (place + 0.5) for y in range(len(names))]
+        axes.barh(
+            heights, [values.get(name, 0.0) for name in names], height * 0.9, color=color, label=MEASURES[key].partition(",")[0]
+        )
+    axes.set_yticks(range(len(names)), [name_of(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(f"share of the variance over {len(finished)} finished trials (fANOVA)")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def side_by_side(config: TuneConfig, rows: Sequence[Row], look: Look) -> bytes:
+    """What some models make of the same validation images, and what they draw by themselves, as PNG."""
+    data = open_storage(config.dataset.url, config.storage.endpoint_url)
+    batch = next(iter(EvalLoader(data, manifest.load(data), split="valid", batch_size=IMAGES, num_images=IMAGES)))
+    originals = binarize(batch, config.dataset.binarization, config.train.seed)
+    drawn = {}
+    for row in rows:
+        generator = torch.Generator().manual_seed(config.train.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            url = f"{config.storage.root}/runs/{row['run']}"
+            evaluate.download_run(EvaluateConfig(model=url, storage=config.storage), Path(folder))
+            model = vlae.load(folder)
+        told = f"rate {row['rate_bits']:.1f} bits, NLL {row['nll']:.2f} nats"
+        drawn[look.words(row), told] = vlae.reconstruct(model, originals, generator), vlae.sample(model, IMAGES, generator)
+    return pictures.side_by_side(originals, drawn)
+
+
+def page(config: TuneConfig, rows: Sequence[Row], charts: Mapping[str, str], look: Look) -> str:
+    """The HTML page."""
+    search = config.search
+    counts = {status: sum(row["status"] == status for row in rows) for status in dict.fromkeys(row["status"] for row in rows)}
+    bound = f"-IWAE with k = {search.samples}" if search.samples > 1 else "the code length"
+    facts = {
+        "Data set": config.dataset.name,
+        "Trials": ", ".join(f"{count} {status}" for status, count in counts.items()),
+        "Objectives": ", ".join(search.objectives),
+        **({"Constraints": ", ".join(search.constraints)} if search.constraints else {}),
+        "Budget of a trial": f"{config.train.images:,} images",
+        "NLL": f"at most {bound}, on {search.num_images:,} validation images",
+    }
+    columns = {**{key: name_of(key) for key in look.axes}, **COLUMNS}
+    columns = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in rows)}
+    order = ["number", *(key for key in columns if key != "number")]
+    head = "".join(f'<th scope="col"><button type="button">{html.escape(columns[key])}</button></th>' for key in order)
+    body = "".join(f'<tr id="row{row["number"]}">{"".join(_cell(look, row, key) for key in order)}</tr>\n' for row in rows)
+    sections = "".join(
+        f'<section id="{name}"><h2>{title}</h2><p>{html.escape(CAPTIONS[name])}</p><div class="chart">{charts[name]}</div></section>\n'
+        for name, title in TITLES.items()
+        if name in charts
+    )
+    told = {
+        row["number"]: [
+            look.words(row),
+            *(f"{columns[key]}: {_shown(row, key)}" for key in COLUMNS if key in columns and _shown(row, key)),
+        ]
+        for row in rows
+    }
+    template = Template((files("pipeline") / "report.html").read_text())
+    return template.substitute(
+        title=html.escape(f"Search {config.name or config.dataset.name}"),
+        facts="".join(f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>" for key, value in facts.items()),
+        sections=sections,
+        head=head,
+        body=body,
+        trials=json.dumps(told).replace("<", "\\u003c"),
+    )
+
+
+CAPTIONS = {
+    "front": "Filled: trials that ran to their end; joined: those that nobody beats by the objectives; hollow: stopped early, "
+    "at their last validation.",
+    "map": "In each cell, of the trials that finished there, the one of the least NLL. Pale: none finished; the last validation.",
+    "curves": "A hollow end is a trial that was stopped early.",
+    "importance": "How much of the differences between finished trials each option explains.",
+    "models": "Each model's decodings of the same validation images, and images that it draws by itself.",
+}
+
+
+def _shown(row: Row, key: str) -> str:
+    value = row.get(key)
+    return "" if value is None else format(value, FORMATS[key]) if key in FORMATS else str(value)
+
+
+def _cell(look: Look, row: Row, key: str) -> str:
+    """A cell of the table; ``data-value`` is what it is sorted by."""
+    value = look.axes[key].index(row[key]) if key in look.axes else row.get(key)
+    sorted_by = "" if value is None else f' data-value="{html.escape(str(value))}"'
+    dot = f'<i style="background:{look.color(row)}"></i>' if key == look.color_key else ""
+    return f"<td{sorted_by}>{dot}{html.escape(_shown(row, key))}</td>"
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """A chart as SVG to stand in a page; the ids of its parts are its own."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()[file.getvalue().index("<svg") :]
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=200)
+    return file.getvalue()

@@ -1,0 +1,102 @@
+"""A search outlives the death of its driver and of its trials, and its mistakes are not tried again."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.metrics import read_rows
+from pipeline.storage import Storage, open_storage
+from tests.e2e.conftest import TINY, VLAE, Run
+from tests.e2e.test_interruption import descendants, kill_with_descendants
+
+SEARCH = [
+    "tune", "name=fated", *TINY, "train.images=16000", "train.valid_every=2000", "train.report_seconds=0.5",
+    "train.checkpoint_seconds=0", "search.space.model.window=[3x1]", "search.space.model.latents=[2,4]",
+    "search.space.model.flow_depth=[0]", "search.space.optim.learning_rate=[0.003,1e30]", "search.sampler=grid",
+    "search.stopping=none", "search.constraints=[]", "search.num_trials=4", "search.max_concurrent=1", "search.samples=2",
+    "search.num_images=100", "search.probe_images=200",
+]  # fmt: skip
+"""The second and the fourth trial fail: no number stays finite at their learning rate."""
+
+
+def records(storage: Storage) -> list[dict[str, Any]]:
+    """What the search has kept of its trials."""
+    return [storage.read_json(key) for key in sorted(storage.list("trials/"))]
+
+
+def start(workplace: Path, root: str) -> tuple["subprocess.Popen[bytes]", Path]:
+    """The search, in a process with a Ray of its own, and where its output goes."""
+    log = workplace / "search.log"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with log.open("w") as file:
+        command = [VLAE, *SEARCH, f"storage.root={root}"]
+        return subprocess.Popen(command, cwd=workplace, env=environment, stdout=file, stderr=subprocess.STDOUT), log
+
+
+def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """However long a busy machine takes; pytest's time limit ends what hangs."""
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f"the search ended before it could be disturbed:\n{log.read_text()}")
+        time.sleep(0.1)
+
+
+def test_a_search_whose_driver_and_then_a_trial_are_killed_ends_with_every_trial_run_once(
+    run: Run, root: str, workplace: Path
+) -> None:
+    run("shard", f"storage.root={root}", standalone=True)
+    storage = open_storage(f"{root}/searches/fated")
+    third = open_storage(f"{root}/runs/fated-window3x1-latents4-flow_depth0-learning_rate0.003")
+
+    process, log = start(workplace, root)
+    wait_until(lambda: len(third.list("checkpoints/")) >= 2, process, log)
+    kill_with_descendants(process)
+    before = records(storage)
+    assert [row["status"] for row in before] == ["finished", "failed", "running"]
+    assert "not finite" in before[1]["error"]
+    step = int(max(third.list("checkpoints/")).split("/")[1].split("-")[0])
+    kept = [row for row in read_rows(third) if row["step"] <= step]
+
+    process, log = start(workplace, root)
+    wait_until(lambda: any(row["step"] > step for row in read_rows(third)), process, log)
+    (trial,) = [pid for pid, command in descendants(process.pid).items() if command.startswith("ray::") and "train" in command]
+    os.kill(trial, signal.SIGKILL)
+    assert process.wait() == 0, log.read_text()
+
+    output, after = log.read_text(), records(storage)
+    assert [row["status"] for row in after] == ["finished", "failed", "finished", "failed"]
+    assert after[:2] == before[:2], "what had ended is not run again"
+    assert "trial 1/4" not in output
+    assert "trial 2/4" not in output
+    assert [row["failures"] for row in after] == [0, 0, 1, 0]
+    assert "trial 3/4  window 3x1, latents 4, flow_depth 0, learning_rate 0.003: lost; it is tried again" in output
+    rows = read_rows(third)
+    assert kept
+    assert rows[: len(kept)] == kept, "the trial starts afresh: its checkpoint was not used"
+    steps = [row["step"] for row in rows if "train/code_length" in row]
+    assert steps == sorted(set(steps))
+    images = [entry["images"] for entry in after[2]["curve"]]
+    assert images == sorted(set(images))
+    assert images[-1] == 16_000
+    last = json.loads(open_storage(f"{root}/searches/fated").read("result.json"))
+    assert [row["status"] for row in last["trials"]] == ["finished", "finished", "failed", "failed"]
+
+
+def test_a_search_under_a_used_name_with_other_options_is_refused(run: Run, root: str) -> None:
+    done = run(*SEARCH, f"storage.root={root}", "search.samples=3", "search.objectives=[max rate_bits]", code=2)
+    assert "was started with another search.objectives, search.samples; give this one another name=" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_hour_that_is_over_begins_no_trial(run: Run, root: str) -> None:
+    done = run(*SEARCH, f"storage.root={root}", "search.num_trials=9", "search.hours=0.0001")
+    assert "was finished already" in done.stdout
+    done = run(*SEARCH, f"storage.root={root}", "search.num_trials=9", "search.core_hours=0.0001")
+    assert "was finished already" in done.stdout
