@@ -6,6 +6,7 @@ what became of it. Nothing else is read back: Ray Tune runs the trials, and what
 
 import logging
 import os
+import re
 import statistics
 import time
 from dataclasses import dataclass, field, fields
@@ -118,7 +119,7 @@ def trial_config(config: TuneConfig, point: Point) -> TrainConfig:
     """The training run that tries ``point``: dotted options on top of the search's own. It is named after them."""
     values = to_dict(config)
     base = {item.name: values[item.name] for item in fields(TrainConfig)}
-    tried = "-".join(f"{key.partition('.')[2]}{value}" for key, value in point.items())
+    tried = re.sub(r"[^\w.-]", "", "-".join(f"{key.partition('.')[2]}{value}" for key, value in point.items()))  # 1e+30
     return build(TrainConfig, base, {**point, "name": f"{search_name(config)}-{tried}"})
 
 
