@@ -6,20 +6,27 @@ Two data sets: 60,000 grey images of 28 x 28 (MNIST), and 3,038 colour images of
 photographs). For each, from the same server, with the same batches of 128, shuffled, in one process without workers, for
 two epochs (the second may use what the first left on disk):
 
-* ours: blocks of raw pixels, with the local cache;
+* ours: blocks of raw pixels, with the local cache; ours_uncached: without it, so that each epoch gets every byte from the server;
 * webdataset: a PNG for each image, decoded, shuffled and batched in the documented form;
-* webdataset_blocks: webdataset on our own tars of blocks, decoded and shuffled by hand, four blocks at a time;
-* streaming (MosaicML) and litdata: arrays in their own formats;
-* raw_get: in the first epoch, the GETs of our shards alone; in the second, numpy slices of all images in memory.
+* streaming (MosaicML) and litdata: arrays in their own formats, in the documented form;
+* hand_loop: our own tars of blocks, read by webdataset, shuffled four blocks at a time and batched by a loop of 20 lines:
+  the least that a user can write by hand, without checksums, an exact order or a position;
+* raw_get: GETs of our shards by boto3, and nothing else; memory: numpy indexing of all images in memory.
 
-PYTHON has the peers installed (``pip install webdataset mosaicml-streaming litdata``); without it, only those that our own
-environment has are run. The loaders take turns, N times. Speed is in images per second of processor time (on one core, so to
-speak), since wall time on a shared machine is mostly that of others. The last line is JSON, with medians of each round's ratios.
+PYTHON has the peers installed: ``python -m venv peers; peers/bin/pip install webdataset mosaicml-streaming litdata obstore``; without
+it, only those that our own environment has are run. The loaders take turns, N times. Speed is in images per second of
+processor time (on one core, so to speak; the kernel's part included, the server's not), since wall time on a shared machine is mostly
+that of others. A first epoch is a process that runs one; a second is what a process that runs two takes more, so that
+reading ahead is counted where it belongs.
+
+The last line is JSON, with medians of each round's ratios, for the first and the second epoch: ratio_to_best_peer (of webdataset, streaming
+and litdata), ratio_to_hand_loop, and ratio_to_ceiling: ours_uncached to raw_get.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,9 +39,8 @@ from sklearn.datasets import load_sample_images
 from pipeline.sources import MnistSource
 from pipeline.store import ObjectStore
 
-LOADERS = ("ours", "webdataset", "webdataset_blocks", "streaming", "litdata", "raw_get")
-OWN_FORMATS = ("ours", "webdataset", "streaming", "litdata")
-PEERS = ("webdataset", "webdataset_blocks", "streaming", "litdata")
+PEERS = ("webdataset", "streaming", "litdata")
+LOADERS = ("ours", "ours_uncached", *PEERS, "hand_loop", "raw_get", "memory")
 
 
 def data_sets() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -52,23 +58,30 @@ def data_sets() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {"grey28": (grey.transpose(0, 3, 1, 2), labels), "colour64": (colour, np.arange(len(colour)) % 10)}
 
 
-def child(python: str, action: str, loader: str, folder: Path, prefix: str) -> list[dict[str, float]]:
+def child(python: str, action: str, loader: str, folder: Path, prefix: str, epochs: int = 0) -> dict[str, float]:
     folder.mkdir()
-    command = [python, str(Path(__file__).with_name("peers.py")), action, loader, str(folder), prefix]
+    command = [python, str(Path(__file__).with_name("peers.py")), action, loader, str(folder), prefix, str(epochs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     if done.returncode:
         sys.exit(f"{loader} failed:\n{done.stderr[-3000:]}")
     lines = [line for line in done.stdout.splitlines() if line.startswith("found: ")]
-    return json.loads(lines[-1].removeprefix("found: ")) if lines else []
+    shutil.rmtree(folder)
+    return json.loads(lines[-1].removeprefix("found: ")) if lines else {}
 
 
-def ratios(speed: dict[str, list[list[float]]], others: list[str]) -> list[float]:
-    """Our speed over that of the fastest of others: the median over the rounds, for each epoch."""
-    found = []
-    for epoch in (0, 1):
-        turns = zip(speed["ours"], *(speed[other] for other in others), strict=True)
-        found.append(round(statistics.median(ours[epoch] / max(other[epoch] for other in rest) for ours, *rest in turns), 2))
-    return found
+def two_epochs(python: str, loader: str, folder: Path, prefix: str) -> list[dict[str, float]]:
+    """Images, seconds of processor time and of wall time of the first epoch, and of the second."""
+    one, both = (child(python, "read", loader, folder / loader, prefix, epochs) for epochs in (1, 2))
+    return [one, {name: both[name] - one[name] for name in one}]
+
+
+Speeds = dict[str, list[list[float]]]  # by loader, for each round: of the first and the second epoch
+
+
+def ratios(speed: Speeds, ours: str, others: tuple[str, ...]) -> list[float]:
+    """The speed of ours over that of the fastest of others: the median over the rounds, for each epoch."""
+    turns = list(zip(speed[ours], *(speed[other] for other in others if other in speed), strict=True))
+    return [round(statistics.median(own[n] / max(other[n] for other in rest) for own, *rest in turns), 2) for n in (0, 1)]
 
 
 def main() -> None:
@@ -77,7 +90,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     loaders = [name for name in LOADERS if options.peers != sys.executable or name not in ("streaming", "litdata")]
-    summary: dict[str, dict[str, object]] = {"ratio_to_best_peer": {}, "ratio_to_webdataset": {}, "ratio_to_ceiling": {}}
+    summary: dict[str, dict[str, object]] = {
+        name: {} for name in ("ratio_to_best_peer", "ratio_to_hand_loop", "ratio_to_ceiling")
+    }
     with tempfile.TemporaryDirectory() as name, ObjectStore(f"{name}/store", "benchmark") as store:
         os.environ.update(store.environment() | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"})
         for data, (images, labels) in data_sets().items():
@@ -85,25 +100,22 @@ def main() -> None:
             folder.mkdir()
             np.save(folder / "images.npy", images)
             np.save(folder / "labels.npy", labels)
-            python = {loader: options.peers if loader in PEERS else sys.executable for loader in loaders}
-            for loader in OWN_FORMATS:
+            python = {loader: options.peers if loader in (*PEERS, "hand_loop") else sys.executable for loader in loaders}
+            for loader in ("ours", *PEERS):
                 if loader in loaders:
-                    child(python[loader], "write", loader, folder / f"write-{loader}", f"{data}/{loader}")
-            speed: dict[str, list[list[float]]] = {loader: [] for loader in loaders}
-            for turn in range(options.rounds):
+                    child(python[loader], "write", loader, folder / loader, f"{data}/{loader}")
+            speed: Speeds = {loader: [] for loader in loaders}
+            for _ in range(options.rounds):
                 for loader in loaders:
-                    epochs = child(python[loader], "read", loader, folder / f"{turn}-{loader}", f"{data}/{loader}")
+                    epochs = two_epochs(python[loader], loader, folder, f"{data}/{loader}")
                     assert all(epoch["images"] > len(images) - 129 for epoch in epochs), (loader, epochs)
-                    speed[loader].append([epoch["images"] / epoch["cpu"] for epoch in epochs])
-                    walls = ", ".join(f"{epoch['images'] / epoch['wall']:,.0f}" for epoch in epochs)
-                    cpus = ", ".join(f"{value:,.0f}" for value in speed[loader][-1])
-                    print(
-                        f"{data:<9}{loader:<18} images/s by epoch: {cpus:>20} of processor time, {walls:>20} of wall time",
-                        flush=True,
-                    )
-            summary["ratio_to_best_peer"][data] = ratios(speed, [loader for loader in loaders if loader in PEERS])
-            summary["ratio_to_webdataset"][data] = ratios(speed, ["webdataset"])
-            summary["ratio_to_ceiling"][data] = ratios(speed, ["raw_get"])
+                    cpu, wall = ([epoch["images"] / epoch[clock] for epoch in epochs] for clock in ("cpu", "wall"))
+                    speed[loader].append(cpu)
+                    texts = (f"{first:>11,.0f} {second:>11,.0f}" for first, second in (cpu, wall))
+                    print(f"{data:<9}{loader:<14} images/s by epoch, of processor time and of wall time:", *texts, flush=True)
+            summary["ratio_to_best_peer"][data] = ratios(speed, "ours", PEERS)
+            summary["ratio_to_hand_loop"][data] = ratios(speed, "ours", ("hand_loop",))
+            summary["ratio_to_ceiling"][data] = ratios(speed, "ours_uncached", ("raw_get",))
             summary[data] = {
                 loader: [round(statistics.median(turn[epoch] for turn in turns)) for epoch in (0, 1)]
                 for loader, turns in speed.items()

@@ -1,11 +1,10 @@
-"""What ``benchmarks/loader.py`` runs in a process of its own: one loader, two epochs, images per second of each.
+"""What ``benchmarks/loader.py`` runs in a process of its own: one loader, some epochs, images and seconds of each.
 
 Reads the images from ``images.npy`` and ``labels.npy`` of a folder (to write them in the loader's own format) and from S3 (to
 read them back). Each loader shuffles and gives batches of tensors: images uint8 ``(batch, channels, height, width)``.
 """
 
 import importlib
-import importlib.machinery
 import io
 import itertools
 import json
@@ -13,7 +12,6 @@ import os
 import random
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +53,7 @@ def ours_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str
     Manifest("benchmark", images.shape[1:], 10, 250, {"train": shards}).publish(storage)
 
 
-def ours(folder: Path, prefix: str) -> Epoch:
+def ours(folder: Path, prefix: str, epochs: int, cached: bool = True) -> Epoch:
     from pipeline import manifest
     from pipeline.cache import ShardCache
     from pipeline.loader import TrainLoader
@@ -64,10 +62,16 @@ def ours(folder: Path, prefix: str) -> Epoch:
     storage = open_storage(f"s3://benchmark/{prefix}")
     contents = manifest.load(storage)
     steps = contents.num_samples("train") // BATCH
-    cache = ShardCache(folder / "cache", 10**10)
+    cache = ShardCache(folder / "cache", 10**10) if cached else None
 
-    batches = iter(TrainLoader(storage, contents, seed=0, global_batch=BATCH, num_streams=8, num_steps=2 * steps, cache=cache))
+    batches = iter(
+        TrainLoader(storage, contents, seed=0, global_batch=BATCH, num_streams=8, num_steps=epochs * steps, cache=cache)
+    )
     return lambda number: ((batch.images, batch.labels) for batch in itertools.islice(batches, steps))
+
+
+def ours_uncached(folder: Path, prefix: str, epochs: int) -> Epoch:
+    return ours(folder, prefix.replace("ours_uncached", "ours"), epochs, cached=False)
 
 
 # --- webdataset --------------------------------------------------------------------------------------------------------
@@ -88,7 +92,7 @@ def webdataset_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefi
     upload(folder / "wds", prefix)
 
 
-def webdataset(folder: Path, prefix: str) -> Epoch:
+def webdataset(folder: Path, prefix: str, epochs: int) -> Epoch:
     """One PNG per image, in the documented form: decode, shuffle, batch."""
     import webdataset as wds
 
@@ -109,14 +113,14 @@ def webdataset(folder: Path, prefix: str) -> Epoch:
     return epoch
 
 
-def webdataset_blocks(folder: Path, prefix: str) -> Epoch:
-    """Our own tars of blocks, read by webdataset: its users' fastest way with small images. Shuffled within 4 blocks."""
+def hand_loop(folder: Path, prefix: str, epochs: int) -> Epoch:
+    """Our own tars of blocks, read by webdataset, shuffled within 4 blocks."""
     import webdataset as wds
 
     from_s3(wds)
 
     def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        urls = [f"s3://benchmark/{key}" for key in keys(prefix.replace("webdataset_blocks", "ours")) if key.endswith(".tar")]
+        urls = [f"s3://benchmark/{key}" for key in keys(prefix.replace("hand_loop", "ours")) if key.endswith(".tar")]
         cache = str(folder / "cache")
         os.makedirs(cache, exist_ok=True)
         data = wds.WebDataset(urls, shardshuffle=len(urls), seed=number, empty_check=False, cache_dir=cache)
@@ -153,18 +157,7 @@ def from_s3(wds: Any) -> None:
 # --- MosaicML streaming ------------------------------------------------------------------------------------------------
 
 
-def without_torchvision() -> None:
-    """It is imported for classes that are not used here, and its wheels want a torch with CUDA."""
-    for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        module.__file__ = name
-        module.__getattr__ = lambda attribute: type(attribute, (), {})  # type: ignore[method-assign]
-        sys.modules[name] = module
-
-
 def streaming_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str) -> None:
-    without_torchvision()
     from streaming import MDSWriter
 
     shape = ",".join(map(str, images.shape[1:]))
@@ -174,8 +167,7 @@ def streaming_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix
     upload(folder / "mds", prefix)
 
 
-def streaming(folder: Path, prefix: str) -> Epoch:
-    without_torchvision()
+def streaming(folder: Path, prefix: str, epochs: int) -> Epoch:
     from streaming import StreamingDataLoader, StreamingDataset
 
     os.environ["S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL"]
@@ -199,7 +191,7 @@ def identity(item: Any) -> Any:
     return item
 
 
-def litdata(folder: Path, prefix: str) -> Epoch:
+def litdata(folder: Path, prefix: str, epochs: int) -> Epoch:
     import litdata as lit
 
     downloader = importlib.import_module("litdata.streaming.downloader")
@@ -215,18 +207,25 @@ def litdata(folder: Path, prefix: str) -> Epoch:
 # --- ceilings ----------------------------------------------------------------------------------------------------------
 
 
-def raw_get(folder: Path, prefix: str) -> Epoch:
-    """The bytes of our shards, and nothing done with them; the second epoch from memory, by numpy slices of a permutation."""
+def raw_get(folder: Path, prefix: str, epochs: int) -> Epoch:
+    """The bytes of our shards, and nothing done with them."""
     client = boto3.client("s3")
+    images, labels = np.load(folder.parent / "images.npy"), np.load(folder.parent / "labels.npy")
+    shards = [key for key in keys(prefix.replace("raw_get", "ours")) if key.endswith(".tar")]
+
+    def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for key in shards:
+            client.get_object(Bucket="benchmark", Key=key)["Body"].read()
+        yield torch.from_numpy(images), torch.from_numpy(labels)  # to be counted
+
+    return epoch
+
+
+def memory(folder: Path, prefix: str, epochs: int) -> Epoch:
+    """All images in memory, and batches of them by numpy indexing."""
     images, labels = np.load(folder.parent / "images.npy"), np.load(folder.parent / "labels.npy")
 
     def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        if number == 0:
-            for key in keys(prefix.replace("raw_get", "ours")):
-                if key.endswith(".tar"):
-                    client.get_object(Bucket="benchmark", Key=key)["Body"].read()
-            yield torch.from_numpy(images), torch.from_numpy(labels)  # to be counted
-            return
         order = np.random.default_rng(number).permutation(len(images))
         for start in range(0, len(order), BATCH):
             part = order[start : start + BATCH]
@@ -236,20 +235,19 @@ def raw_get(folder: Path, prefix: str) -> Epoch:
 
 
 def main() -> None:
-    action, name, folder, prefix = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
+    action, name, folder, prefix, epochs = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])
     random.seed(0)
     if action == "write":
         images, labels = np.load(folder.parent / "images.npy"), np.load(folder.parent / "labels.npy")
         globals()[f"{name}_write"](images, labels, folder, prefix)
         return
-    epoch = globals()[name](folder, prefix)
-    found = []
-    for number in range(2):
-        count, wall, cpu = 0, time.perf_counter(), time.process_time()
+    epoch = globals()[name](folder, prefix, epochs)
+    count, wall, cpu = 0, time.perf_counter(), time.process_time()
+    for number in range(epochs):
         for images, labels in epoch(number):
             count += len(labels)
             assert images.dtype == torch.uint8
-        found.append({"images": count, "wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu})
+    found = {"images": count, "wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     print("found: " + json.dumps(found))
     sys.stdout.flush()
     os._exit(0)  # some loaders leave threads that take long to end

@@ -7,7 +7,6 @@ is set aside, and what was used longest ago makes way. A full disk, or a shard l
 
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ from typing import BinaryIO
 
 from pipeline.config import Dataset
 from pipeline.errors import DamagedData
-from pipeline.storage import PARTIAL, Storage
+from pipeline.pieces import Counted
+from pipeline.storage import PARTIAL, PIECE, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +41,24 @@ class ShardCache:
     folder: Path
     max_bytes: int
 
-    def read_range(self, storage: Storage, key: str, size: int, sha256: str, start: int, length: int) -> bytes:
+    def stream(self, storage: Storage, key: str, size: int, sha256: str, start: int, length: int) -> Iterator[bytes]:
         """Bytes of the shard ``key`` of ``storage``, whose size in bytes and sha256 are known, from the cache if it can be.
 
-        Raises ``DamagedData`` if the shard in storage is another one, and as ``storage.download`` does.
+        Raises ``DamagedData`` if the shard in storage is another one, and as ``storage.stream`` does.
         """
         path = self.folder / sha256
         for _ in range(3):  # it may make way for another as soon as it is there
-            with suppress(OSError), path.open("rb") as file:
+            with suppress(OSError), path.open("rb", buffering=0) as file:
                 os.utime(file.fileno())  # used last
-                data = os.pread(file.fileno(), length, start)
-                if len(data) == length:
-                    return data
+                file.seek(start)
+                while piece := file.read(min(length, PIECE)):
+                    start, length = start + len(piece), length - len(piece)
+                    yield piece
+                if not length:
+                    return
             if not self._fetch(storage, key, size, sha256):
                 break
-        return storage.read_range(key, start, length)
+        yield from storage.stream(key, start, length)
 
     def drop(self, sha256: str) -> None:
         """Forget a shard whose local copy went bad."""
@@ -142,15 +145,13 @@ class ShardCache:
 def _fill(file: BinaryIO, storage: Storage, key: str, size: int, sha256: str) -> None:
     """Write a whole shard from ``storage``, held to its size and sha256."""
     for attempt in (1, 2):  # what was altered on its way comes whole the second time
-        content, count = hashlib.sha256(), 0
         file.seek(0)
-        for piece in storage.stream(key):
-            content.update(piece)
-            count += len(piece)
-            if count <= size:
+        passing = Counted(storage.stream(key))
+        for piece in passing:
+            if passing.size <= size:
                 file.write(piece)
-        if (count, content.hexdigest()) == (size, sha256):
+        if (passing.size, passing.sha256) == (size, sha256):
             return
-        found = f"it has {count} bytes and sha256 {content.hexdigest()}, the manifest says {size} bytes and {sha256}"
+        found = f"it has {passing.size} bytes and sha256 {passing.sha256}, the manifest says {size} bytes and {sha256}"
         logger.warning("%s/%s, attempt %d: %s", storage.url, key, attempt, found)
     raise DamagedData(f"{storage.url}/{key} is damaged: {found}")

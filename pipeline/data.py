@@ -9,9 +9,9 @@ from tqdm import tqdm
 from pipeline import cluster, manifest, pictures, tar
 from pipeline.config import DataConfig
 from pipeline.errors import UserError
-from pipeline.foreign import Pieces
 from pipeline.loader import EvalLoader
 from pipeline.manifest import Index, Manifest
+from pipeline.pieces import Counted, Pieces
 from pipeline.reader import Reader, Rows
 from pipeline.storage import Storage, open_storage
 
@@ -64,27 +64,22 @@ def verify_shard(storage: Storage, contents: Manifest, split: str, number: int) 
     shard, reader = contents.shards(split)[number], Reader(storage, contents, split)
     try:
         place, key = reader.place(shard)
-        pieces = Pieces(place.stream(key))
-        for _ in tar.members(pieces, max(shard.size, 1)):
+        passing = Counted(place.stream(key))
+        for _ in tar.members(Pieces(passing), max(shard.size, 1)):
             pass
-        pieces.finish()
-        if (pieces.size, pieces.sha256) != (shard.size, shard.sha256):
-            return (
-                shard.name,
-                pieces.size,
-                f"it has {pieces.size} bytes and sha256 {pieces.sha256}, not {shard.size} and {shard.sha256}",
-            )
+        passing.finish()
+        if (passing.size, passing.sha256) != (shard.size, shard.sha256):
+            found = f"it has {passing.size} bytes and sha256 {passing.sha256}, not {shard.size} and {shard.sha256}"
+            return shard.name, passing.size, found
         if int(Index.load(storage, shard).starts[-1]) != shard.num_samples:
-            return shard.name, pieces.size, "its index holds another number of samples"
+            return shard.name, passing.size, "its index holds another number of samples"
         step = max(1, (16 << 20) // reader.image_bytes)  # decoded, a part at a time
         for start in range(0, shard.num_samples, step):
             stop = min(start + step, shard.num_samples)
-            reader.fill(
-                Rows.of(stop - start, contents.image_shape), [(np.array([[number, start, stop]]), np.arange(stop - start))]
-            )
+            reader.fill(Rows.of(stop - start, contents.image_shape), np.array([[number, start, stop]]))
     except (UserError, tar.BadTar) as error:
         return shard.name, 0, str(error)
-    return shard.name, pieces.size, None
+    return shard.name, passing.size, None
 
 
 def format_report(action: str, result: dict[str, Any]) -> str:

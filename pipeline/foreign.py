@@ -5,7 +5,6 @@ is the member with the extension ``.jpg``, ``.png``, ``.webp`` or ``.npy``; its 
 Members that only unpickling could read are refused by name, and so are names that lead out of a folder.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,38 +25,6 @@ class Sample:
     offset: int  # of the image file in the tar, in bytes
     content: bytes  # of the image file
     label: int  # -1 if there is none
-
-
-class Pieces:
-    """A stream's pieces as a file, with the size and the sha256 of what was read so far."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces, self._rest = pieces, b""
-        self._content, self.size = hashlib.sha256(), 0
-
-    @property
-    def sha256(self) -> str:
-        return self._content.hexdigest()
-
-    def read(self, size: int, /) -> bytes:
-        parts, wanted = list[bytes](), size
-        while wanted:
-            if not self._rest:
-                self._rest = next(self._pieces, b"")
-                if not self._rest:
-                    break
-            part, self._rest = self._rest[:wanted], self._rest[wanted:]
-            wanted -= len(part)
-            parts.append(part)
-        found = b"".join(parts)
-        self._content.update(found)
-        self.size += len(found)
-        return found
-
-    def finish(self) -> None:
-        """Read what is left."""
-        while self.read(1 << 20):
-            pass
 
 
 def samples(url: str, source: tar.Source, label_key: str) -> Iterator[Sample]:

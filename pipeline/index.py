@@ -1,7 +1,7 @@
 """``vlae index``: a manifest for WebDataset shards that someone else wrote, where they lie, without rewriting them.
 
 Each shard is read once, by a Ray task: its size and sha256, and for every image where it begins, how long it is, its
-sha256 and its label. Only these are written, beside the manifest; the shards may be in a bucket that is read-only, or on the web.
+checksum and its label. Only these are written, beside the manifest; the shards may be in a bucket that is read-only, or on the web.
 """
 
 import hashlib
@@ -15,8 +15,9 @@ from tqdm import tqdm
 from pipeline import cluster, images, manifest
 from pipeline.config import IndexConfig, IndexOptions
 from pipeline.errors import UserError
-from pipeline.foreign import Pieces, samples
-from pipeline.manifest import Index, Manifest, Shard
+from pipeline.foreign import samples
+from pipeline.manifest import Index, Manifest, Shard, checksum
+from pipeline.pieces import Counted, Pieces
 from pipeline.receipts import Receipts
 from pipeline.sources import SPLITS, place_of
 from pipeline.storage import Storage, open_storage
@@ -130,24 +131,24 @@ def _image_size(options: IndexOptions, found: list[Any]) -> tuple[int, int]:
 def index_shard(storage: Storage, receipts: Receipts, name: str, url: str, options: IndexOptions) -> None:
     """Read one shard, and write its index and its receipt."""
     folder, _, key = url.rpartition("/")
-    pieces = Pieces(open_storage(folder, getattr(storage, "endpoint_url", None)).stream(key))
-    columns: dict[str, list[Any]] = {column: [] for column in ("offset", "size", "sha256", "labels", "keys")}
+    passing = Counted(open_storage(folder, getattr(storage, "endpoint_url", None)).stream(key))
+    columns: dict[str, list[Any]] = {column: [] for column in ("offset", "size", "checksum", "labels", "keys")}
     sizes: dict[tuple[int, int], str] = {}
-    for sample in samples(url, pieces, options.label_key):
+    for sample in samples(url, Pieces(passing), options.label_key):
         try:
             size = images.measure(sample.content, int(options.max_megapixels * 1e6))
         except images.BadImage as error:
             raise UserError(f"{url}: the image of sample {sample.key!r} cannot be used: {error}") from None
         if len(sizes) < 2:
             sizes.setdefault(size, sample.key)
-        row = (sample.offset, len(sample.content), hashlib.sha256(sample.content).hexdigest(), sample.label, sample.key)
+        row = (sample.offset, len(sample.content), checksum(sample.content), sample.label, sample.key)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
-    pieces.finish()
+    passing.finish()
     index = Index.to_bytes(**columns)
     index_name = f"index/{name}.json"
     storage.write(index_name, index)
-    shard = Shard(url, pieces.size, pieces.sha256, len(columns["offset"]), index_name, hashlib.sha256(index).hexdigest())
+    shard = Shard(url, passing.size, passing.sha256, len(columns["offset"]), index_name, hashlib.sha256(index).hexdigest())
     receipts.write(
         name,
         {

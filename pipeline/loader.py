@@ -118,43 +118,37 @@ class TrainLoader:
         return self._reader.num_skipped
 
     def __iter__(self) -> Iterator[Batch]:
-        order = self._order
-        local_batch = len(self._streams) * order.stream_batch
-        step = self._steps.start
-        for rows in one_ahead(self._rounds()):
-            # A round holds the same group of each of our streams, laid out batch by batch.
-            begin = step % order.steps_per_epoch * local_batch % (order.group_length * len(self._streams))
-            for first in range(begin, len(rows.samples), local_batch):
-                if step == self._steps.stop:
-                    return
-                part = slice(first, first + local_batch)
-                positions = step * order.global_batch + self._first_position + np.arange(local_batch)
-                yield Batch(step, rows.images[part], rows.labels[part], rows.samples[part], positions)
+        order, step = self._order, self._steps.start
+        for rows, batches in one_ahead(self._rounds()):
+            for batch in batches:
+                positions = step * order.global_batch + self._first_position + np.arange(len(batch))
+                yield Batch(step, *rows.take(batch), positions)
                 step += 1
 
-    def _rounds(self) -> Iterator[Rows]:
-        """The samples of a group of each of our streams, in their final order: by batch, then stream, then turn."""
-        order, num_streams = self._order, len(self._streams)
+    def _rounds(self) -> Iterator[tuple[Rows, Integers]]:
+        """A group of each of our streams at a time: its samples, and the rows of each batch, ``(num_batches, local_batch)``."""
+        order, step, epoch = self._order, self._steps.start, -1
         steps_per_group = order.group_length // order.stream_batch
-        step, epoch = self._steps.start, -1
+        room = len(self._streams) * min(order.group_length, order.stream_length)
+        buffers = [Rows.of(room, self._reader.image_shape) for _ in range(2)]  # in use, and being filled
         while step < self._steps.stop:
             if epoch != step // order.steps_per_epoch:
                 epoch = step // order.steps_per_epoch
                 circle = order.circle(epoch)
-            index = step % order.steps_per_epoch // steps_per_group
-            groups = []
-            for number, stream in enumerate(self._streams):
-                group = order.group(epoch, circle, stream, index)
-                turn = np.argsort(group.permutation)  # each sample's in its stream
-                batch, place = np.divmod(turn, order.stream_batch)
-                groups.append((group.segments, (batch * num_streams + number) * order.stream_batch + place))
-            rows = Rows.of(sum(len(places) for _, places in groups), self._reader.image_shape)
-            present = self._reader.fill(rows, groups)
+            index, begin = divmod(step % order.steps_per_epoch, steps_per_group)
+            groups = [order.group(epoch, circle, stream, index) for stream in self._streams]
+            length = len(groups[0].permutation)  # that of all
+            rows = buffers[0]
+            present = self._reader.fill(rows, np.concatenate([group.segments for group in groups]))
             if not present.all():
-                for _, places in groups:
-                    substitute(rows, present, places)
-            yield rows
-            step = epoch * order.steps_per_epoch + min((index + 1) * steps_per_group, order.steps_per_epoch)
+                for number in range(len(groups)):
+                    substitute(rows, present, slice(number * length, (number + 1) * length))
+            # By batch, then stream, then turn.
+            turns = [number * length + group.permutation.reshape(-1, order.stream_batch) for number, group in enumerate(groups)]
+            batches = np.concatenate(turns, axis=1)[begin : begin + self._steps.stop - step]
+            yield rows, batches
+            buffers.reverse()
+            step += len(batches)
 
 
 class EvalLoader:
@@ -196,23 +190,21 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         step = 0
-        for rows in one_ahead(self._rounds()):
-            for first in range(0, len(rows.samples), self._batch_size):
-                part = slice(first, first + self._batch_size)
-                yield Batch(step, rows.images[part], rows.labels[part], rows.samples[part], rows.samples[part])
+        for rows, present in one_ahead(self._rounds()):
+            for first in range(0, len(present), self._batch_size):
+                images, labels, samples = rows.take(present[first : first + self._batch_size])
+                yield Batch(step, images, labels, samples, samples)
                 step += 1
 
-    def _rounds(self) -> Iterator[Rows]:
-        """Some whole batches at a time (about 16 MB)."""
+    def _rounds(self) -> Iterator[tuple[Rows, Integers]]:
+        """Some whole batches at a time (about 16 MB): samples, and the rows of those that are there."""
         circle = straight(self._reader.sizes)
         length = max(1, (16 << 20) // (self._reader.image_bytes * self._batch_size)) * self._batch_size
+        buffers = [Rows.of(min(length, self.num_samples), self._reader.image_shape) for _ in range(2)]
         for start in range(self._start, self._stop, length):
-            count = min(length, self._stop - start)
-            rows = Rows.of(count, self._reader.image_shape)
-            present = self._reader.fill(rows, [(circle.segments(start, start + count), np.arange(count))])
-            if not present.all():
-                rows = Rows(rows.images[present], rows.labels[present], rows.samples[present])
-            yield rows
+            segments = circle.segments(start, min(start + length, self._stop))
+            yield buffers[0], np.flatnonzero(self._reader.fill(buffers[0], segments))
+            buffers.reverse()
 
 
 def one_ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -4,7 +4,7 @@
 
     manifest.json            the shape of the images, and per split its shards: name, size, number of samples, checksums
     train/00000.tar          a WebDataset tar; each record holds a block of images and their labels, or one image
-    train/00000.index.json   where each record of that tar begins, how long it is, how many samples it holds, its sha256
+    train/00000.index.json   where each record of that tar begins, how long it is, how many samples it holds, its checksum
     pages/...                the shards, if there are very many, in place of the list in manifest.json
 
 The manifest is written last: a data set exists when it is there. Nothing in it grows with the number of samples; what
@@ -32,12 +32,13 @@ from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from pipeline.errors import UserError
 from pipeline.images import Fit
 from pipeline.storage import ObjectNotFound, Storage
 
-VERSION = 1
+VERSION = 2
 ENCODINGS = ("npy", "image")
 MANIFEST_KEY = "manifest.json"
 PAGE = 10_000  # shards; a split with more is kept in pages
@@ -202,18 +203,19 @@ def load(storage: Storage) -> Manifest:
     except ObjectNotFound:
         raise ObjectNotFound(f"there is no data set at {storage.url}; make one with: vlae shard dataset=NAME") from None
     url = f"{storage.url}/{MANIFEST_KEY}"
-    found = tuple(content.get(key) for key in ("version", "encoding")) if isinstance(content, dict) else (None, None)
-    if found[0] != VERSION or found[1] not in ENCODINGS:
-        raise UserError(
-            f"{url} has format {found}, but this program reads {VERSION} with {ENCODINGS}; use the one that made it"
-        )
     remedy = "delete it and run again the command that made it, vlae shard or vlae index"
+    if not isinstance(content, dict) or "version" not in content:
+        raise UserError(f"{url} is damaged: it is not a manifest; {remedy}")
+    if content["version"] != VERSION:
+        raise UserError(f"{url} is of version {content['version']}, but this program reads version {VERSION}; {remedy}")
     stated, actual = content.pop("sha256", None), _digest(content)
     if stated != actual:
         raise UserError(f"{url} is damaged or was edited: its sha256 is {actual}, but it states {stated}; {remedy}")
     try:
         splits = {split: _read_listed(storage, listed) for split, listed in content.pop("splits").items()}
         channels, height, width = content.pop("image_shape")
+        if content["encoding"] not in ENCODINGS:
+            raise ValueError(f"its encoding is {content['encoding']!r}")
         return Manifest(**content, splits=splits, image_shape=(channels, height, width))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{url} is damaged ({error}); {remedy}") from None
@@ -271,21 +273,29 @@ def read_verified(storage: Storage, key: str, sha256: str) -> bytes:
     )
 
 
+def checksum(record: bytes) -> str:
+    """What a record is held to each time it is read: XXH3 of 128 bits.
+
+    It finds any damage, ten times as fast as sha256; against forgery there is the sha256 of the whole shard, and of the index.
+    """
+    return xxhash.xxh3_128_hexdigest(record)
+
+
 @dataclass(frozen=True)
 class Index:
     """The records of one shard; every array has shape ``(num_records,)``, but ``starts`` one more."""
 
     offset: Integers  # in bytes
     size: Integers  # in bytes
-    sha256: tuple[str, ...]
+    checksum: tuple[str, ...]
     starts: Integers  # each record's first sample, and the number of all
     labels: Integers | None  # of encoding "image", which has a sample in each record; else they are in the records
     keys: tuple[str, ...] | None  # likewise: the samples' names
 
     @staticmethod
-    def to_bytes(offset: list[int], size: list[int], sha256: list[str], **others: list[int] | list[str]) -> bytes:
+    def to_bytes(offset: list[int], size: list[int], checksum: list[str], **others: list[int] | list[str]) -> bytes:
         """The index object, from one value for each record: ``num_samples``, or ``labels`` and ``keys``."""
-        return json.dumps({"offset": offset, "size": size, "sha256": sha256, **others}, separators=(",", ":")).encode()
+        return json.dumps({"offset": offset, "size": size, "checksum": checksum, **others}, separators=(",", ":")).encode()
 
     @classmethod
     def load(cls, storage: Storage, shard: Shard) -> "Index":
@@ -296,5 +306,5 @@ class Index:
         counts = columns.get("num_samples", [1] * len(offset))
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return cls(
-            offset, size, tuple(columns["sha256"]), starts, labels, tuple(columns["keys"]) if "keys" in columns else None
+            offset, size, tuple(columns["checksum"]), starts, labels, tuple(columns["keys"]) if "keys" in columns else None
         )

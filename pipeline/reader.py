@@ -1,11 +1,10 @@
 """Samples of one split from its shards: fetched, checked, decoded and put where they belong, several shards at a time."""
 
-import hashlib
 import logging
 import threading
 import urllib.parse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -16,7 +15,8 @@ import torch
 from pipeline import images, tar
 from pipeline.cache import ShardCache
 from pipeline.errors import DamagedData, UserError
-from pipeline.manifest import Index, Integers, Manifest, Shard
+from pipeline.manifest import Index, Integers, Manifest, Shard, checksum
+from pipeline.pieces import Pieces
 from pipeline.storage import ObjectNotFound, ObjectTooShort, Storage, open_storage
 
 logger = logging.getLogger(__name__)
@@ -32,20 +32,39 @@ REMEDY = "delete manifest.json there and run again the command that made it, vla
 
 @dataclass(frozen=True)
 class Rows:
-    """Room for samples."""
+    """Room for samples, which is used again and again: memory that is new costs as much as all else that is done with it."""
 
-    images: torch.Tensor  # uint8 (num_rows, channels, height, width); page-locked if there is a GPU to copy them to
-    labels: torch.Tensor  # int64 (num_rows,)
+    images: Images  # (num_rows, channels, height, width)
+    labels: Integers  # (num_rows,)
     samples: Integers  # (num_rows,): each one's number in its split
 
     @classmethod
     def of(cls, num_rows: int, image_shape: tuple[int, int, int]) -> "Rows":
+        images = torch.empty((num_rows, *image_shape), dtype=torch.uint8).numpy()
+        return cls(images, np.empty(num_rows, dtype=np.int64), np.empty(num_rows, dtype=np.int64))
+
+    def take(self, rows: Integers) -> tuple[torch.Tensor, torch.Tensor, Integers]:
+        """Copies of the images and labels, page-locked if there is a GPU to copy them to, and of the numbers of some rows."""
         pinned = torch.cuda.is_available()
-        return cls(
-            torch.empty((num_rows, *image_shape), dtype=torch.uint8, pin_memory=pinned),
-            torch.empty(num_rows, dtype=torch.int64, pin_memory=pinned),
-            np.empty(num_rows, dtype=np.int64),
-        )
+        images = torch.empty((len(rows), *self.images.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
+        labels = torch.empty(len(rows), dtype=torch.int64, pin_memory=pinned)
+        for source, target in ((self.images, images), (self.labels, labels)):
+            np.take(source, rows, axis=0, out=target.numpy(), mode="clip")  # "raise" would make one more copy
+        return images, labels, self.samples[rows]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Samples that follow each other in one shard, and where they go."""
+
+    shard: int
+    start: int  # the first sample
+    stop: int  # the last sample + 1
+    row: int  # of the first
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + self.stop - self.start)
 
 
 class Reader:
@@ -73,100 +92,101 @@ class Reader:
         """How many samples were passed over so far."""
         return len(self._skipped)
 
-    def fill(self, rows: Rows, groups: Sequence[tuple[Integers, Integers]]) -> Booleans:
-        """Put the samples of every group into ``rows``. Returns which rows hold one now: all, unless some were skipped.
+    def fill(self, rows: Rows, segments: Integers) -> Booleans:
+        """Put samples into ``rows``, and say which rows hold theirs now: all, unless some were skipped.
 
-        A group is segments, rows of (shard, first sample, last sample + 1), and for each sample of them, laid end to end,
-        the row where it goes. Each segment costs one ranged read, whatever the number of records.
+        ``segments`` are rows of (shard, first sample, last sample + 1), laid end to end. Each costs one ranged read,
+        whatever the number of records, which are used as they come; neighbours in a shard are read together.
         """
-        runs = []
-        for segments, places in groups:
-            done = 0
-            for number, start, stop in segments.tolist():
-                runs.append((number, start, stop, places[done : done + stop - start]))
-                done += stop - start
-        present = np.ones(len(rows.samples), dtype=bool)
-        decoders = max(1, THREADS // max(1, len(runs)))
+        runs, row = list[Run](), 0
+        for shard, start, stop in segments.tolist():
+            # With max_skipped they are not: a read that fails must miss the same samples whatever else this rank reads.
+            if runs and (runs[-1].shard, runs[-1].stop) == (shard, start) and not self._max_skipped:
+                runs[-1] = replace(runs[-1], stop=stop)
+            else:
+                runs.append(Run(shard, start, stop, row))
+            row += stop - start
+        present = np.ones(row, dtype=bool)
+        decoders = max(1, THREADS // len(runs)) if self._manifest.encoding == "image" else 1
 
-        def read(run: tuple[int, int, int, Integers]) -> None:
-            number, start, stop, places = run
-            rows.samples[places] = self._first_samples[number] + np.arange(start, stop)
+        def read(run: Run) -> None:
+            rows.samples[run.rows] = self._first_samples[run.shard] + np.arange(run.start, run.stop)
+            shard = self.shards[run.shard]
             try:
-                self._read(rows, present, number, start, stop, places, decoders)
-            except (ObjectNotFound, ObjectTooShort, DamagedData) as error:
-                self._skip(error, rows.samples[places], present, places)
+                index = self._index(shard)
+                records = self._records(shard, index, run)
+                in_parallel(lambda record: self._use(shard, index, run, *record, rows, present), records, decoders)
+            except ObjectNotFound as error:
+                lost = f"{error}, though the manifest of {self._storage.url} lists it ({shard.size} bytes); {REMEDY}"
+                self._skip(ObjectNotFound(lost), rows, present, run.rows)
+            except (ObjectTooShort, DamagedData) as error:
+                self._skip(error, rows, present, run.rows)
 
-        in_parallel(read, runs, THREADS)
+        in_parallel(read, runs, min(THREADS, len(runs)))
         return present
 
-    def _read(self, rows: Rows, present: Booleans, number: int, start: int, stop: int, places: Integers, decoders: int) -> None:
-        shard = self.shards[number]
-        try:
-            index = self._index(shard)
-            first = int(np.searchsorted(index.starts, start, side="right")) - 1
-            last = int(np.searchsorted(index.starts, stop, side="left"))
-            begin, end = int(index.offset[first]), int(index.offset[last - 1] + index.size[last - 1])
-            data = memoryview(self._fetch(shard, begin, end - begin))
-        except ObjectNotFound as error:
-            raise ObjectNotFound(
-                f"{error}, though the manifest of {self._storage.url} lists it ({shard.size} bytes); {REMEDY}"
-            ) from None
-        target_images, target_labels = rows.images.numpy(), rows.labels.numpy()
-
-        def record(number: int) -> None:
-            offset, size = int(index.offset[number]), int(index.size[number])
-            before, after = max(start - int(index.starts[number]), 0), stop - int(index.starts[number])
-            to = places[int(index.starts[number]) + before - start : int(index.starts[number + 1]) - start]
-            try:
-                content = data[offset - begin : offset - begin + size]
-                if hashlib.sha256(content).hexdigest() != index.sha256[number]:
-                    content = self._again(shard, index, number)
-                if index.labels is not None:
-                    target_images[to[0]] = self._image(content).transpose(2, 0, 1)
-                    target_labels[to[0]] = index.labels[number]
-                else:
-                    block, labels = self._block(content)
-                    target_images[to], target_labels[to] = block[before:after], labels[before:after]
-            except (ObjectNotFound, ObjectTooShort, DamagedData) as error:
-                self._skip(error, rows.samples[to], present, to)
-            except (images.BadImage, tar.BadTar) as error:
-                key = f" ({index.keys[number]})" if index.keys else ""
-                damage = DamagedData(f"{self._url(shard)}: record {number}{key} cannot be used: {error}")
-                self._skip(damage, rows.samples[to], present, to)
-
-        in_parallel(record, range(first, last), decoders if index.labels is not None else 1)
-
-    def _fetch(self, shard: Shard, start: int, length: int) -> bytes:
+    def _records(self, shard: Shard, index: Index, run: Run) -> Iterator[tuple[int, bytes]]:
+        """The records that hold a run, with their numbers, as they come: one read, and what lies between them is passed over."""
+        first = int(np.searchsorted(index.starts, run.start, side="right")) - 1
+        last = int(np.searchsorted(index.starts, run.stop, side="left"))
         storage, key = self.place(shard)
+        position = int(index.offset[first])
+        length = int(index.offset[last - 1] + index.size[last - 1]) - position
         if self._cache is not None:
-            return self._cache.read_range(storage, key, shard.size, shard.sha256, start, length)
-        return storage.read_range(key, start, length)
+            pieces = Pieces(self._cache.stream(storage, key, shard.size, shard.sha256, position, length))
+        else:
+            pieces = Pieces(storage.stream(key, position, length))
+        for number in range(first, last):
+            offset, size = int(index.offset[number]), int(index.size[number])
+            pieces.read(offset - position)
+            yield number, pieces.read(size)
+            position = offset + size
 
-    def _again(self, shard: Shard, index: Index, record: int) -> memoryview:
-        """A record that did not have its sha256: what was altered on its way, or in the cache, comes whole now."""
+    def _use(self, shard: Shard, index: Index, run: Run, number: int, content: bytes, rows: Rows, present: Booleans) -> None:
+        """Check a record, and put those of its samples that are wanted where they go."""
+        begin, end = int(index.starts[number]), int(index.starts[number + 1])
+        start, stop = max(run.start, begin), min(run.stop, end)
+        to, part = slice(run.row + start - run.start, run.row + stop - run.start), slice(start - begin, stop - begin)
+        try:
+            if checksum(content) != index.checksum[number]:
+                content = self._again(shard, index, number)
+            if index.labels is not None:
+                rows.images[to], rows.labels[to] = self._image(content).transpose(2, 0, 1), index.labels[number]
+            else:
+                block, labels = self._block(content)
+                rows.images[to], rows.labels[to] = block[part], labels[part]
+        except (ObjectNotFound, ObjectTooShort, DamagedData) as error:
+            self._skip(error, rows, present, to)
+        except (images.BadImage, tar.BadTar) as error:
+            key = f" ({index.keys[number]})" if index.keys else ""
+            damage = DamagedData(f"{self._url(shard)}: record {number}{key} cannot be used: {error}")
+            self._skip(damage, rows, present, to)
+
+    def _again(self, shard: Shard, index: Index, record: int) -> bytes:
+        """A record that did not have its checksum: what was altered on its way, or in the cache, comes whole now."""
         if self._cache is not None:
             self._cache.drop(shard.sha256)
         storage, key = self.place(shard)
         offset, size = int(index.offset[record]), int(index.size[record])
-        content = memoryview(storage.read_range(key, offset, size))
-        actual = hashlib.sha256(content).hexdigest()
-        if actual != index.sha256[record]:
+        content = storage.read_range(key, offset, size)
+        actual = checksum(content)
+        if actual != index.checksum[record]:
             raise DamagedData(
-                f"{self._url(shard)} is damaged: record {record} (byte {offset}, {size} bytes) has sha256 {actual}, "
-                f"its index says {index.sha256[record]}; {REMEDY}"
+                f"{self._url(shard)} is damaged: record {record} (byte {offset}, {size} bytes) has checksum {actual}, "
+                f"its index says {index.checksum[record]}; {REMEDY}"
             )
         logger.warning("%s: record %d came altered, and whole when it was read again", self._url(shard), record)
         return content
 
-    def _block(self, content: memoryview) -> tuple[Images, Integers]:
+    def _block(self, content: bytes) -> tuple[Images, Integers]:
         """A record's images ``(n, channels, height, width)`` and labels ``(n,)``."""
-        members = tar.slices(content)
+        members = tar.slices(memoryview(content))
         block, labels = images.array(members["images.npy"]), images.array(members["labels.npy"])
         if block.dtype != np.uint8 or block.shape != (len(labels), *self.image_shape) or labels.dtype != np.int64:
             raise images.BadImage(f"it holds {block.dtype} of shape {block.shape}, but images here are {self.image_shape}")
         return block, labels
 
-    def _image(self, content: memoryview) -> Images:
+    def _image(self, content: bytes) -> Images:
         """A record's pixels ``(height, width, channels)``."""
         channels, height, width = self.image_shape
         fit = self._manifest.fit
@@ -175,15 +195,15 @@ class Reader:
             raise images.BadImage(f"it is {pixels.shape[1]} x {pixels.shape[0]}, but images here are {width} x {height}")
         return pixels
 
-    def _skip(self, error: UserError, samples: Integers, present: Booleans, places: Integers) -> None:
-        """Pass over samples, if so many may be."""
+    def _skip(self, error: UserError, rows: Rows, present: Booleans, missing: slice) -> None:
+        """Pass over the samples of some rows, if so many may be."""
         if not self._max_skipped:
             raise error
         with self._skipping:
             known = len(self._skipped)
-            self._skipped.update(samples.tolist())
+            self._skipped.update(rows.samples[missing].tolist())
             count = len(self._skipped)
-        present[places] = False
+        present[missing] = False
         if count > self._max_skipped:
             raise UserError(f"{error}; with it {count} samples cannot be read, and dataset.max_skipped={self._max_skipped}")
         if count > known:
@@ -201,26 +221,26 @@ class Reader:
         return f"{storage.url}/{key}"
 
 
-def substitute(rows: Rows, present: Booleans, places: Integers) -> None:
+def substitute(rows: Rows, present: Booleans, group: slice) -> None:
     """Fill the rows of a group that were skipped with the group's next sample that could be read, for equal batches.
 
-    ``places`` are the group's rows in the order of its samples, so that the choice is the same for every number of ranks.
-    Raises ``UserError`` if none could be read.
+    The choice depends on the group alone, so it is the same for every number of ranks. Raises ``UserError`` if none could be read.
     """
-    good = np.flatnonzero(present[places])
-    bad = np.flatnonzero(~present[places])
+    good = np.flatnonzero(present[group])
+    bad = np.flatnonzero(~present[group])
     if not len(good):
-        raise UserError(f"none of the {len(places)} samples that are shuffled together can be read; see the log for why")
-    to, source = places[bad], places[good[np.searchsorted(good, bad) % len(good)]]
-    rows.images[to], rows.labels[to], rows.samples[to] = rows.images[source], rows.labels[source], rows.samples[source]
+        raise UserError(f"none of the {len(bad)} samples that are shuffled together can be read; see the log for why")
+    source = good[np.searchsorted(good, bad) % len(good)]
+    for column in (rows.images[group], rows.labels[group], rows.samples[group]):
+        column[bad] = column[source]
 
 
-def in_parallel(function: Callable[[Item], Any], items: Sequence[Item], num_threads: int) -> None:
+def in_parallel(function: Callable[[Item], Any], items: Iterable[Item], num_threads: int) -> None:
     """Call ``function`` with every item, on several threads at once; the first error is raised when all have stopped.
 
     The threads are daemons: a read that hangs does not keep the interpreter from ending.
     """
-    if min(num_threads, len(items)) < 2:
+    if num_threads < 2:
         for item in items:
             function(item)
         return
@@ -228,17 +248,17 @@ def in_parallel(function: Callable[[Item], Any], items: Sequence[Item], num_thre
 
     def work() -> None:
         while not errors:
-            with turn:
-                item = next(remaining, done)
-            if item is done:
-                return
             try:
+                with turn:
+                    item = next(remaining, done)
+                if item is done:
+                    return
                 function(item)  # type: ignore[arg-type]
             except BaseException as error:  # noqa: BLE001  (it belongs to the caller)
                 errors.append(error)
 
     done = object()
-    threads = [threading.Thread(target=work, name="loader", daemon=True) for _ in range(min(num_threads, len(items)))]
+    threads = [threading.Thread(target=work, name="loader", daemon=True) for _ in range(num_threads)]
     for thread in threads:
         thread.start()
     for thread in threads:

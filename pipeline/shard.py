@@ -22,7 +22,7 @@ from pipeline import cluster, manifest, tar
 from pipeline.config import Encoding, ShardConfig, ShardOptions
 from pipeline.errors import UserError
 from pipeline.images import BadImage, encode
-from pipeline.manifest import Index, Manifest, Shard
+from pipeline.manifest import Index, Manifest, Shard, checksum
 from pipeline.receipts import Receipts
 from pipeline.sources import ImageSource, Labels, open_source
 from pipeline.storage import Storage, open_storage
@@ -219,7 +219,7 @@ def _write(storage: Storage, name: str, first: int, images: Any, labels: Labels,
         columns = {"offset": [m.offset for m in found], "size": [m.size for m in found]}
         columns |= {"labels": labels.tolist(), "keys": [m.name.partition(".")[0] for m in found]}
     places = zip(columns["offset"], columns["size"], strict=True)
-    columns["sha256"] = [hashlib.sha256(content[offset : offset + size]).hexdigest() for offset, size in places]
+    columns["checksum"] = [checksum(content[offset : offset + size]) for offset, size in places]
     index = Index.to_bytes(**columns)
     index_name = name.removesuffix(".tar") + ".index.json"
     sha256, index_sha256 = hashlib.sha256(content).hexdigest(), hashlib.sha256(index).hexdigest()

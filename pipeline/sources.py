@@ -28,9 +28,10 @@ import torch
 
 from pipeline import config, tar
 from pipeline.errors import UserError
-from pipeline.foreign import MAX_MEMBER, Pieces, samples
+from pipeline.foreign import MAX_MEMBER, samples
 from pipeline.images import BadImage, decode
 from pipeline.noise import Purpose, uniform
+from pipeline.pieces import Pieces
 from pipeline.storage import FolderStorage, Storage, atomic_file, open_storage
 from vlae.synthetic import clouds
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import time
 import urllib.parse
 import urllib.request
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 20.0  # seconds without a single byte, or with less than a chunk
 READ_CHUNK = 64 * 1024  # bytes
+PIECE = 256 * 1024  # bytes that are passed on at once, at most
 READ_ATTEMPTS = 20  # in a row that bring less than a chunk: 64 s of back-off at least, 96 s on average
 FIRST_ATTEMPTS = 5  # if the server never answered this process: 6 s, since its address may well be wrong
 BACKOFF = 0.25  # seconds, doubled at each attempt, up to LONGEST_PAUSE
@@ -103,16 +105,11 @@ class Storage(ABC):
         """The storage at ``url/prefix``."""
 
     @abstractmethod
-    def read(self, key: str) -> bytes:
-        """All of an object. Raises ``ObjectNotFound``."""
+    def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        """``length`` bytes of an object from byte ``start``, in pieces; without ``length`` all that follow.
 
-    @abstractmethod
-    def read_range(self, key: str, start: int, length: int) -> bytes:
-        """``length`` bytes from byte ``start``. Raises ``ObjectNotFound``, and ``UserError`` if the object ends before."""
-
-    @abstractmethod
-    def stream(self, key: str) -> Iterator[bytes]:
-        """All of an object, in pieces. Raises as ``read`` does, but while iterating."""
+        Raises ``ObjectNotFound`` and ``ObjectTooShort``, while iterating.
+        """
 
     @abstractmethod
     def write(self, key: str, data: bytes) -> None:
@@ -121,10 +118,6 @@ class Storage(ABC):
     @abstractmethod
     def upload(self, key: str, path: Path) -> None:
         """Make or replace an object from a local file, atomically."""
-
-    @abstractmethod
-    def download(self, key: str, path: Path) -> None:
-        """Make or replace a local file from an object, atomically. Raises ``ObjectNotFound``."""
 
     @abstractmethod
     def sizes(self, prefix: str = "") -> dict[str, int]:
@@ -137,6 +130,23 @@ class Storage(ABC):
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; those that are not there are none of our worries."""
+
+    def read(self, key: str) -> bytes:
+        """All of an object. Raises ``ObjectNotFound``."""
+        return b"".join(self.stream(key))
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """``length`` bytes from byte ``start``. Raises ``ObjectNotFound``, and ``ObjectTooShort`` if the object ends before."""
+        return b"".join(self.stream(key, start, length))
+
+    def download(self, key: str, path: Path) -> None:
+        """Make or replace a local file from an object, atomically. Raises ``ObjectNotFound``."""
+        try:
+            with atomic_file(path) as file:
+                for piece in self.stream(key):
+                    file.write(piece)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
     def list(self, prefix: str = "") -> list[str]:
         """The keys of all objects below ``prefix`` (a folder's name), sorted."""
@@ -190,22 +200,17 @@ class FolderStorage(Storage):
     def child(self, prefix: str) -> "FolderStorage":
         return FolderStorage(self._path(prefix))
 
-    def read(self, key: str) -> bytes:
-        with self._explained(key):
-            return self._path(key).read_bytes()
-
-    def read_range(self, key: str, start: int, length: int) -> bytes:
-        with self._explained(key), self._path(key).open("rb") as file:
+    def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        with self._explained(key), self._path(key).open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            stop, position = size if length is None else start + length, start
             file.seek(start)
-            data = file.read(length)
-            if len(data) < length:
-                raise _too_short(f"{self.url}/{key}", start, start + length, os.fstat(file.fileno()).st_size)
-            return data
-
-    def stream(self, key: str) -> Iterator[bytes]:
-        with self._explained(key), self._path(key).open("rb") as file:
-            while chunk := file.read(READ_CHUNK):
-                yield chunk
+            while position < stop:
+                piece = file.read(min(stop - position, PIECE)) if stop <= size else b""
+                if not piece:
+                    raise _too_short(f"{self.url}/{key}", start, stop, size)
+                position += len(piece)
+                yield piece
 
     def write(self, key: str, data: bytes) -> None:
         with self._explained(key), atomic_file(self._path(key)) as file:
@@ -213,13 +218,7 @@ class FolderStorage(Storage):
 
     def upload(self, key: str, path: Path) -> None:
         with path.open("rb") as source, self._explained(key), atomic_file(self._path(key)) as file:
-            while chunk := source.read(READ_CHUNK):
-                file.write(chunk)
-
-    def download(self, key: str, path: Path) -> None:
-        with self._explained(key), self._path(key).open("rb") as source, atomic_file(path) as file:
-            while chunk := source.read(READ_CHUNK):
-                file.write(chunk)
+            shutil.copyfileobj(source, file)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         found = {}
@@ -333,7 +332,7 @@ def _pieces(body: urllib3.BaseHTTPResponse, size: int) -> Iterator[bytes]:
     """``size`` bytes of a body as they come, or ``_Interrupted``."""
     since, arrived = time.monotonic(), 0
     while size:
-        piece = body.read1(min(size, READ_CHUNK))
+        piece = body.read1(min(size, PIECE))
         if not piece:
             raise _Interrupted("the connection was closed")
         size -= len(piece)
@@ -380,15 +379,6 @@ class S3Storage(Storage):
     def child(self, prefix: str) -> "S3Storage":
         return S3Storage(self.bucket, self._key(prefix).strip("/"), self.endpoint_url)
 
-    def read(self, key: str) -> bytes:
-        return b"".join(self._chunks(key, 0, None))
-
-    def read_range(self, key: str, start: int, length: int) -> bytes:
-        return b"".join(self._chunks(key, start, length))
-
-    def stream(self, key: str) -> Iterator[bytes]:
-        return self._chunks(key, 0, None)
-
     def write(self, key: str, data: bytes) -> None:
         with self._explained(key):
             self._s3.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
@@ -396,11 +386,6 @@ class S3Storage(Storage):
     def upload(self, key: str, path: Path) -> None:
         with self._explained(key):
             self._s3.upload_file(str(path), self.bucket, self._key(key))
-
-    def download(self, key: str, path: Path) -> None:
-        with atomic_file(path) as file:
-            for chunk in self._chunks(key, 0, None):
-                file.write(chunk)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         found = {}
@@ -439,7 +424,7 @@ class S3Storage(Storage):
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}".lstrip("/")
 
-    def _chunks(self, key: str, start: int, length: int | None) -> Iterator[bytes]:
+    def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         url = f"{self.url}/{key}"
         client = _client(self.endpoint_url, 1, os.getpid())  # _stream retries, for what comes before the body too
 
@@ -548,23 +533,9 @@ class HttpStorage(Storage):
     def child(self, prefix: str) -> "HttpStorage":
         return HttpStorage(f"{self.root}/{prefix.strip('/')}")
 
-    def read(self, key: str) -> bytes:
-        return b"".join(self._chunks(key, 0, None))
-
-    def read_range(self, key: str, start: int, length: int) -> bytes:
-        return b"".join(self._chunks(key, start, length))
-
-    def stream(self, key: str) -> Iterator[bytes]:
-        return self._chunks(key, 0, None)
-
-    def download(self, key: str, path: Path) -> None:
-        with atomic_file(path) as file:
-            for chunk in self._chunks(key, 0, None):
-                file.write(chunk)
-
     def exists(self, key: str) -> bool:
         try:
-            next(self._chunks(key, 0, 1), None)
+            next(self.stream(key, 0, 1), None)
         except ObjectNotFound:
             return False
         except ObjectTooShort:
@@ -586,7 +557,7 @@ class HttpStorage(Storage):
     def _read_only(self, what: str) -> UserError:
         return UserError(f"{self.root}: {what}, since a web address can only be read; use s3://BUCKET/PREFIX or a local folder")
 
-    def _chunks(self, key: str, start: int, length: int | None) -> Iterator[bytes]:
+    def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         url = f"{self.root}/{urllib.parse.quote(key)}"
         parts = urllib.parse.urlsplit(url)
         by_proxy = urllib.request.getproxies().get(parts.scheme)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "noise", "tar"},
+    {"errors", "noise", "tar", "pieces"},
     {"goals"},
     {"config", "order", "images"},
     {"storage"},

@@ -20,9 +20,10 @@ from pipeline.cache import ShardCache
 from pipeline.config import Cluster, DataConfig, Dataset, IndexConfig, IndexOptions
 from pipeline.config import Storage as StorageOptions
 from pipeline.errors import UserError
-from pipeline.foreign import Pieces, samples
+from pipeline.foreign import samples
 from pipeline.images import BadImage, array, decode, encode, measure
 from pipeline.loader import EvalLoader, TrainLoader
+from pipeline.pieces import Pieces
 from pipeline.receipts import Receipts
 from pipeline.storage import FolderStorage, Storage, open_storage
 from tests.faults import WebServer
