@@ -82,6 +82,11 @@ def resume(storage: Storage, state: Mapping[str, Stateful]) -> int:
     return 0
 
 
+def newest_step(storage: Storage) -> int:
+    """The step of the newest checkpoint, be it whole or not; 0 if there is none."""
+    return max((int(key[:CUT].rpartition("/")[2]) for key in _published(storage)), default=0)
+
+
 def _tensors(part: Stateful) -> dict[str, Tensor]:
     """The state of a part on the host, each tensor by its name; an optimizer's by the number of its weight and its name."""
     state = part.state_dict()

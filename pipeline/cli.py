@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any, NoReturn
 
 from pipeline.config import COMMANDS, choices, compose, describe, load, options_of
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
 
 ACTIONS = {"registry": ("list", "show", "promote"), "data": ("inspect", "verify")}
 """What commands with several uses can do: the first word after the command."""
@@ -43,6 +43,9 @@ def main(command: str, arguments: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # whoever read what we print has seen enough
         _stop_printing()
         sys.exit(0)
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        sys.exit(interruption.code)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -28,6 +28,8 @@ def connect(cluster: Cluster, storage: Storage) -> None:
         return
     # Ray Train's report() waits for the controller's next look at its workers: 2 s unless told otherwise.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # A worker that does not answer for so long is lost, and the run restarted: its host may be cut off. Ray's own default is 10 minutes.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "30")
     # Ray warns at every start that a later version will not hide GPUs from tasks that asked for none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if storage.endpoint_url:

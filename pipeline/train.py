@@ -1,32 +1,44 @@
 """``vlae train``: one model, distributed by Ray Train."""
 
 import contextlib
+import itertools
+import re
+import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import ray.train
+import ray.util.metrics
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import ControllerError
 from tqdm import tqdm
 
-from pipeline import loop, manifest
+from pipeline import checkpoint, loop, manifest
 from pipeline.cluster import connect
 from pipeline.config import TrainConfig, build, to_dict
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
 from pipeline.metrics import read_rows
-from pipeline.storage import open_storage
+from pipeline.restarts import Restarts, SaveAtTermination, ask_to_stop, asked_to_stop, terminated
+from pipeline.storage import Unavailable, open_storage
 from pipeline.tracking import Tracking, training_run
+from pipeline.uploads import PATIENCE, patiently
 
 RESULT = "result.json"
+STOP_SECONDS = 60.0
+"""How long a command that was told to stop waits for its workers to save the run's state."""
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
     """Train to the end, or go on where the same command was interrupted. Returns the run's result.
 
-    A finished run is not trained again. Raises UserError before any compute if the data set is missing or does not fit the model.
+    A finished run is not trained again. Raises UserError before any compute if the data set is missing or does not fit the model,
+    and Interrupted if a signal, SIGTERM or Ctrl-C, ended it, after its state was saved.
     """
     check(config)
     storage = loop.run_storage(config)
@@ -36,8 +48,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
             return {**storage.read_json(RESULT), "reused": True}
         connect(config.cluster, config.storage)
         with progress(config):
-            fit(config)
-    return {**storage.read_json(RESULT), "reused": False}
+            stopped_by = fit_until_told_to_stop(config)
+        if stopped_by:
+            raise Interrupted(
+                f"run {config.run_name} is stopped, its state saved after step {patiently(partial(checkpoint.newest_step, storage))} "
+                f"of {config.train.num_steps}; the same command goes on from there",
+                stopped_by,
+            )
+        return {**patiently(partial(storage.read_json, RESULT)), "reused": False}
 
 
 def check(config: TrainConfig) -> None:
@@ -73,75 +91,123 @@ def check_data(config: TrainConfig) -> manifest.Manifest:
     return contents
 
 
-def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
-    """Run ``worker`` on every worker of the cluster until the run is complete. Ray must be connected.
+def fit_until_told_to_stop(config: TrainConfig) -> int | None:
+    """``fit``, and at SIGTERM or Ctrl-C have the workers save the state and stop. Returns the signal's number if they did.
 
-    Raises UserError for a user's mistake that only the workers could see; else what Ray Train raises.
+    The first signal waits for them for STOP_SECONDS, a second one no longer.
+    """
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        threading.Thread(target=ask_to_stop, daemon=True).start()
+
+    ended: Future[None] = Future()
+
+    def train() -> None:
+        try:
+            fit(config)
+            ended.set_result(None)
+        except BaseException as error:  # noqa: BLE001  (it belongs to the main thread, which does no more than wait: signals go there)
+            ended.set_exception(error)
+
+    kept = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        threading.Thread(target=train, name="fit", daemon=True).start()
+        while not received and not ended.done():
+            time.sleep(0.1)
+        with contextlib.suppress(TimeoutError):
+            ended.result(STOP_SECONDS)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    return received[0] if received and not loop.run_storage(config).exists(RESULT) else None
+
+
+def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
+    """Run ``worker`` on the workers of the cluster until the run is complete, or stopped. Ray must be connected.
+
+    Raises UserError for a user's mistake that only the workers could see, or if the run fails again and again without getting any
+    further; else what Ray Train raises.
     """
     workers = config.cluster
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config=to_dict(config),
-        scaling_config=ScalingConfig(
-            num_workers=workers.max_workers if workers.min_workers == workers.max_workers else tuple(workers.num_workers),
-            use_gpu=workers.use_gpu,
-            resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
-        ),
-        run_config=RunConfig(
-            name=config.run_name,
-            storage_path=f"{config.storage.root}/ray",
-            failure_config=FailureConfig(max_failures=workers.max_failures),
-            callbacks=[EndOnMistake(), *callbacks],
-        ),
-    )
-    try:
-        trainer.fit()
-    except ControllerError as error:
-        if isinstance(error.controller_failure, UserError):
-            raise UserError(str(error.controller_failure)) from None
-        raise
-
-
-class EndOnMistake(UserCallback):
-    """Ends a run at once if a worker reports a user's mistake: no restart would mend it.
-
-    What a callback raises is an error of the controller's, in which this runs, and those are not retried.
-    """
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for exception in worker_exceptions.values():
-            cause = getattr(exception, "_base_exc", exception)  # Ray Train's wrapper keeps the worker's own exception there
-            if isinstance(cause, UserError):
-                raise cause
+    restarts = Restarts(config.run_name, loop.run_storage(config), workers.max_failures)
+    is_elastic = workers.min_workers < workers.max_workers
+    for attempt in itertools.count(1):
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config=to_dict(config),
+            # A rank may wait for another's storage for as long as that is waited for. That a host is gone is told by Ray, and sooner.
+            torch_config=TorchConfig(timeout_s=int(PATIENCE) + 60),
+            scaling_config=ScalingConfig(
+                num_workers=(workers.min_workers, workers.max_workers) if is_elastic else workers.max_workers,
+                use_gpu=workers.use_gpu,
+                resources_per_worker={"CPU": workers.cpus_per_worker} | ({"GPU": 1} if workers.use_gpu else {}),
+                elastic_resize_monitor_interval_s=30.0,
+            ),
+            run_config=RunConfig(
+                name=config.run_name,
+                storage_path=f"{config.storage.root}/ray",
+                failure_config=FailureConfig(max_failures=-1),  # Restarts has the say
+                callbacks=[restarts, SaveAtTermination(), *callbacks],
+            ),
+        )
+        try:
+            trainer.fit()
+            return
+        except ControllerError as error:
+            if isinstance(error.controller_failure, UserError):
+                raise UserError(str(error.controller_failure)) from None
+            # Ray Train takes it for an error of its own, and gives up, if the workers do not get hold of each other.
+            if attempt > workers.max_failures:
+                raise
+            time.sleep(Restarts.pause(attempt))
 
 
 def worker(config: dict[str, Any]) -> None:
     """What each worker of Ray Train does."""
-    context = ray.train.get_context()
-    complete(
-        build(TrainConfig, config, {}),
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        device=get_device(),
-        on_validation=lambda metrics: ray.train.report(metrics),
-    )
+    typed, context = build(TrainConfig, config, {}), ray.train.get_context()
+    rank = context.get_world_rank()
+    try:
+        complete(
+            typed,
+            rank=rank,
+            world_size=context.get_world_size(),
+            device=get_device(),
+            on_validation=ray.train.report,
+            on_report=Gauges(typed.run_name).set,
+            should_stop=lambda: terminated.is_set() or (rank == 0 and asked_to_stop()),
+        )
+    except loop.Stopped:
+        if not asked_to_stop():  # a worker was told to end, not the run: Ray Train starts it again on those that are left
+            raise
 
 
-def complete(
-    config: TrainConfig,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device,
-    on_validation: Callable[[dict[str, Any]], None],
-) -> None:
-    """Train to the end in this process, and on rank 0 write the result, which marks the run as complete."""
+def complete(config: TrainConfig, *, rank: int = 0, **options: Any) -> None:
+    """Train to the end in this process, with the ``options`` of ``loop.fit``; rank 0 writes the result, which marks the run as complete."""
     torch.set_num_threads(config.cluster.cpus_per_worker)
-    validation = loop.fit(config, rank=rank, world_size=world_size, device=device, on_validation=on_validation)
+    validation = loop.fit(config, rank=rank, **options)
     if rank == 0:
         storage = loop.run_storage(config)
         result = {"name": config.run_name, "url": storage.url, "model": to_dict(config)["model"], "valid": validation}
-        storage.write_json(RESULT, result)
+        patiently(partial(storage.write_json, RESULT, result))
+
+
+class Gauges:
+    """What a run says at Ray's metrics endpoint: the values of its log, as ``ray_vlae_train_rate{run="..."}``."""
+
+    def __init__(self, run: str) -> None:
+        self.tags, self.gauges = {"run": run}, dict[str, ray.util.metrics.Gauge]()
+
+    def set(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            if name not in self.gauges:
+                self.gauges[name] = ray.util.metrics.Gauge(
+                    "vlae_" + re.sub(r"\W", "_", name), f"{name} of a training run", tag_keys=("run",)
+                )
+            self.gauges[name].set(value, self.tags)
 
 
 @contextlib.contextmanager
@@ -153,7 +219,11 @@ def progress(config: TrainConfig) -> Iterator[None]:
         with tqdm(total=config.train.images, unit=" images", unit_scale=True, desc=config.run_name, dynamic_ncols=True) as bar:
             while True:
                 stop = done.wait(2.0)
-                rows = read_rows(storage)
+                try:
+                    rows = read_rows(storage)
+                except Unavailable:
+                    bar.set_postfix_str("the storage does not answer")
+                    rows = []
                 train = [row for row in rows if "train/code_length" in row]
                 valid = [row["valid/elbo_nats"] for row in rows if "valid/elbo_nats" in row]
                 if train:

@@ -14,7 +14,7 @@ LAYERS = [
     {"loader", "checkpoint", "pictures", "search"},
     {"metrics"},
     {"measure", "learner", "tracking"},
-    {"loop", "information", "probe"},
+    {"loop", "information", "probe", "restarts"},
     {"registry", "train", "shard", "index", "data", "plan"},
     {"evaluate", "theory"},
     {"report"},
@@ -24,7 +24,7 @@ LAYERS = [
 ]
 """The modules of ``pipeline``, each set importing only from those above it."""
 
-USES_RAY = {"cluster", "shard", "train", "tune"}
+USES_RAY = {"cluster", "restarts", "shard", "train", "tune"}
 
 
 def imports(path: Path) -> set[str]:
