@@ -5,7 +5,7 @@ BIN := .venv/bin
 .DEFAULT_GOAL := help
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: .venv/installed ## make .venv with the pinned dependencies and this project
 
@@ -16,6 +16,9 @@ install: .venv/installed ## make .venv with the pinned dependencies and this pro
 
 demo: install ## from real images to a registered model, in ./demo
 	$(BIN)/vlae demo
+
+search-demo: install ## a search for the trade-off of rate and distortion, its report and three models, in ./search-demo
+	$(BIN)/vlae demo folder=search-demo search=map train=brief register_best=3
 
 test: lint ## lint, types, and all tests
 	$(BIN)/pytest
@@ -28,7 +31,7 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean: ## remove what the demo made
-	rm -rf demo outputs
+clean: ## remove what the demos made
+	rm -rf demo search-demo outputs
 
-.PHONY: help install demo test faults lint clean
+.PHONY: help install demo search-demo test faults lint clean

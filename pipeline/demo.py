@@ -14,11 +14,11 @@ from pipeline.store import ObjectStore
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
-    """Shard MNIST, search, register the best model, evaluate it on the test images. What is there already is reused.
+    """Shard MNIST, search, register the best models, evaluate the very best on the test images. What is there already is reused.
 
     Everything stays in ``config.folder``. Returns the summary.
     """
-    from pipeline import evaluate, shard, tune
+    from pipeline import evaluate, report, shard, tune
 
     started = time.monotonic()
     folder = Path(config.folder)
@@ -32,6 +32,10 @@ def run(config: DemoConfig) -> dict[str, Any]:
             + ", ".join(f"{split['images']:,} {name}" for name, split in data["splits"].items())
         )
         found = tune.run(config)
+        searched = open_storage(found["url"])
+        for key in (*report.PICTURES, report.PAGE, report.TABLE):
+            if searched.exists(key):
+                searched.download(key, folder / "search" / key)
         if not found["registered"]:
             raise UserError(
                 f"no model of search {found['name']} was registered; use other search.constraints, or more search.num_trials"
@@ -53,11 +57,12 @@ def run(config: DemoConfig) -> dict[str, Any]:
             measured = evaluate.run(evaluation)
     result = {
         "dataset": {"name": config.dataset.name, "splits": data["splits"], "manifest": data["manifest_digest"]},
-        "search": {"name": found["name"], "trials": found["trials"]},
+        "search": {"name": found["name"], "trials": found["trials"], "report": str(folder / "search" / report.PAGE)},
         "best": best,
         "test": measured["test"],
         "pictures": measured["pictures"],
         "registry": {"name": chosen["name"], "version": chosen["version"], "uri": config.registry.uri},
+        "registered": found["registered"],
         "seconds": round(time.monotonic() - started, 1),
     }
     open_storage(str(folder)).write_json("result.json", result)
@@ -76,6 +81,8 @@ def format_summary(result: dict[str, Any]) -> str:
     if "probe" in test:
         linear, two_layer = (with_error(test["probe"][name], "accuracy", factor=100) for name in ("linear", "two_layer"))
         told["class"] = f"told from the code with {linear} % accuracy by a linear probe, {two_layer} % by a two-layer one"
+    others = ", ".join(str(each["version"]) for each in result["registered"][1:])
+    others = f"; also version {others}" if others else ""
     rows = {
         "data set": f"{result['dataset']['name']}: {splits}",
         "trials": f"{len(result['search']['trials'])}, of which {finished} ran to the end",
@@ -83,7 +90,8 @@ def format_summary(result: dict[str, Any]) -> str:
         "rate": f"{test['rate_bits']:.1f} bits per image",
         "NLL": f"<= {bound}; on {test['num_images']:,} test images",
         **told,
-        "registry": f"{registry['name']} version {registry['version']} in {registry['uri']}",
+        "registry": f"{registry['name']} version {registry['version']} in {registry['uri']}" + others,
+        "report": result["search"]["report"],
         "time": f"{result['seconds']:.0f} s",
     }
     lines = [f"  {label:<11}{text}" for label, text in rows.items()]

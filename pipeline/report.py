@@ -38,6 +38,9 @@ from pipeline.storage import Storage, open_storage
 Row = Mapping[str, Any]
 
 PAGE, TABLE = "search.html", "trials.parquet"
+PICTURES = ("front.png", "map.png", "curves.png", "importance.png", "models.png")
+"""What is written, the pictures as far as there is something to draw."""
+
 TITLES = {
     "front": "Rate against distortion",
     "map": "What window and code size do",
@@ -56,7 +59,7 @@ FORMATS = {
     "images_per_s": ",.0f", "seconds": ",.0f",
 }  # fmt: skip
 INK, FAINT, RULE = "#1b1f24", "#6b7280", "#e3e6ea"
-MARKERS = "osD^vPX*"
+MARKERS, DASHES = "osD^vPX*", (0, (4, 3))
 STYLE = {
     "font.size": 10, "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": FAINT,
     "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": RULE,
@@ -93,7 +96,7 @@ def write(config: TuneConfig, output: Storage, rows: Sequence[Row], records: Seq
         sheet = side_by_side(config, sorted(shown, key=lambda row: row["rate_bits"]), look)
         output.write("models.png", sheet)
         charts["models"] = f'<img alt="{TITLES["models"]}" src="data:image/png;base64,{b64encode(sheet).decode()}">'
-    output.write(PAGE, page(config, rows, charts, look).encode())
+    output.write(PAGE, page(config, output.url.rpartition("/")[2], rows, charts, look).encode())
     return f"{output.url}/{PAGE}"
 
 
@@ -108,7 +111,7 @@ class Look:
         self.across = "model.latents" if "model.latents" in others else others[0] if others else None
         values = self.axes[self.color_key]
         scale = matplotlib.colormaps["viridis"]
-        self.colors = {value: to_hex(scale(0.92 * place / max(1, len(values) - 1))) for place, value in enumerate(values)}
+        self.colors = {value: to_hex(scale(0.88 * place / max(1, len(values) - 1))) for place, value in enumerate(values)}
         self.markers = {value: MARKERS[place % len(MARKERS)] for place, value in enumerate(values)}
 
     def color(self, row: Row) -> str:
@@ -121,13 +124,18 @@ class Look:
         """A trial's point: ``window 5x2, latents 16``."""
         return ", ".join(f"{name_of(key)} {row[key]}" for key in self.axes)
 
-    def legend(self, axes: Axes, **place: Any) -> None:
-        """What the colours stand for."""
+    def legend(self, axes: Axes, more: Sequence[Line2D] = ()) -> None:
+        """What the colours and other marks stand for, on the right of the chart."""
         handles = [
             Line2D([], [], color=color, marker=self.markers[value], linestyle="", label=str(value))
             for value, color in self.colors.items()
         ]
-        axes.legend(handles=handles, title=name_of(self.color_key), alignment="left", **place)
+        first = axes.legend(
+            handles=handles, title=name_of(self.color_key), alignment="left", loc="upper left", bbox_to_anchor=(1.01, 1)
+        )
+        if more:
+            axes.add_artist(first)
+            axes.legend(handles=more, loc="lower left", bbox_to_anchor=(1.01, 0))
 
 
 def name_of(key: str) -> str:
@@ -139,7 +147,7 @@ def front(look: Look, rows: Sequence[Row]) -> Figure | None:
     placed = [row for row in rows if "distortion_nats" in row]
     if not placed:
         return None
-    figure = Figure(figsize=(7.2, 4.6))
+    figure = Figure(figsize=(8.6, 4.6))
     axes = figure.subplots()
     joined = sorted((row["rate_bits"], row["distortion_nats"]) for row in rows if row.get("front") == 1)
     if joined:
@@ -157,7 +165,12 @@ def front(look: Look, rows: Sequence[Row]) -> Figure | None:
     _code_lengths(axes)
     axes.set_xlabel("rate, bits per image: what the code z carries")
     axes.set_ylabel("distortion, nats per image: left to the decoder")
-    look.legend(axes, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    more = [
+        Line2D([], [], color=INK, linewidth=1, label="nobody beats these"),
+        Line2D([], [], color=FAINT, marker="o", markerfacecolor="white", markersize=5, linestyle="", label="stopped early"),
+        Line2D([], [], color=FAINT, linewidth=1, linestyle=DASHES, label="equal code length, nats"),
+    ]
+    look.legend(axes, more)
     return figure
 
 
@@ -177,9 +190,7 @@ def _code_lengths(axes: Axes) -> None:
     for number in range(math.ceil(lowest / step), math.floor(highest / step) + 1):
         length = number * step
         ends = [(x, length - x * math.log(2)) for x in (left, right)]
-        axes.plot(
-            *zip(*ends, strict=True), color=RULE, linewidth=1, linestyle=(0, (4, 3)), zorder=0, scalex=False, scaley=False
-        )
+        axes.plot(*zip(*ends, strict=True), color=RULE, linewidth=1, linestyle=DASHES, zorder=0, scalex=False, scaley=False)
         x = left if ends[0][1] <= top else (length - top) / math.log(2)
         if x < left + 0.93 * (right - left) and length - x * math.log(2) > bottom + 0.05 * (top - bottom):
             axes.annotate(
@@ -192,9 +203,6 @@ def _code_lengths(axes: Axes) -> None:
                 va="top",
             )
     axes.grid(visible=False)
-    axes.text(
-        0.99, 0.98, "dashed: equal code length, nats", transform=axes.transAxes, color=FAINT, fontsize=8, ha="right", va="top"
-    )
 
 
 def heat_map(look: Look, rows: Sequence[Row]) -> Figure | None:
@@ -237,7 +245,7 @@ def heat_map(look: Look, rows: Sequence[Row]) -> Figure | None:
         axes.set_xticks(range(len(xs)), [str(x) for x in xs])
         axes.set_yticks(range(len(ys)), [str(y) for y in ys])
         axes.set_xlabel(name_of(across) if across else "")
-        axes.set_ylabel(name_of(look.color_key))
+        axes.set_ylabel(name_of(look.color_key) if key == measures[0] else "")
         axes.grid(visible=False)
         axes.tick_params(length=0)
         axes.spines[["left", "bottom"]].set_visible(False)
@@ -258,7 +266,7 @@ def learning_curves(look: Look, rows: Sequence[Row], curves: Mapping[int, Sequen
     drawn = [row for row in rows if curves.get(row["number"])]
     if not drawn:
         return None
-    figure = Figure(figsize=(7.2, 4.2))
+    figure = Figure(figsize=(8.6, 4.2))
     axes = figure.subplots()
     for row in reversed(drawn):
         curve, finished = curves[row["number"]], row["status"] == "finished"
@@ -277,7 +285,7 @@ def learning_curves(look: Look, rows: Sequence[Row], curves: Mapping[int, Sequen
     axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: f"{images:,.0f}"))
     axes.set_xlabel("images seen")
     axes.set_ylabel("code length on validation images, nats")
-    look.legend(axes, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    look.legend(axes)
     return figure
 
 
@@ -294,7 +302,7 @@ def importance(config: TuneConfig, records: Sequence[Row]) -> Figure | None:
     if not shares:
         return None
     names = [key for key, values in config.search.axes.items() if len(values) > 1]
-    figure = Figure(figsize=(7.2, 0.5 * len(names) + 1.5))
+    figure = Figure(figsize=(8.6, 0.5 * len(names) + 1.5))
     axes = figure.subplots()
     scale = matplotlib.colormaps["cividis"]
     height = 0.8 / len(shares)
@@ -331,18 +339,18 @@ def side_by_side(config: TuneConfig, rows: Sequence[Row], look: Look) -> bytes:
     return pictures.side_by_side(originals, drawn)
 
 
-def page(config: TuneConfig, rows: Sequence[Row], charts: Mapping[str, str], look: Look) -> str:
+def page(config: TuneConfig, name: str, rows: Sequence[Row], charts: Mapping[str, str], look: Look) -> str:
     """The HTML page."""
     search = config.search
     counts = {status: sum(row["status"] == status for row in rows) for status in dict.fromkeys(row["status"] for row in rows)}
-    bound = f"-IWAE with k = {search.samples}" if search.samples > 1 else "the code length"
+    bound = f"-IWAE with k = {search.samples}" if search.samples > 1 else "the code length, -ELBO"
     facts = {
         "Data set": config.dataset.name,
         "Trials": ", ".join(f"{count} {status}" for status, count in counts.items()),
         "Objectives": ", ".join(search.objectives),
         **({"Constraints": ", ".join(search.constraints)} if search.constraints else {}),
         "Budget of a trial": f"{config.train.images:,} images",
-        "NLL": f"at most {bound}, on {search.num_images:,} validation images",
+        "NLL": f"{bound}, an upper bound, on {search.num_images:,} validation images",
     }
     columns = {**{key: name_of(key) for key in look.axes}, **COLUMNS}
     columns = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in rows)}
@@ -363,7 +371,7 @@ def page(config: TuneConfig, rows: Sequence[Row], charts: Mapping[str, str], loo
     }
     template = Template((files("pipeline") / "report.html").read_text())
     return template.substitute(
-        title=html.escape(f"Search {config.name or config.dataset.name}"),
+        title=html.escape(f"Search {name}"),
         facts="".join(f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>" for key, value in facts.items()),
         sections=sections,
         head=head,
@@ -374,7 +382,7 @@ def page(config: TuneConfig, rows: Sequence[Row], charts: Mapping[str, str], loo
 
 CAPTIONS = {
     "front": "Filled: trials that ran to their end; joined: those that nobody beats by the objectives; hollow: stopped early, "
-    "at their last validation.",
+    "at their last validation, which may lie outside.",
     "map": "In each cell, of the trials that finished there, the one of the least NLL. Pale: none finished; the last validation.",
     "curves": "A hollow end is a trial that was stopped early.",
     "importance": "How much of the differences between finished trials each option explains.",

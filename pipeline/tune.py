@@ -8,8 +8,10 @@ import logging
 import os
 import re
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
 
 import ray
@@ -20,12 +22,14 @@ from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from pipeline import evaluate, loop, report, train
 from pipeline.cluster import connect, num_places, resources
 from pipeline.config import Bounds, EvaluateConfig, TrainConfig, TuneConfig, build, digest, to_dict
 from pipeline.errors import UserError
-from pipeline.goals import ON_THE_WAY
+from pipeline.goals import ON_THE_WAY, QUANTITIES
 from pipeline.metrics import read_rows
 from pipeline.registry import Registry
 from pipeline.search import Point, lags, propose
@@ -237,19 +241,22 @@ def trial(row: dict[str, Any], config: TuneConfig) -> None:
             else:
                 train.fit(typed, callbacks=[TuneReportCallback()])
         if typed.cluster.max_workers == 1:
-            values = measure(config, storage)
+            values = measure(config, row["point"], storage)
         else:
             held = resources(typed.cluster)
             task = ray.remote(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0))(measure)
-            values = ray.get(task.remote(config, storage))
+            values = ray.get(task.remote(config, row["point"], storage))
     except UserError as error:
         ray.tune.report({"error": str(error)})
     else:
         ray.tune.report({"images": typed.train.num_steps * typed.train.global_batch, "values": values})
 
 
-def measure(config: TuneConfig, run: Storage) -> dict[str, float | None]:
-    """What ``goals.QUANTITIES`` names, of a run's final model on validation images; measured once, and kept with it."""
+def measure(config: TuneConfig, point: Point, run: Storage) -> dict[str, float | None]:
+    """What ``goals.QUANTITIES`` names, of a run's final model on validation images; measured once, and kept with it.
+
+    TensorBoard is told, too, as hyperparameters.
+    """
     search, output = config.search, open_storage(f"{run.url}/{EVALUATION}", config.storage.endpoint_url)
     if not output.exists(train.RESULT):
         bounds = Bounds(samples=search.samples, num_images=search.num_images, pictures=20, seed=config.train.seed)
@@ -271,7 +278,17 @@ def measure(config: TuneConfig, run: Storage) -> dict[str, float | None]:
         probe = measured["probe"]["linear"]
         values |= {"probe_accuracy": probe["accuracy"], "probe_accuracy_se": probe["accuracy_se"]}
     speeds = [row["train/images_per_s"] for row in read_rows(run) if "train/images_per_s" in row]
-    return {**values, "samples": search.samples, "images_per_s": statistics.median(speeds)}
+    values |= {"samples": search.samples, "images_per_s": statistics.median(speeds)}
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            measures = {f"trial/{name}": values[name] for name in QUANTITIES if name in values}
+            for summary in hparams(point, measures):
+                writer.file_writer.add_summary(summary)
+            for name, value in measures.items():
+                writer.add_scalar(name, value)
+        (events,) = Path(folder).iterdir()
+        run.upload("tensorboard/events.out.tfevents.hparams", events)
+    return values
 
 
 class Proposer(Searcher):

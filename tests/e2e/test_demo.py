@@ -27,6 +27,7 @@ def test_the_demo_goes_from_images_to_a_registered_model_and_reuses_what_exists(
     assert result["registry"]["name"] == "vlae-mnist"
     assert result["registry"]["version"] == 1
     assert all(Path(picture).exists() for picture in result["pictures"])
+    assert (workplace / "demo/search/search.html").read_text().startswith("<!doctype html>")
     started = time.monotonic()
     run(*command, standalone=True)
     assert time.monotonic() - started < first / 2
