@@ -17,7 +17,7 @@ from tests.e2e.conftest import TINY, VLAE, Run
 from tests.e2e.test_interruption import descendants, kill_with_descendants
 
 SEARCH = [
-    "tune", "name=fated", *TINY, "train.images=16000", "train.valid_every=2000", "train.report_seconds=0.5",
+    "tune", "name=fated", *TINY, "train.images=8000", "train.valid_every=1000", "train.report_seconds=0.5",
     "train.checkpoint_seconds=0", "search.space.model.window=[3x1]", "search.space.model.latents=[2,4]",
     "search.space.model.flow_depth=[0]", "search.space.optim.learning_rate=[0.003,1e30]", "search.sampler=grid",
     "search.stopping=none", "search.constraints=[]", "search.num_trials=4", "search.max_concurrent=1", "search.samples=2",
@@ -84,7 +84,7 @@ def test_a_search_whose_driver_and_then_a_trial_are_killed_ends_with_every_trial
     assert steps == sorted(set(steps))
     images = [entry["images"] for entry in after[2]["curve"]]
     assert images == sorted(set(images))
-    assert images[-1] == 16_000
+    assert images[-1] == 8_000
     last = json.loads(open_storage(f"{root}/searches/fated").read("result.json"))
     assert [row["status"] for row in last["trials"]] == ["finished", "finished", "failed", "failed"]
 
