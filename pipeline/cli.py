@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from pipeline.config import COMMANDS, choices, compose, describe, load, options_of
 from pipeline.errors import Interrupted, UserError
 
-ACTIONS = {"registry": ("list", "show", "promote"), "data": ("inspect", "verify")}
+ACTIONS = {"registry": ("list", "show", "register", "compare", "promote", "rollback"), "data": ("inspect", "verify")}
 """What commands with several uses can do: the first word after the command."""
 
 
@@ -150,9 +150,37 @@ def _evaluate(arguments: list[str]) -> None:
     _name_result(config.output)
 
 
+def _encode(arguments: list[str]) -> None:
+    config = _load("encode", arguments)
+    from pipeline import encode
+
+    result = encode.run(config)
+    print(
+        f"codes of {result['images']:,} {config.split} images{' were there already' if result['reused'] else ' written'}: "
+        f"{len(result['parts'])} Parquet files in {result['url']}/codes"
+    )
+    _name_result(config.output)
+
+
+def _reconstruct(arguments: list[str]) -> None:
+    config = _load("reconstruct", arguments)
+    from pipeline import reconstruct
+
+    print("\n".join(f"picture: {url}" for url in reconstruct.run(config)["pictures"]))
+    _name_result(config.output)
+
+
+def _sample(arguments: list[str]) -> None:
+    config = _load("sample", arguments)
+    from pipeline import sample
+
+    print("\n".join(f"picture: {url}" for url in sample.run(config)["pictures"]))
+    _name_result(config.output)
+
+
 def _registry(arguments: list[str]) -> None:
     action = _action("registry", arguments)
-    config = _load("registry", arguments[1:])
+    config = _load("registry", ["yes=true" if word == "--yes" else word for word in arguments[1:]])
     from pipeline import registry
     from pipeline.storage import open_storage
 
@@ -195,6 +223,9 @@ HANDLERS: dict[str, Callable[[list[str]], int | None]] = {
     "train": _train,
     "tune": _tune,
     "evaluate": _evaluate,
+    "encode": _encode,
+    "reconstruct": _reconstruct,
+    "sample": _sample,
     "registry": _registry,
     "theory": _theory,
     "serve-store": _serve_store,
@@ -241,7 +272,9 @@ EXAMPLE = """a first session:
 
 USAGE = {
     "data": "vlae data inspect | verify [key=value ...]",
-    "registry": "vlae registry list | show name=NAME [version=N] | promote name=NAME version=N [alias=ALIAS]",
+    "registry": "vlae registry list | show name=NAME [version=N] | register name=NAME runs=[FOLDER,...]\n"
+    "       vlae registry compare name=NAME [version=N] [against=VERSION]\n"
+    "       vlae registry promote name=NAME [version=N] [alias=ALIAS] [--yes] | rollback name=NAME",
     "serve-store": "vlae serve-store [key=value ...] [-- COMMAND ...]\n"
     "       with a COMMAND: run it with the store's address and credentials in its environment, and stop with it",
 }

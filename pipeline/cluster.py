@@ -63,12 +63,14 @@ def connect(cluster: Cluster, storage: Storage) -> None:
     check_capacity(cluster)
 
 
-def in_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+def in_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], use_gpu: bool = False) -> Iterator[Any]:
     """Call ``function`` with each tuple of arguments, in Ray tasks, and give the results as they come, in any order.
 
-    The arguments are made as tasks are free to take them. A task's ``UserError`` is raised here as it was there.
+    The arguments are made as tasks are free to take them; those from ``ray.put`` reach the function as what was put. Each task has a core,
+    and with ``use_gpu`` a GPU. A task's ``UserError`` is raised here as it was there.
     """
-    task, remaining, pending = ray.remote(function), iter(calls), list[Any]()
+    task = ray.remote(num_gpus=1 if use_gpu else 0)(function)
+    remaining, pending = iter(calls), list[Any]()
     while True:
         pending += [task.remote(*arguments) for arguments in itertools.islice(remaining, IN_FLIGHT - len(pending))]
         if not pending:

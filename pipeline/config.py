@@ -636,13 +636,17 @@ class TuneConfig(TrainConfig):
         return TrainConfig(**parts)
 
 
+A_MODEL = "a run's folder, or models:/NAME@ALIAS or models:/NAME/VERSION from the registry"
+ANOTHER_DATA_SET = "another data set's folder; by default that of the model's training"
+
+
 @dataclass
 class EvaluateConfig:
     """Measure a model's rate, distortion, bounds and what its codes know, and draw its pictures."""
 
-    model: str = option("a run's folder, or models:/NAME@ALIAS or models:/NAME/VERSION from the registry")
+    model: str = option(A_MODEL)
     split: str = option("the part of the data set: train, valid or test", "test")
-    dataset_url: str | None = option("another data set's folder; by default that of the model's training", None)
+    dataset_url: str | None = option(ANOTHER_DATA_SET, None)
     output: str = option("where the report goes", "outputs/evaluate")
     probe_images: int = option(
         "training images that the probes of labelled data are fitted on, and as many validation images choose; 0 for no probe",
@@ -657,13 +661,69 @@ class EvaluateConfig:
 
 
 @dataclass
+class EncodeConfig:
+    """Encode a data set: the code of every image as Parquet, in parallel; the same command again goes on where it was."""
+
+    model: str = option(A_MODEL)
+    split: str = option("the part of the data set: train, valid or test", "train")
+    dataset_url: str | None = option(ANOTHER_DATA_SET, None)
+    output: str = option("where the codes go", "outputs/encode")
+    images_per_part: int = option("the most images in one Parquet file, which one task encodes", 10_000)
+    seed: int = option("decides binarization and the sample that the rate is measured with", 0)
+    storage: Storage = section(Storage, "where things are kept")
+    registry: Registry = section(Registry, "where models:/ looks")
+    cluster: Cluster = section(Cluster, "where it runs")
+
+    def check(self) -> None:
+        _check(self.images_per_part >= 1, f"images_per_part is {self.images_per_part}; it must be at least 1")
+
+
+@dataclass
+class SampleConfig:
+    """Draw images from a model."""
+
+    model: str = option(A_MODEL)
+    num_images: int = option("how many", 40)
+    seed: int = option("decides which", 0)
+    output: str = option("where the picture goes", "outputs/sample")
+    storage: Storage = section(Storage, "where things are kept")
+    registry: Registry = section(Registry, "where models:/ looks")
+
+    def check(self) -> None:
+        _check(self.num_images >= 1, f"num_images is {self.num_images}; it must be at least 1")
+
+
+@dataclass
+class ReconstructConfig:
+    """Draw images of a data set, each above what a model makes of its code."""
+
+    model: str = option(A_MODEL)
+    split: str = option("the part of the data set: train, valid or test", "test")
+    dataset_url: str | None = option(ANOTHER_DATA_SET, None)
+    num_images: int = option("how many of its first images", 40)
+    seed: int = option("decides binarization and all noise", 0)
+    output: str = option("where the picture goes", "outputs/reconstruct")
+    storage: Storage = section(Storage, "where things are kept")
+    registry: Registry = section(Registry, "where models:/ looks")
+
+    def check(self) -> None:
+        _check(self.num_images >= 1, f"num_images is {self.num_images}; it must be at least 1")
+
+
+@dataclass
 class RegistryConfig:
-    """List, show and promote registered models."""
+    """List, show, register, compare and promote models, and roll a promotion back."""
 
     name: str | None = option("a registered model", None)
-    version: int | None = option("one of its versions", None)
+    version: int | None = option("one of its versions; for compare and promote by default the challenger", None)
+    against: str = option("what compare holds it to: an alias, or the number of a version", "champion")
     alias: str = option("the alias that promote gives", "champion")
+    yes: bool = option("promote even what is not better; --yes does the same", False)
+    runs: list[str] = option("the folders of finished runs that register takes; the last becomes the newest version", [])
+    split: str = option("the part of the data set that models are compared on", "valid")
+    dataset_url: str | None = option("another data set's folder to compare on; by default that of the version's training", None)
     output: str = option("where the result goes", "outputs/registry")
+    bounds: Bounds = section(Bounds, "how models are evaluated")
     storage: Storage = section(Storage, "where things are kept")
     registry: Registry = section(Registry, "which registry")
 
@@ -730,6 +790,9 @@ COMMANDS: dict[str, type] = {
     "train": TrainConfig,
     "tune": TuneConfig,
     "evaluate": EvaluateConfig,
+    "encode": EncodeConfig,
+    "reconstruct": ReconstructConfig,
+    "sample": SampleConfig,
     "registry": RegistryConfig,
     "theory": TheoryConfig,
     "serve-store": StoreConfig,

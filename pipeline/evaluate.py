@@ -1,11 +1,8 @@
 """``vlae evaluate``: a model's bounds on held-out images, what its codes know, and its pictures. It needs no Ray."""
 
-import json
 import math
 import os
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,18 +10,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import vlae
-from pipeline import manifest, pictures
-from pipeline.config import Binarization, EvaluateConfig
-from pipeline.errors import UserError
+from pipeline import config as options
+from pipeline import pictures, reconstruct, sample
+from pipeline.config import Bounds, EvaluateConfig, to_dict
 from pipeline.information import Information
 from pipeline.loader import Batch, EvalLoader, binarize
-from pipeline.loop import TRAINING_FILE, keep_freed_memory
-from pipeline.manifest import Manifest
+from pipeline.loop import keep_freed_memory
 from pipeline.measure import measure, report, with_error
 from pipeline.metrics import Moments
 from pipeline.probe import Codes, Probes, code_noise, encode
-from pipeline.registry import Registry
 from pipeline.storage import Storage, open_storage
+from pipeline.versions import EVALUATION, OpenedModel, Registry, device, find_evaluation, open_data, open_model
 from vlae.information import ACTIVE_VARIANCE
 
 BATCH = 16
@@ -46,9 +42,6 @@ PROBES = {
 SHOWN = 16
 """So many values of a list are in the report."""
 
-DECODINGS = 3
-"""How many times each code is decoded in the picture of reconstructions."""
-
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measure, draw and write everything to ``config.output``; figures of a registered model are kept with its version, too.
@@ -56,81 +49,68 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     Raises UserError if the model, the data set or the split does not exist, or the images have another shape.
     """
     keep_freed_memory()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    registry = Registry(config.registry) if config.model.startswith("models:/") else None
-    version = registry.resolve(config.model) if registry else None
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if registry and version:
-            folder = registry.download(version["name"], version["version"], folder)
-        else:
-            download_run(config, folder)
-        model = vlae.load(folder).to(device)
-        training = json.loads((folder / TRAINING_FILE).read_text())
-    binarization = Binarization[training["config"]["dataset"]["binarization"]]
-    url = config.dataset_url or training["config"]["dataset"]["url"]
-    data = open_storage(url, config.storage.endpoint_url)
-    contents = manifest.load(data)
-    if tuple(contents.image_shape) != tuple(model.image_shape):
-        raise UserError(
-            f"{config.model} was made for images of shape {model.image_shape}, but those of {url} are {contents.image_shape}"
-        )
-
-    evaluation = Evaluation(config, model, data, contents, binarization, device)
-    measured = evaluation.measure(
-        rate_splits=max(model.arguments["flow_depth"], model.arguments["posterior_depth"]) <= 1,
-        groups=training["config"]["train"].get("free_groups", 1),
-    )
-    if registry and version:
-        registry.log_evaluation(version["name"], version["version"], config.split, measured)
-
+    model = open_model(config.model, config.registry, config.storage)
+    evaluation = Evaluation(config, model)
+    measured = evaluation.measure()
+    if model.version:
+        Registry(config.registry).log_evaluation(model.version["name"], model.version["version"], config.split, measured)
     output = open_storage(config.output, config.storage.endpoint_url)
-    generator = torch.Generator().manual_seed(config.bounds.seed)
-    batch = next(iter(evaluation.loader(config.split, config.bounds.pictures, config.bounds.pictures)))
-    x = binarize(batch, binarization, config.bounds.seed).to(device)
-    drawn = [vlae.reconstruct(model, x, generator) for _ in range(DECODINGS)]
-    output.write("reconstructions.png", pictures.reconstructions(x, drawn))
-    output.write("samples.png", pictures.samples(vlae.sample(model, config.bounds.pictures, generator)))
-    drawn_files = ["reconstructions", "samples"]
-    latents = measured["latents"]
-    if "capacity_bits" in latents:
-        active = [variance > ACTIVE_VARIANCE for variance in latents["code_variance"]]
-        output.write("latents.png", pictures.latents(latents["capacity_bits"], latents.get("rate_bits"), active))
-        drawn_files.append("latents")
     result = {
         "model": config.model,
-        "registry": {"name": version["name"], "version": version["version"]} if version else None,
-        "architecture": training["config"]["model"],
-        "dataset": {"url": url, "binarization": binarization.value, "manifest": contents.digest},
+        "weights": model.weights,
+        "registry": {key: model.version[key] for key in ("name", "version")} if model.version else None,
+        "architecture": model.training["config"]["model"],
+        "image_shape": list(evaluation.contents.image_shape),
+        "dataset": {
+            "url": evaluation.data.url,
+            "binarization": model.binarization.value,
+            "manifest": evaluation.contents.digest,
+        },
+        "bounds": to_dict(config.bounds),
+        "split": config.split,
         config.split: measured,
-        "pictures": [f"{output.url}/{name}.png" for name in drawn_files],
+        "pictures": [],
     }
+    output.write_json("result.json", result)  # what took long is safe, whatever becomes of the pictures
+    for name, picture in evaluation.pictures(measured["latents"]):
+        output.write(f"{name}.png", picture)
+        result["pictures"].append(f"{output.url}/{name}.png")
     output.write_json("result.json", result)
     return result
 
 
-@dataclass
-class Evaluation:
-    """One model on one data set."""
+def of_run(folder: Storage, bounds: Bounds, storage: options.Storage, registry: options.Registry) -> None:
+    """Evaluate the model of a finished run on validation images, as what is registered has to be; not again if that was done.
 
-    config: EvaluateConfig
-    model: vlae.VLAE
-    data: Storage
-    contents: Manifest
-    binarization: Binarization
-    device: torch.device
+    Raises UserError if there is no model.
+    """
+    model = open_model(folder.url, registry, storage)
+    if find_evaluation(folder, model.weights) is None:
+        output = f"{folder.url}/{EVALUATION}"
+        run(EvaluateConfig(folder.url, "valid", output=output, bounds=bounds, storage=storage, registry=registry))
+
+
+class Evaluation:
+    """One model on one data set. Raises UserError if that does not exist, or its images have another shape."""
+
+    def __init__(self, config: EvaluateConfig, model: OpenedModel) -> None:
+        self.config, self.training, self.binarization = config, model.training, model.binarization
+        self.device = device()
+        self.model = model.network.to(self.device)
+        self.data, self.contents = open_data(model, config.dataset_url, config.storage)
 
     def loader(self, split: str, batch_size: int, num_images: int | None) -> EvalLoader:
         return EvalLoader(self.data, self.contents, split=split, batch_size=batch_size, num_images=num_images)
 
-    def measure(self, rate_splits: bool, groups: int) -> dict[str, Any]:
+    def measure(self) -> dict[str, Any]:
         """The figures of the evaluated images, under ``latents`` those of each latent, and, if there are classes, under ``probe``
         how well they are told from the code.
-
-        ``rate_splits``: whether latents have rates of their own. ``groups``: how many parts of the code had their own free bits.
         """
         bounds = self.config.bounds
+        groups = self.training["config"]["train"].get("free_groups", 1)  # parts of the code that had their own free bits
+        # Latents have rates of their own if no flow has more than one step.
+        rate_splits = max(self.model.arguments["flow_depth"], self.model.arguments["posterior_depth"]) <= 1
         images = self.loader(
             self.config.split, BATCH, bounds.num_images
         )  # first, since it finds out whether there is such a split
@@ -164,6 +144,18 @@ class Evaluation:
                 for name in right.sums
             }
         return measured
+
+    def pictures(self, latents: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+        """Name and PNG of each picture; ``latents`` are the figures of each."""
+        bounds = self.config.bounds
+        generator = torch.Generator().manual_seed(bounds.seed)
+        batch = next(iter(self.loader(self.config.split, bounds.pictures, bounds.pictures)))
+        x = binarize(batch, self.binarization, bounds.seed).to(self.device)
+        yield "reconstructions", reconstruct.draw(self.model, x, generator)
+        yield "samples", sample.draw(self.model, bounds.pictures, generator)
+        if "capacity_bits" in latents:
+            active = [variance > ACTIVE_VARIANCE for variance in latents["code_variance"]]
+            yield "latents", pictures.latents(latents["capacity_bits"], latents.get("rate_bits"), active)
 
     def probes(self) -> Probes | None:
         """Fitted on ``train`` and chosen on ``valid``, whatever split is evaluated; none where there are no classes to tell apart."""
@@ -201,16 +193,6 @@ def num_threads(device: torch.device) -> int:
 
 def progress_bar(images: EvalLoader, name: str) -> "tqdm[Any]":
     return tqdm(total=images.num_samples, unit=" images", desc=name, dynamic_ncols=True)
-
-
-def download_run(config: EvaluateConfig, folder: Path) -> None:
-    """Fetch the final model of a training run. Raises UserError if there is none."""
-    run = open_storage(config.model, config.storage.endpoint_url)
-    keys = run.list("model/")
-    if not keys:
-        raise UserError(f"{run.url} holds no finished model; give a run's folder, or models:/NAME@ALIAS from the registry")
-    for key in keys:
-        run.download(key, folder / Path(key).name)
 
 
 def format_report(result: dict[str, Any], split: str) -> str:

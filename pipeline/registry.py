@@ -1,231 +1,227 @@
-"""The model registry, on MLflow: a SQLite file by default, a server where several people share it.
+"""``vlae registry``: list, show, register, compare and promote models, and roll a promotion back. It needs no Ray."""
 
-A version holds the weights (safetensors), the arguments that rebuild the model, and what it was trained with. Nothing in it is a
-pickle, and loading it needs neither Ray nor the training code.
-"""
-
-import contextlib
-import json
-import logging
-import os
-import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-import mlflow.artifacts
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
-from mlflow.entities.model_registry import ModelVersion, RegisteredModel
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
+import torch
+from torch import Tensor
 
 from pipeline import config as options
+from pipeline import evaluate
+from pipeline.config import Binarization, RegistryConfig, to_dict
 from pipeline.errors import UserError
-from pipeline.loop import TRAINING_FILE
-from pipeline.storage import Storage
-from vlae.build import MODEL_FILE, WEIGHTS_FILE
+from pipeline.loader import Batch, EvalLoader
+from pipeline.loop import keep_freed_memory
+from pipeline.measure import measure, with_error
+from pipeline.metrics import Moments
+from pipeline.storage import Storage, open_storage
+from pipeline.versions import OpenedModel, Registry, device, open_data, open_model
 
-FILES = (MODEL_FILE, WEIGHTS_FILE, TRAINING_FILE)
-
-
-class Registry:
-    """Registered models and their versions. Raises UserError if the registry cannot be reached."""
-
-    def __init__(self, config: options.Registry) -> None:
-        self.config = config
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        try:
-            if config.uri.startswith("sqlite:///"):
-                Path(config.uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
-            self.client = MlflowClient(config.uri, config.uri)
-            with _at_most_seconds():
-                self.client.search_registered_models(max_results=1)
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise UserError(
-                f"the registry at {config.uri} does not answer: {str(error).splitlines()[0]}; check registry.uri"
-            ) from None
-
-    def register(self, name: str, run: Storage) -> dict[str, Any]:
-        """Make the final model of a training run the newest version of ``name``; returns its name and version.
-
-        The first version becomes ``champion``, later ones ``challenger``. A run is registered once: again, its version is returned.
-        """
-        for version in self._search(name):
-            if version.tags.get("run") == run.url:
-                return {"name": name, "version": int(version.version)}
-        with tempfile.TemporaryDirectory() as folder:
-            for file in FILES:
-                run.download(f"model/{file}", Path(folder) / file)
-            training = json.loads((Path(folder) / TRAINING_FILE).read_text())
-            with _unless_it_exists():
-                self.client.create_experiment(name, f"{self.config.artifacts}/{name}")
-            experiment = self.client.get_experiment_by_name(name)
-            tracked = self.client.create_run(
-                experiment.experiment_id, run_name=training["config"]["name"] or name, tags={"run": run.url}
-            )
-            settings = {"manifest": training["manifest"]} | {
-                f"{part}.{key}": value
-                for part in ("dataset", "model", "optim", "train")
-                for key, value in training["config"][part].items()
-            }
-            self.client.log_batch(tracked.info.run_id, params=[Param(key, str(value)) for key, value in settings.items()])
-            self._log(tracked.info.run_id, "valid", training["valid"])
-            self.client.log_artifacts(tracked.info.run_id, folder, "model")
-            self.client.set_terminated(tracked.info.run_id)
-        with _unless_it_exists():
-            self.client.create_registered_model(name)
-        made = self.client.create_model_version(
-            name, f"{tracked.info.artifact_uri}/model", run_id=tracked.info.run_id, tags={"run": run.url}
-        )
-        aliases = self.client.get_registered_model(name).aliases
-        self.client.set_registered_model_alias(name, "challenger" if "champion" in aliases else "champion", made.version)
-        return {"name": name, "version": int(made.version)}
-
-    def models(self) -> list[dict[str, Any]]:
-        """Every registered model: its name, newest version and aliases."""
-        return [
-            {"name": model.name, "versions": len(self._search(model.name)), "aliases": model.aliases}
-            for model in self._all_models()
-        ]
-
-    def versions(self, name: str) -> list[dict[str, Any]]:
-        """Every version of a model, the newest first, with parameters and metrics. Raises UserError if there is no such model."""
-        versions = self._search(name)
-        if not versions:
-            known = ", ".join(model["name"] for model in self.models()) or "nothing yet"
-            raise UserError(f"the registry at {self.config.uri} holds no model named {name}; it holds {known}")
-        aliases = self.client.get_registered_model(name).aliases
-        return [self._describe(version, aliases) for version in versions]
-
-    def promote(self, name: str, version: int, alias: str) -> None:
-        """Give ``alias`` to a version; a challenger that becomes champion is no longer challenger.
-
-        Raises UserError if there is no such version.
-        """
-        known = [row["version"] for row in self.versions(name)]
-        if version not in known:
-            raise UserError(f"{name} has no version {version}; it has {', '.join(map(str, sorted(known)))}")
-        try:
-            self.client.set_registered_model_alias(name, alias, str(version))
-        except MlflowException as error:
-            raise UserError(f"alias={alias!r} cannot be given: {str(error).splitlines()[0]}") from None
-        if alias == "champion" and str(self.client.get_registered_model(name).aliases.get("challenger")) == str(version):
-            self.client.delete_registered_model_alias(name, "challenger")
-
-    def resolve(self, uri: str) -> dict[str, Any]:
-        """The name and version behind ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``. Raises UserError if there is none."""
-        reference = uri.removeprefix("models:/")
-        name, _, alias = reference.partition("@")
-        name, _, number = name.partition("/")
-        for row in self.versions(name):
-            if (alias and alias in row["aliases"]) or (not alias and number == str(row["version"])):
-                return row
-        raise UserError(f"{uri} is not in the registry at {self.config.uri}; see `vlae registry show name={name}`")
-
-    def download(self, name: str, version: int, folder: Path) -> Path:
-        """Fetch a version's files to somewhere in ``folder``; returns where they are, ready for ``vlae.load``."""
-        source = self.client.get_model_version_download_uri(name, str(version))
-        return Path(
-            mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.config.uri)
-        )
-
-    def log_evaluation(self, name: str, version: int, split: str, measured: Mapping[str, Any]) -> None:
-        """Keep an evaluation's figures with a version: its numbers, those in nested tables too, but no lists."""
-        self._log(self.client.get_model_version(name, str(version)).run_id, split, measured)
-
-    def _log(self, run_id: str, split: str, values: Mapping[str, Any]) -> None:
-        now = int(time.time() * 1000)  # of several evaluations the latest counts
-        self.client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in _numbers(split, values)])
-
-    def _all_models(self) -> list[RegisteredModel]:
-        found, token = [], None
-        while True:
-            page = self.client.search_registered_models(page_token=token)
-            found += page
-            token = page.token
-            if not token:
-                return found
-
-    def _search(self, name: str) -> list[ModelVersion]:
-        if not name or set(name) & set("/:'\""):
-            raise UserError(f"{name!r} is no name for a registered model; use one without slashes, colons and quotes")
-        found = self.client.search_model_versions(f"name = '{name}'")
-        return sorted(found, key=lambda version: int(version.version), reverse=True)
-
-    def _describe(self, version: ModelVersion, aliases: dict[str, str]) -> dict[str, Any]:
-        data = self.client.get_run(version.run_id).data
-        return {
-            "name": version.name,
-            "version": int(version.version),
-            "aliases": sorted(alias for alias, number in aliases.items() if str(number) == str(version.version)),
-            "run": version.tags.get("run"),
-            "parameters": dict(data.params),
-            "metrics": dict(data.metrics),
-        }
+COMPARED = {"nll": "negative log-likelihood", "code_length": "code length", "rate": "rate"}
+"""What is measured of both models on every image, in nats. The first decides; of one sample, it is the second."""
+CERTAIN = 2.0
+"""A model is better if it is so by more than this many standard errors of the difference."""
 
 
-def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """The numbers below a value of JSON, each named by its path."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _numbers(f"{name}/{key}", item)
-    elif isinstance(value, int | float):
-        yield name, float(value)
-
-
-@contextlib.contextmanager
-def _at_most_seconds() -> Iterator[None]:
-    """Have MLflow's client give up on a server within seconds, where by itself it would try for minutes; what the user set stands."""
-    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-    ours = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            del os.environ[name]
-
-
-@contextlib.contextmanager
-def _unless_it_exists() -> Iterator[None]:
-    """Create something that somebody else may be creating at the same moment."""
-    try:
-        yield
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def run(action: str, config: options.RegistryConfig) -> dict[str, Any]:
-    """``vlae registry list | show | promote``: prints what it found or did, and returns it."""
+def run(action: str, config: RegistryConfig) -> dict[str, Any]:
+    """``vlae registry ACTION``: prints what it found or did, and returns it."""
     registry = Registry(config.registry)
     if action == "list":
-        models = registry.models()
-        for model in models:
-            aliases = ", ".join(f"{alias} is version {version}" for alias, version in sorted(model["aliases"].items()))
-            print(f"{model['name']}: {model['versions']} version{'s' if model['versions'] > 1 else ''}; {aliases}")
-        if not models:
-            print(f"the registry at {config.registry.uri} holds no model yet; `vlae tune` fills it")
-        return {"models": models}
+        return _list(registry)
     if config.name is None:
         raise UserError("which model? give name=NAME; `vlae registry list` lists them")
-    if action == "promote":
-        if config.version is None:
-            raise UserError(
-                f"which version of {config.name}? give version=N; `vlae registry show name={config.name}` lists them"
-            )
-        registry.promote(config.name, config.version, config.alias)
-        print(f"{config.name} version {config.version} is now {config.alias}")
-    versions = registry.versions(config.name)
     if action == "show":
-        for row in versions if config.version is None else [registry.resolve(f"models:/{config.name}/{config.version}")]:
-            _print_version(row)
-    return {"name": config.name, "versions": versions}
+        return _show(registry, config.name, config.version)
+    if action == "register":
+        return _register(registry, config.name, config)
+    if action == "compare":
+        row = _version(registry, config.name, config.version)
+        return {
+            "name": config.name,
+            "comparison": _compare(registry, row, _other(registry, config.name, config.against), config),
+        }
+    if action == "promote":
+        return _promote(registry, config.name, config)
+    return _roll_back(registry, config.name)
+
+
+def register(
+    registry: Registry, name: str, runs: Iterable[Storage], bounds: options.Bounds, storage: options.Storage
+) -> list[dict[str, Any]]:
+    """Evaluate the models of finished runs on validation images and make each a version of ``name``, the last the newest.
+
+    Returns name and version of each. What is evaluated or registered already is not again. Raises UserError if a run has no model.
+    """
+    runs = list(runs)
+    for folder in runs:
+        evaluate.of_run(folder, bounds, storage, registry.config)
+    return [registry.register(name, folder) for folder in runs]
+
+
+def compare(registry: Registry, version: Mapping[str, Any], other: Mapping[str, Any], config: RegistryConfig) -> dict[str, Any]:
+    """Measure two versions on the same images, with the same binarization, bound, k and noise.
+
+    Each quantity is given for both, and as the difference ``version`` less ``other``, with its standard error over images: that of
+    the differences image by image. Raises UserError if the two are no models of the same pixels.
+    """
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    models = [
+        open_model(f"models:/{row['name']}/{row['version']}", config.registry, config.storage) for row in (version, other)
+    ]
+    kinds = [model.binarization for model in models]
+    if Binarization.none in kinds and kinds[0] != kinds[1]:
+        raise UserError(
+            f"versions {version['version']} and {other['version']} of {version['name']} cannot be compared: one models images of 256 "
+            "values, the other black and white ones"
+        )
+    url = config.dataset_url or models[0].training["config"]["dataset"]["url"]
+    measured = [_per_image(model, url, kinds[0], config) for model in models]
+    values: dict[str, Any] = {}
+    for name in COMPARED:
+        moments, (new, old) = Moments(), (each[name] for each in measured)
+        moments.add({"version": new, "other": old, "difference": new - old})
+        values[name] = {
+            key: figure
+            for part in ("version", "other", "difference")
+            for key, figure in ((part, moments.mean(part)), (f"{part}_se", moments.standard_error(part)))
+        }
+    decisive = values["nll"]
+    return {
+        "version": version["version"],
+        "other": other["version"],
+        "dataset": {"url": url, "split": config.split, "binarization": kinds[0].value},
+        "num_images": len(measured[0]["nll"]),
+        "bounds": to_dict(config.bounds),
+        "nats": values,
+        "better": decisive["difference"] + CERTAIN * (decisive["difference_se"] or 0.0) < 0,
+    }
+
+
+def _per_image(model: OpenedModel, url: str, binarization: Binarization, config: RegistryConfig) -> dict[str, Tensor]:
+    """What ``COMPARED`` names, of each image: (num_images,), in float64."""
+    data, contents = open_data(model, url, config.storage)
+    bounds = config.bounds
+    loader = EvalLoader(data, contents, split=config.split, batch_size=evaluate.BATCH, num_images=bounds.num_images)
+    parts: list[dict[str, Tensor]] = []
+
+    def keep(batch: Batch, x: Tensor, estimate: Any) -> None:
+        values = {"nll": -estimate.iwae, "code_length": -estimate.elbo, "rate": estimate.rate}
+        parts.append({name: value.double().cpu() for name, value in values.items()})
+        bar.update(len(x))
+
+    with evaluate.progress_bar(loader, model.reference.removeprefix("models:/")) as bar:
+        measure(
+            model.network.to(device()),
+            loader,
+            samples=bounds.samples,
+            binarization=binarization,
+            seed=bounds.seed,
+            device=device(),
+            threads=evaluate.num_threads(device()),
+            visit=keep,
+        )
+    return {name: torch.cat([part[name] for part in parts]) for name in COMPARED}
+
+
+def format_comparison(comparison: Mapping[str, Any]) -> str:
+    """A comparison as a table."""
+    data, k = comparison["dataset"], comparison["bounds"]["samples"]
+    images = f"{comparison['num_images']:,} {data['split']} images of {data['url']}"
+    version, other = f"version {comparison['version']}", f"version {comparison['other']}"
+    lines = [
+        f"{images}, binarization {data['binarization']}; nats per image:",
+        f"  {'':<26}{version:>18}{other:>18}{'difference':>18}",
+    ]
+    for name, label in COMPARED.items():
+        row = comparison["nats"][name]
+        shown = "".join(f"{with_error(row, part, 3):>18}" for part in ("version", "other", "difference"))
+        lines.append(f"  {label + f', k = {k}' * (name == 'nll'):<26}{shown}")
+    difference = comparison["nats"]["nll"]["difference"]
+    verdict = (
+        "is better"
+        if comparison["better"]
+        else "is not better"
+        if difference >= 0
+        else "may be better, but not by two standard errors"
+    )
+    return "\n".join([*lines, f"{version} {verdict}"])
+
+
+# --- actions ------------------------------------------------------------------------------------------------------------
+
+
+def _list(registry: Registry) -> dict[str, Any]:
+    models = registry.models()
+    for model in models:
+        aliases = ", ".join(f"{alias} is version {version}" for alias, version in sorted(model["aliases"].items()))
+        print(f"{model['name']}: {model['versions']} version{'s' if model['versions'] > 1 else ''}; {aliases}")
+    if not models:
+        print(f"the registry at {registry.config.uri} holds no model yet; `vlae tune` or `vlae registry register` fills it")
+    return {"models": models}
+
+
+def _show(registry: Registry, name: str, version: int | None) -> dict[str, Any]:
+    rows = registry.versions(name)
+    for row in rows if version is None else [registry.resolve(f"models:/{name}/{version}")]:
+        _print_version(row)
+    history = registry.history(name)
+    if history and version is None:
+        print("champions: " + ", ".join(f"{how} {number} on {when:%Y-%m-%d %H:%M} UTC" for when, how, number in history))
+    return {"name": name, "versions": rows, "champions": [[when.isoformat(), how, number] for when, how, number in history]}
+
+
+def _register(registry: Registry, name: str, config: RegistryConfig) -> dict[str, Any]:
+    if not config.runs:
+        raise UserError("which runs? give runs=[FOLDER,...], the folders of finished training runs")
+    folders = [open_storage(url, config.storage.endpoint_url) for url in config.runs]
+    made = register(registry, name, folders, config.bounds, config.storage)
+    for row, folder in zip(made, folders, strict=True):
+        print(f"{name} version {row['version']}: {folder.url}")
+    return {"name": name, "registered": made}
+
+
+def _compare(registry: Registry, row: dict[str, Any], other: dict[str, Any], config: RegistryConfig) -> dict[str, Any]:
+    comparison = compare(registry, row, other, config)
+    print(format_comparison(comparison))
+    return comparison
+
+
+def _promote(registry: Registry, name: str, config: RegistryConfig) -> dict[str, Any]:
+    row = _version(registry, name, config.version)
+    champion = next((each for each in registry.versions(name) if "champion" in each["aliases"]), None)
+    comparison = None
+    if config.alias == "champion" and champion and champion["version"] != row["version"]:
+        comparison = _compare(registry, row, champion, config)
+        if not comparison["better"] and not config.yes:
+            raise UserError(
+                f"version {row['version']} of {name} is not better than the champion, version {champion['version']}: nothing is changed; "
+                "promote it all the same with --yes"
+            )
+    if config.alias not in row["aliases"]:
+        registry.set_alias(name, row["version"], config.alias)
+    print(f"{name} version {row['version']} is now {config.alias}")
+    return {"name": name, "version": row["version"], "alias": config.alias, "comparison": comparison}
+
+
+def _roll_back(registry: Registry, name: str) -> dict[str, Any]:
+    version, from_version = registry.roll_back(name)
+    print(f"{name} version {version} is champion again, in place of version {from_version}")
+    return {"name": name, "version": version, "instead_of": from_version}
+
+
+def _version(registry: Registry, name: str, version: int | None) -> dict[str, Any]:
+    """The version asked for, or the challenger."""
+    if version is not None:
+        return registry.resolve(f"models:/{name}/{version}")
+    challenger = next((row for row in registry.versions(name) if "challenger" in row["aliases"]), None)
+    if challenger is None:
+        raise UserError(f"{name} has no challenger; give version=N; `vlae registry show name={name}` lists them")
+    return challenger
+
+
+def _other(registry: Registry, name: str, against: str) -> dict[str, Any]:
+    return registry.resolve(f"models:/{name}/{against}" if against.isdecimal() else f"models:/{name}@{against}")
 
 
 def _print_version(row: dict[str, Any]) -> None:
@@ -237,11 +233,16 @@ def _print_version(row: dict[str, Any]) -> None:
     )
     for split in ("valid", "test"):
         if f"{split}/elbo_nats" in metrics:
-            bounds = f"  {split}: code length {metrics[f'{split}/elbo_nats']:.2f} nats, rate {metrics[f'{split}/rate_bits']:.1f} bits"
+            bounds = f"  {split}: code length {_figure(metrics, f'{split}/elbo_nats')} nats, rate {metrics[f'{split}/rate_bits']:.1f} bits"
             if f"{split}/iwae_nats" in metrics:
-                bounds += f", IWAE-{metrics[f'{split}/iwae_samples']:.0f} {metrics[f'{split}/iwae_nats']:.2f} nats"
+                bounds += f", IWAE-{metrics[f'{split}/iwae_samples']:.0f} {_figure(metrics, f'{split}/iwae_nats')} nats"
             print(f"{bounds}, on {metrics[f'{split}/num_images']:,.0f} images")
-    print(f"  from {row['run']}")
+    search = f", a trial of {row['tags']['search_name']}" if "search_name" in row["tags"] else ""
+    print(f"  from {row['run']}{search}; code {row['tags']['code_version'][:12]}")
+
+
+def _figure(metrics: Mapping[str, float], key: str) -> str:
+    return with_error({key: metrics[key], f"{key}_se": metrics.get(f"{key}_se")}, key)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ import html
 import io
 import json
 import math
-import tempfile
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -28,12 +26,13 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 import vlae
-from pipeline import evaluate, manifest, pictures
-from pipeline.config import EvaluateConfig, TuneConfig
+from pipeline import manifest, pictures
+from pipeline.config import TuneConfig
 from pipeline.goals import Goals
 from pipeline.loader import EvalLoader, binarize
 from pipeline.search import known
 from pipeline.storage import Storage, open_storage
+from pipeline.versions import open_model
 
 Row = Mapping[str, Any]
 
@@ -330,10 +329,7 @@ def side_by_side(config: TuneConfig, rows: Sequence[Row], look: Look) -> bytes:
     drawn = {}
     for row in rows:
         generator = torch.Generator().manual_seed(config.train.seed)
-        with tempfile.TemporaryDirectory() as folder:
-            url = f"{config.storage.root}/runs/{row['run']}"
-            evaluate.download_run(EvaluateConfig(model=url, storage=config.storage), Path(folder))
-            model = vlae.load(folder)
+        model = open_model(f"{config.storage.root}/runs/{row['run']}", config.registry, config.storage).network
         told = f"rate {row['rate_bits']:.1f} bits, NLL {row['nll']:.2f} nats"
         drawn[look.words(row), told] = vlae.reconstruct(model, originals, generator), vlae.sample(model, IMAGES, generator)
     return pictures.side_by_side(originals, drawn)

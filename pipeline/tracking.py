@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from pipeline import config as options
+from pipeline.errors import Interrupted
 from pipeline.metrics import read_rows
 from pipeline.storage import Storage
 
@@ -35,6 +36,12 @@ MOST_METRICS, MOST_PARAMETERS = 1000, 100
 """MLflow takes no more in one request."""
 FOLLOWED = "followed"
 """The tag with the time, in seconds, at which a run's driver was last heard of."""
+
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +78,8 @@ class Connection:
     """MLflow's client, and what it keeps of runs. Every method raises what MLflow does if there is no answer."""
 
     def __init__(self, config: options.Registry) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        for setting, value in QUIET.items():
+            os.environ.setdefault(setting, value)
         from mlflow import MlflowClient  # it takes seconds, which only those who connect have to spend
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -143,12 +150,15 @@ class Connection:
         return run_id
 
     def _experiment(self, name: str) -> str:
-        """The id of an experiment, which is made if there is none."""
+        """The id of an experiment, which is made if there is none. One that keeps its files elsewhere is another."""
         from mlflow.exceptions import MlflowException
 
+        location = f"{self.artifacts}/{name}" if self.artifacts else None
         found = self.client.get_experiment_by_name(name)
-        if found is None:
-            location = f"{self.artifacts}/{name}" if self.artifacts else None
+        if found and location and found.artifact_location != location:
+            name = f"{name}-{options.digest(location)}"
+            found = self.client.get_experiment_by_name(name)
+        if not found:
             try:
                 return str(self.client.create_experiment(name, location))
             except MlflowException as error:
@@ -195,7 +205,8 @@ class Tracking:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        status: Status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        failed = isinstance(error, Exception) and not isinstance(error, Interrupted)
+        status: Status = "FINISHED" if error is None else "FAILED" if failed else "KILLED"
         with self._lock:
             self._runs = {run: ended or status for run, ended in self._runs.items()}
         self._over.set()

@@ -31,14 +31,12 @@ from pipeline.config import Bounds, EvaluateConfig, TrainConfig, TuneConfig, bui
 from pipeline.errors import UserError
 from pipeline.goals import ON_THE_WAY, QUANTITIES
 from pipeline.metrics import read_rows
-from pipeline.registry import Registry
 from pipeline.search import Point, lags, propose
 from pipeline.storage import Storage, open_storage
 from pipeline.tracking import Status, TrackedRun, Tracking, training_run
+from pipeline.versions import EVALUATION, Registry
 
 RECORD = "search.json"
-EVALUATION = "evaluation"
-"""The folder of a trial's run that holds what was measured of it at its end, on validation images."""
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped early", "failed"
 

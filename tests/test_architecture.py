@@ -14,17 +14,18 @@ LAYERS = [
     {"loader", "checkpoint", "pictures", "search"},
     {"metrics"},
     {"measure", "learner", "tracking"},
-    {"loop", "information", "probe", "restarts"},
-    {"registry", "train", "shard", "index", "data", "plan"},
-    {"evaluate", "theory"},
-    {"report"},
+    {"loop", "information", "probe", "card", "restarts"},
+    {"versions", "train", "shard", "index", "data", "plan"},
+    {"encode", "reconstruct", "sample", "theory"},
+    {"evaluate"},
+    {"registry", "report"},
     {"tune"},
     {"demo"},
     {"cli"},
 ]
 """The modules of ``pipeline``, each set importing only from those above it."""
 
-USES_RAY = {"cluster", "restarts", "shard", "train", "tune"}
+USES_RAY = {"cluster", "restarts", "shard", "train", "tune", "encode"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,10 +1,14 @@
 """Models from plain keyword arguments, and to and from a folder."""
 
+import inspect
 import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from vlae.decoder import Decoder
@@ -17,6 +21,9 @@ from vlae.window import Window
 
 WEIGHTS_FILE, MODEL_FILE = "model.safetensors", "model.json"
 CHOICES = {"code": ("vector", "maps"), "likelihood": ("bernoulli", "logistic"), "activation": tuple(ACTIVATIONS)}
+LAYERS = ("flow_depth", "flow_layers", "posterior_depth", "blocks", "image_blocks", "decoder_blocks", "context_layers")
+MAX_VALUES = 1 << 26
+"""Of an image of a saved model: a few tables grow with it that are no weights."""
 MAY_BE_ZERO = ("flow_depth", "posterior_depth", "flow_mean_only", "decoder_blocks", "image_blocks", "context_layers")
 
 
@@ -105,14 +112,64 @@ def save(model: VLAE, folder: str | Path) -> None:
 
 
 def load(folder: str | Path) -> VLAE:
-    """Rebuild a saved model from ``folder``, in evaluation mode, on the CPU. Nothing is unpickled.
+    """Rebuild a saved model from ``folder``, in evaluation mode, on the CPU. Nothing is unpickled or executed.
 
-    Raises FileNotFoundError if the folder holds no model.
+    The files may come from anybody: what the arguments ask for is held to what the weights' file holds before any of it is made.
+
+    Raises FileNotFoundError if the folder holds no model, and ValueError, naming the file, if it is not one that ``save`` wrote.
     """
     folder = Path(folder)
     for name in (MODEL_FILE, WEIGHTS_FILE):
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no saved model: {name} is missing; give a folder that vlae.save wrote")
-    model = build(**json.loads((folder / MODEL_FILE).read_text()))
+    arguments, shapes = _read_arguments(folder / MODEL_FILE), _read_shapes(folder / WEIGHTS_FILE)
+    # No layer is without a weight, and no weight without an element: so nothing here takes longer than its weights are large.
+    most = {True: len(shapes), False: sum(map(math.prod, shapes.values()))}
+    for name, value in arguments.items():
+        if isinstance(value, int) and value > most[name in LAYERS]:
+            raise ValueError(f"{folder / MODEL_FILE}: {name} is {value}, which is more than {WEIGHTS_FILE} has weights for")
+    try:
+        with torch.device("meta"):  # shapes alone, without memory
+            expected = {name: tuple(value.shape) for name, value in build(**arguments).state_dict().items()}
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder / MODEL_FILE}: {error}") from None
+    wrong = sorted(name for name in expected | shapes if expected.get(name) != shapes.get(name))
+    if wrong:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} does not belong to {MODEL_FILE}: {wrong[0]} has the shape {shapes.get(wrong[0])}, "
+            f"the model's is {expected.get(wrong[0])}"
+        )
+    model = build(**arguments)
     model.load_state_dict(load_file(folder / WEIGHTS_FILE))
     return model.eval()
+
+
+def _read_arguments(path: Path) -> dict[str, Any]:
+    """The arguments of ``build`` from a file; ValueError unless they are known by name and of their type."""
+    try:
+        arguments = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no saved model: it is not JSON ({error})") from None
+    if not isinstance(arguments, dict) or "image_shape" not in arguments:
+        raise ValueError(f"{path} is no saved model: it does not hold the arguments of vlae.build")
+    defaults = {name: each.default for name, each in inspect.signature(build).parameters.items()}
+    for name, value in arguments.items():
+        if name not in defaults:
+            raise ValueError(f"{path}: {name!r} is no argument of vlae.build")
+        if name == "image_shape":
+            fits = isinstance(value, list) and len(value) == 3 and all(type(each) is int for each in value)
+            fits = fits and math.prod(value) <= MAX_VALUES
+        else:
+            fits = type(value) is type(defaults[name])
+        if not fits:
+            raise ValueError(f"{path}: {name} is {value!r:.100}, which is no value of its kind")
+    return arguments
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in a safetensors file; ValueError if it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from None

@@ -9,6 +9,7 @@ evaluated once. It asks for a *shear*: the features of pixel (row, column) can b
 ``column + shear * row`` are drawn.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -42,9 +43,9 @@ class WindowContext(nn.Module):
     def __init__(self, window: Window, channels: int, features: int) -> None:
         super().__init__()
         self.window = window
-        cells = torch.tensor(window.cells)
-        self.register_buffer("cells", cells, persistent=False)
-        self.register_buffer("cell_sizes", cells.bincount()[cells].float(), persistent=False)
+        sizes = Counter(window.cells)
+        self.register_buffer("cells", torch.tensor(window.cells), persistent=False)
+        self.register_buffer("cell_sizes", torch.tensor([float(sizes[cell]) for cell in window.cells]), persistent=False)
         self.linear = nn.Linear(channels * (max(window.cells) + 1), features, bias=False)
 
     def weight(self) -> Tensor:

@@ -4,6 +4,7 @@ Reference: Germain, Gregor, Murray, Larochelle, *MADE: Masked Autoencoder for Di
 arXiv:1502.03509.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -93,8 +94,10 @@ class MapMADE(nn.Module):
         self.hidden, self.head = _layers(torch.cat([torch.ones(len(mask), 4 * mask.shape[1]), mask], 1) for mask in masks)
         self.from_context = nn.Linear(context, hidden, bias=False) if context else None
         # Where each position finds its five taps once there is a row of zeros above the maps, and a column on either side.
-        row, column = (grid.flatten() for grid in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
-        taps = torch.tensor([0, 1, 2, width + 2, width + 3])
+        # On the CPU even if the weights are made elsewhere: the numbers are needed here.
+        place = torch.arange(height * width, device="cpu")
+        row, column = place // width, place % width
+        taps = torch.tensor([0, 1, 2, width + 2, width + 3], device="cpu")
         self.register_buffer("taps", (row * (width + 2) + column)[:, None] + taps, persistent=False)
         # No position looks at another with the same number: the tap above to the right is one number back, the nearest of all.
         number = column + 2 * row
@@ -165,11 +168,12 @@ def _masks(size: int, outputs: int, hidden: int, layers: int, lowest: int) -> tu
             f"a MADE over {size} inputs needs at least {num_degrees} hidden units, not {hidden}; widen it (flow_hidden)"
         )
     position = torch.arange(size)
-    degree = lowest + torch.arange(hidden) * num_degrees // hidden
+    degrees = [lowest + unit * num_degrees // hidden for unit in range(hidden)]
+    degree = torch.tensor(degrees)
     masks = [degree[:, None] >= position[None, :]]
     masks += [degree[:, None] >= degree[None, :]] * (layers - 1)
     masks += [(position[:, None, None] > degree).expand(-1, outputs, -1).flatten(0, 1)]
-    return masks, [int((degree < i).sum()) for i in range(size)]
+    return masks, [bisect_left(degrees, i) for i in range(size)]
 
 
 def _layers(masks: Iterable[Tensor]) -> tuple[nn.ModuleList, MaskedLinear]:

@@ -8,6 +8,10 @@ from functools import cached_property
 NOTATION = "0x0, full, or WIDTHxHEIGHT such as 5x2; -downN and -grey may follow, as in 4x2-down2 or 7x4-grey"
 
 
+MAX_PIXELS = 1 << 20
+"""A window is kept as a list of its pixels: larger ones are refused."""
+
+
 @dataclass(frozen=True)
 class Window:
     """An A x B window in the notation of the VLAE paper (Chen et al., 2017, arXiv:1611.02731, section 4.3).
@@ -48,7 +52,9 @@ class Window:
         return cls(int(width or 0), int(height or 0), bool(full), int(down or 1), bool(grey))
 
     def check_fits(self, height: int, width: int) -> None:
-        """Raise ValueError if the window is larger than an image of ``height`` x ``width`` pixels."""
+        """Raise ValueError if the window is larger than an image of ``height`` x ``width`` pixels, or too large to be listed."""
+        if self.width * max(1, self.height) * self.down**2 > MAX_PIXELS:
+            raise ValueError(f"window {self} has more than {MAX_PIXELS:,} pixels; use a smaller one, or full")
         if self.width * self.down > width or self.rows > height:
             raise ValueError(
                 f"window {self} is larger than the image of {width}x{height} pixels (width x height); "

@@ -20,6 +20,8 @@ SEARCH = [
     "search.num_images=100", "search.probe_images=200", "register_best=2",
 ]  # fmt: skip
 """A search of seconds for the least rate and distortion."""
+FEW = ["bounds.samples=4", "bounds.num_images=200"]
+"""An evaluation of seconds."""
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -126,7 +128,7 @@ def test_the_same_search_with_more_trials_goes_on(searched: dict[str, object], r
 def test_a_registered_model_is_listed_shown_and_promoted(searched: dict[str, object], run: Run) -> None:
     assert "vlae-mnist" in run("registry", "list").stdout
     version = searched["registered"][0]["version"]  # type: ignore[index]
-    done = run("registry", "promote", "name=vlae-mnist", f"version={version}")
+    done = run("registry", "promote", "name=vlae-mnist", f"version={version}", *FEW, "--yes")
     assert f"vlae-mnist version {version} is now champion" in done.stdout
     assert f"version {version} @champion" in run("registry", "show", "name=vlae-mnist").stdout
 
@@ -135,7 +137,7 @@ def test_a_registered_model_is_evaluated_in_a_fresh_process_without_ray_and_with
     searched: dict[str, object], run: Run, root: str, workplace: Path
 ) -> None:
     version = searched["registered"][0]["version"]  # type: ignore[index]
-    run("registry", "promote", "name=vlae-mnist", f"version={version}")
+    run("registry", "promote", "name=vlae-mnist", f"version={version}", *FEW, "--yes")
     script = """
 import sys
 sys.modules["ray"] = None  # importing it fails

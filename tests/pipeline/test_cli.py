@@ -75,7 +75,7 @@ def test_help_lists_every_option_with_its_default(command: str, capsys: pytest.C
         ),
         ("evaluate", ["model=nowhere"], ["nowhere", "no finished model"]),
         ("evaluate", ["model=models:/absent@champion"], ["absent"]),
-        ("registry", [], ["list, show, promote"]),
+        ("registry", [], ["list, show, register, compare, promote, rollback"]),
         ("registry", ["show"], ["name=NAME"]),
         ("registry", ["promote", "name=absent", "version=1"], ["absent"]),
         ("shard", ["dataset=folder", "dataset.name=x", "dataset.path=/absent"], ["/absent"]),

@@ -17,7 +17,10 @@ import configs
 from pipeline.config import COMMANDS, FreeBits, TrainConfig, build, choices, describe, load, options_of, to_dict
 from pipeline.errors import UserError
 
-NEEDED = {"evaluate": ["model=somewhere"], "index": ["dataset.name=theirs", "index.train=s3://bucket/{0..9}.tar"]}
+NEEDED = {
+    **{command: ["model=somewhere"] for command in ("evaluate", "encode", "reconstruct", "sample")},
+    "index": ["dataset.name=theirs", "index.train=s3://bucket/{0..9}.tar"],
+}
 """What a command does not start without."""
 
 CONFIGS = Path(configs.__file__).parent
@@ -132,7 +135,7 @@ def changed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
         "search.space": {"model": {"window": ["full", "0x0"], "latents": [3], "flow_depth": [1]}},
         "search.objectives": ["min nll", "max rate_bits"],
         "search.constraints": ["nll <= 3.5"],
-        "evaluate.model": "elsewhere",
+        "runs": ["/other/runs/one"],
     }
     if key in special:
         return special[key]
@@ -224,7 +227,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
         ["model=huge"],
         "'model=huge': there is no such model; choose one of colour, fast, large, paper_binary, paper_cifar, tiny",
     ),
-    ("train", ["train=5"], "'train=5': there is no such train; choose one of short, standard"),
+    ("train", ["train=5"], "'train=5': there is no such train; choose one of brief, short, standard"),
     (
         "train",
         ["model={window:3x1}"],

@@ -14,7 +14,10 @@ from pipeline import cli
 from pipeline.config import COMMANDS, describe, load
 from tests.pipeline import strokes
 
-NEEDED = {"evaluate": ["model=somewhere"], "index": ["dataset.name=theirs", "index.train=s3://bucket/{0..9}.tar"]}
+NEEDED = {
+    **{command: ["model=somewhere"] for command in ("evaluate", "encode", "reconstruct", "sample")},
+    "index": ["dataset.name=theirs", "index.train=s3://bucket/{0..9}.tar"],
+}
 
 
 def console(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

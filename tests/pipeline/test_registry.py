@@ -1,322 +1,295 @@
-"""The registry, on a real MLflow: it keeps what it is given, refuses in one sentence what it cannot do, mends what an interrupted
-registration left, and unpickles nothing.
-"""
+"""The registry's command, on trained models and a real MLflow; what it holds is used without Ray and without executing anything."""
 
+import hashlib
 import json
-import os
-import socket
+import pickle
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 import vlae
-from pipeline import config, loop, registry
+from pipeline import cli, config, loop
 from pipeline.errors import UserError
-from pipeline.registry import Registry
-from pipeline.storage import Storage, open_storage
+from pipeline.storage import open_storage
+from pipeline.versions import Registry, open_model
+from tests.pipeline import strokes
+from tests.pipeline.models import prepare_run
 
-MODEL = config.to_dict(config.load("train", ["model=tiny"]))["model"]
-FIGURES = {"elbo_nats": 90.5, "elbo_nats_se": 0.5, "rate_bits": 12.25, "num_images": 1000.0}
-
-
-def prepare_run(storage: Storage, seed: int) -> Storage:
-    """A finished run's folder, as training leaves it."""
-    torch.manual_seed(seed)
-    run = storage.child(f"runs/{seed}")
-    settings = config.to_dict(config.load("train", ["model=tiny", f"name=run-{seed}"]))
-    training = {"config": settings, "manifest": "0" * 64, "valid": FIGURES}
-    loop.publish(run, vlae.build(image_shape=(1, 8, 8), **MODEL), training)
-    return run
+Command = Callable[..., tuple[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An MLflow database: one for all tests here, since making its tables takes seconds. Each uses models of its own."""
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A storage root with a data set, and a run that has learnt little and one that has learnt more."""
+    root = str(tmp_path_factory.mktemp("root"))
+    strokes.write(strokes.data_storage(root))
+    for name, images in (("little", 80), ("more", 2400)):
+        loop.fit(strokes.train_config(root, f"name={name}", f"train.images={images}", "train.valid_every=4000"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('database') / 'registry.db'}"
 
 
 @pytest.fixture
-def models(database: str, storage: Storage) -> Registry:
-    return Registry(config.Registry(uri=database, artifacts=f"{storage.url}/registry"))
+def command(root: str, uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run ``vlae registry``; gives what it prints, or its error, and its result."""
+
+    def command(*words: str, code: int = 0) -> tuple[str, dict[str, Any]]:
+        options = [f"storage.root={root}", f"registry.uri={uri}", f"output={tmp_path}", "bounds.samples=4", "bounds.pictures=5"]
+        with pytest.raises(SystemExit) as ended:
+            cli.main("registry", [*words, *options])
+        printed = capsys.readouterr()
+        assert ended.value.code == code, printed.err
+        if code:
+            return printed.err.splitlines()[-1], {}
+        return printed.out, json.loads((tmp_path / "result.json").read_text())
+
+    return command
 
 
 @pytest.fixture
-def local(database: str, tmp_path: Path) -> Registry:
-    """A registry with artifacts in a folder."""
-    return Registry(config.Registry(uri=database, artifacts=str(tmp_path / "registry")))
+def registered(command: Command, root: str, request: pytest.FixtureRequest) -> str:
+    """A model of the test's own, whose first version has learnt little and whose second has learnt more."""
+    name = request.node.name[:60]
+    command("register", f"name={name}", f"runs=[{root}/runs/little,{root}/runs/more]")
+    return name
 
 
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    """A model of this test's own."""
-    return request.node.name.replace("[", "-").replace("]", "")
+def aliases(command: Command, name: str) -> dict[str, int]:
+    _, result = command("list")
+    return {alias: int(version) for row in result["models"] if row["name"] == name for alias, version in row["aliases"].items()}
 
 
-def sentence_of(raised: pytest.ExceptionInfo[UserError]) -> str:
-    return check_sentence(str(raised.value))
-
-
-def check_sentence(sentence: str) -> str:
-    assert sentence
-    assert "\n" not in sentence
-    return sentence
-
-
-# --- what a version is -------------------------------------------------------------------------------------------------
-
-
-def test_a_version_holds_three_files_none_of_them_a_pickle(
-    models: Registry, storage: Storage, name: str, tmp_path: Path
+def test_registering_evaluates_and_several_runs_become_versions_in_their_order(
+    command: Command, root: str, registered: str
 ) -> None:
-    run = prepare_run(storage, 0)
-    models.register(name, run)
-    kept = storage.list("registry/")
-    assert sorted(Path(key).name for key in kept) == ["model.json", "model.safetensors", "training.json"]
-    for key in kept:
-        content = storage.read(key)
-        assert content == run.read(f"model/{Path(key).name}")
-        if key.endswith(".json"):
-            json.loads(content)
-        else:
-            assert json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    loaded = vlae.load(models.download(name, 1, tmp_path / "there"))
-    torch.manual_seed(0)
-    expected = vlae.build(image_shape=(1, 8, 8), **MODEL).state_dict()
-    assert loaded.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+    printed, result = command("show", f"name={registered}")
+    newest, first = result["versions"]
+    assert (newest["run"], first["run"]) == (f"{root}/runs/more", f"{root}/runs/little")
+    assert (newest["aliases"], first["aliases"]) == (["challenger"], ["champion"])
+    for row in (newest, first):
+        evaluation = open_storage(row["run"]).read_json("evaluation/result.json")
+        assert row["metrics"]["valid/iwae_nats"] == evaluation["valid"]["iwae_nats"]
+        assert row["metrics"]["valid/iwae_nats_se"] == evaluation["valid"]["iwae_nats_se"]
+        assert f"code length {evaluation['valid']['elbo_nats']:.2f} +- " in printed
+    again, _ = command("register", f"name={registered}", f"runs=[{root}/runs/little]")
+    assert again.startswith(f"{registered} version 1: {root}/runs/little\n")
+    assert len(command("show", f"name={registered}")[1]["versions"]) == 2
 
 
-def test_a_version_tells_what_it_was_trained_with_and_how_well(models: Registry, storage: Storage, name: str) -> None:
-    run = prepare_run(storage, 0)
-    models.register(name, run)
-    (row,) = models.versions(name)
-    assert (row["name"], row["version"], row["aliases"], row["run"]) == (name, 1, ["champion"], run.url)
-    for key, value in MODEL.items():
-        assert row["parameters"][f"model.{key}"] == str(value)
-    assert row["parameters"]["manifest"] == "0" * 64
-    assert row["parameters"]["train.seed"] == "0"
-    assert row["metrics"] == {f"valid/{key}": value for key, value in FIGURES.items()}
-    models.log_evaluation(name, 1, "test", {"iwae_nats": 84.5})
-    assert models.versions(name)[0]["metrics"] == row["metrics"] | {"test/iwae_nats": 84.5}
-
-
-def test_of_an_evaluation_all_numbers_are_kept(local: Registry, tmp_path: Path, name: str) -> None:
-    local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
-    probe = {"linear": {"accuracy": 0.9, "accuracy_se": None}}
-    local.log_evaluation(
-        name, 1, "test", {"num_images": 1, "rate_nats_se": None, "probe": probe, "latents": {"rate_nats": [1.0, 2.0]}}
-    )
-    metrics = local.versions(name)[0]["metrics"]
-    assert {key: metrics[key] for key in metrics if key.startswith("test/")} == {
-        "test/num_images": 1.0,
-        "test/probe/linear/accuracy": 0.9,
-    }
-
-
-def test_the_latest_evaluation_counts(local: Registry, tmp_path: Path, name: str) -> None:
-    local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
-    local.log_evaluation(name, 1, "test", {"iwae_nats": 85.0, "iwae_samples": 16})
-    local.log_evaluation(name, 1, "test", {"iwae_nats": 84.5, "iwae_samples": 64})
-    metrics = local.versions(name)[0]["metrics"]
-    assert (metrics["test/iwae_nats"], metrics["test/iwae_samples"]) == (84.5, 64)
-
-
-def test_aliases_move_and_the_newest_version_comes_first(local: Registry, tmp_path: Path, name: str) -> None:
-    storage = open_storage(str(tmp_path))
-    for seed in range(3):
-        assert local.register(name, prepare_run(storage, seed)) == {"name": name, "version": seed + 1}
-    assert [(row["version"], row["aliases"]) for row in local.versions(name)] == [
-        (3, ["challenger"]),
-        (2, []),
-        (1, ["champion"]),
+def test_models_are_compared_image_by_image(command: Command, root: str, registered: str) -> None:
+    printed, result = command("compare", f"name={registered}")
+    comparison = result["comparison"]
+    assert (comparison["version"], comparison["other"], comparison["num_images"], comparison["better"]) == (2, 1, 20, True)
+    assert "version 2 is better" in printed
+    evaluations = [
+        open_storage(f"{root}/runs/{run}").read_json("evaluation/result.json")["valid"] for run in ("more", "little")
     ]
-    local.promote(name, 3, "champion")
-    assert [row["aliases"] for row in local.versions(name)] == [["champion"], [], []]
-    local.promote(name, 1, "blessed")
-    assert local.resolve(f"models:/{name}@blessed")["version"] == 1
-    assert local.register(name, prepare_run(storage, 1)) == {"name": name, "version": 2}
-    assert len(local.versions(name)) == 3
+    for name, key in (("nll", "iwae"), ("code_length", "elbo"), ("rate", "rate")):
+        row = comparison["nats"][name]
+        for part, figures in zip(("version", "other"), evaluations, strict=True):
+            assert row[part] == pytest.approx(figures[f"{key}_nats"], rel=1e-5)
+            assert row[f"{part}_se"] == pytest.approx(figures[f"{key}_nats_se"], rel=1e-4)
+        assert row["difference"] == pytest.approx(row["version"] - row["other"])
+    # Both models find the same images hard: the error of the difference is less than of two that know nothing of each other.
+    row = comparison["nats"]["nll"]
+    assert row["difference_se"] < np.hypot(row["version_se"], row["other_se"])
+    _, turned = command("compare", f"name={registered}", "version=1", "against=2")
+    assert turned["comparison"]["nats"]["nll"]["difference"] == pytest.approx(-row["difference"])
+    assert turned["comparison"]["better"] is False
+    itself = command("compare", f"name={registered}", "version=1", "against=1")[1]["comparison"]
+    assert itself["nats"]["nll"]["difference"] == itself["nats"]["nll"]["difference_se"] == 0
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+def test_a_better_model_is_promoted_a_worse_one_only_on_demand_and_both_are_rolled_back(
+    command: Command, registered: str
+) -> None:
+    printed, result = command("promote", f"name={registered}")
+    assert printed.splitlines()[-2] == f"{registered} version 2 is now champion"
+    assert result["comparison"]["better"]
+    assert aliases(command, registered) == {"champion": 2}
+
+    error, _ = command("promote", f"name={registered}", "version=1", code=2)
+    assert error == (
+        f"error: version 1 of {registered} is not better than the champion, version 2: nothing is changed; promote it all the same "
+        "with --yes"
+    )
+    assert aliases(command, registered) == {"champion": 2}
+    for word in ("--yes", "yes=true"):
+        command("promote", f"name={registered}", "version=1", word)
+        assert aliases(command, registered) == {"champion": 1}
+        printed, _ = command("rollback", f"name={registered}")
+        assert printed.startswith(f"{registered} version 2 is champion again, in place of version 1\n")
+        assert aliases(command, registered) == {"champion": 2}
+    command("rollback", f"name={registered}")
+    assert aliases(command, registered) == {"champion": 1}
+    error, _ = command("rollback", f"name={registered}", code=2)
+    assert "has had no champion before" in error
+    printed, result = command("show", f"name={registered}")
+    events = [(how, version) for _, how, version in result["champions"]]
+    back = [("rolled back", 2), ("promoted", 1), ("rolled back", 2), ("rolled back", 1)]
+    assert events == [("promoted", 1), ("promoted", 2), ("promoted", 1), *back]
+    assert "champions: promoted 1 on " in printed
 
 
-def test_what_is_not_there_is_said_with_what_is(local: Registry, tmp_path: Path, name: str) -> None:
-    local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
-    with pytest.raises(UserError, match=r"holds no model named absent; it holds .*") as raised:
-        local.versions("absent")
-    assert name in sentence_of(raised)
-    for uri in (
-        f"models:/{name}@nobody",
-        f"models:/{name}/2",
-        f"models:/{name}/champion",
-        f"models:/{name}",
-        f"models:/{name}/",
+def test_other_aliases_are_given_without_a_comparison(command: Command, registered: str) -> None:
+    _, result = command("promote", f"name={registered}", "version=1", "alias=blessed")
+    assert result["comparison"] is None
+    assert aliases(command, registered) == {"champion": 1, "challenger": 2, "blessed": 1}
+
+
+def test_what_cannot_be_compared_or_is_not_there_is_refused(command: Command, root: str, registered: str) -> None:
+    for words, said in (
+        (["compare"], "give name=NAME"),
+        (["compare", f"name={registered}", "version=7"], f"models:/{registered}/7 is not in the registry"),
+        (["compare", f"name={registered}", "against=nobody"], f"models:/{registered}@nobody is not in the registry"),
+        (["compare", f"name={registered}", "split=train", f"dataset_url={root}/datasets/none"], "datasets/none"),
+        (["register", f"name={registered}"], "give runs="),
+        (["register", f"name={registered}", f"runs=[{root}/runs/none]"], f"{root}/runs/none holds no finished model"),
+        (["promote", "name=absent"], "holds no model named absent"),
     ):
-        with pytest.raises(
-            UserError, match=f"^{uri} is not in the registry at .*; see `vlae registry show name={name}`$"
-        ) as raised:
-            local.resolve(uri)
-        sentence_of(raised)
-    with pytest.raises(UserError, match=f"^{name} has no version 2; it has 1$"):
-        local.promote(name, 2, "champion")
-    assert local.versions(name)[0]["aliases"] == ["champion"]
+        error, _ = command(*words, code=2)
+        assert said in error
 
 
-def test_a_run_without_a_model_is_refused_and_leaves_no_version(local: Registry, tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=r"there is no .*/nothing/model/model\.json") as raised:
-        local.register(name, open_storage(str(tmp_path / "nothing")))
-    sentence_of(raised)
-    with pytest.raises(UserError, match="holds no model named"):
-        local.versions(name)
+# --- using what is registered ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("odd", ["it's", "a/b", "a:b", "", 'a "good" one', "ü z%"])
-def test_a_name_of_odd_characters_is_taken_or_refused_in_one_sentence(odd: str, local: Registry, tmp_path: Path) -> None:
-    run = prepare_run(open_storage(str(tmp_path)), 0)
-    try:
-        made = local.register(odd, run)
-    except UserError as error:
-        made = {}
-        check_sentence(str(error))
-    if made:
-        assert made == {"name": odd, "version": 1}
-        assert local.resolve(f"models:/{odd}@champion")["version"] == 1
-        assert vlae.load(local.download(odd, 1, tmp_path / "there")).latents == 4
+USE = """
+import sys
+sys.modules["ray"] = None  # importing it fails
+import numpy, pathlib, torch
+images, uri, name, folder = sys.argv[1:]
 
+import mlflow.artifacts, vlae
+mlflow.set_tracking_uri(uri)
+model = vlae.load(mlflow.artifacts.download_artifacts(f"models:/{name}@champion"))
 
-@pytest.mark.parametrize("alias", ["v1", "latest", "two words", ""])
-def test_an_alias_that_cannot_be_given_is_refused_in_one_sentence(
-    alias: str, local: Registry, tmp_path: Path, name: str
-) -> None:
-    local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
-    with pytest.raises(UserError) as raised:
-        local.promote(name, 1, alias)
-    sentence_of(raised)
+assert "pipeline" not in sys.modules
+import mlflow.pyfunc
 
-
-def test_a_registry_that_is_none_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the registry at ftp://x does not answer: .*; check registry\.uri") as raised:
-        Registry(config.Registry(uri="ftp://x", artifacts=str(tmp_path)))
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.timeout(60)  # MLflow's client by itself would try for minutes
-@pytest.mark.parametrize("listening", [False, True], ids=["nobody listens", "nobody answers"])
-def test_a_server_that_does_not_answer_is_given_up_on(listening: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        if listening:
-            server.listen()
-        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(UserError, match=rf"^the registry at {uri} does not answer: .*; check registry\.uri$") as raised:
-            Registry(config.Registry(uri=uri, artifacts=str(tmp_path)))
-    sentence_of(raised)
-    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
-    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
-
-
-@pytest.mark.parametrize("path", ["file/registry.db", "file"])
-def test_a_database_that_cannot_be_opened_is_refused_in_one_sentence(path: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no database" * 100)
-    with pytest.raises(UserError) as raised:
-        Registry(config.Registry(uri=f"sqlite:///{tmp_path / path}", artifacts=str(tmp_path)))
-    sentence_of(raised)
-
-
-# --- what others leave and do ------------------------------------------------------------------------------------------
-
-
-def test_a_registration_that_was_cut_off_before_its_version_can_be_done_again(
-    local: Registry, tmp_path: Path, name: str
-) -> None:
-    local.client.create_registered_model(name)
-    assert local.register(name, prepare_run(open_storage(str(tmp_path)), 0)) == {"name": name, "version": 1}
-
-
-def test_every_model_is_listed(local: Registry) -> None:
-    names = [f"one-of-many-{number:03d}" for number in range(101)]
-    for each in names:
-        local.client.create_registered_model(each)
-    listed = {row["name"] for row in local.models()}
-    for each in names:
-        local.client.delete_registered_model(each)
-    assert set(names) <= listed
-
-
-REGISTER = """
-import json, sys
-from pipeline.config import Registry as Options
-from pipeline.registry import Registry
-from pipeline.storage import open_storage
-
-uri, artifacts, name, *runs = sys.argv[1:]
-registry = Registry(Options(uri=uri, artifacts=artifacts))
-print("ready", flush=True)
-sys.stdin.readline()
-print(json.dumps([registry.register(name, open_storage(run))["version"] for run in runs]))
+def watch(event, arguments):
+    assert event != "pickle.find_class", arguments
+    assert event != "compile" or "model-" not in str(arguments[1]), arguments
+sys.addaudithook(watch)
+loaded = mlflow.pyfunc.load_model(f"models:/{name}@champion")
+x = numpy.load(images)
+with torch.no_grad():
+    code = model.encoder(torch.from_numpy(x)).code.numpy()
+numpy.testing.assert_array_equal(loaded.predict(x), code)
+assert "pipeline" not in sys.modules
+numpy.save(folder + "/code.npy", code)
 """
 
 
-def test_two_processes_that_register_a_new_model_at_once_lose_nothing(
-    database: str, local: Registry, tmp_path: Path, name: str
+def test_three_lines_of_plain_python_and_pyfunc_load_a_version_without_ray_or_pickle(
+    registered: str, root: str, uri: str, tmp_path: Path
 ) -> None:
-    storage = open_storage(str(tmp_path))
-    runs = [prepare_run(storage, seed).url for seed in range(6)]
-    command = [sys.executable, "-c", REGISTER, database, str(tmp_path / "registry"), name]
-    processes = [
-        subprocess.Popen([*command, *part], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for part in (runs[:3], runs[3:])
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    printed = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
-    versions = [version for out, _ in printed for version in json.loads(out)]
-    assert sorted(versions) == list(range(1, 7))
-    rows = {row["version"]: row["run"] for row in local.versions(name)}
-    assert [rows[version] for version in versions] == runs
-    aliases = [alias for row in local.versions(name) for alias in row["aliases"]]
-    assert sorted(aliases) == ["challenger", "champion"]
+    images = np.random.default_rng(0).integers(0, 2, (6, 1, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "images.npy", images)
+    arguments = [str(tmp_path / "images.npy"), uri, registered, str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", USE, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = vlae.load(f"{root}/runs/little/model").encoder(torch.from_numpy(images)).code
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "code.npy")), expected)
 
 
-# --- the command -------------------------------------------------------------------------------------------------------
-
-
-def test_the_command_lists_shows_and_promotes(
-    database: str, local: Registry, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("source", ["registry", "run"])
+def test_samples_and_reconstructions_are_drawn_from_a_version_or_a_run(
+    source: str, registered: str, root: str, uri: str, tmp_path: Path
 ) -> None:
-    storage = open_storage(str(tmp_path))
-    for seed in range(2):
-        local.register(name, prepare_run(storage, seed))
-    local.log_evaluation(name, 2, "test", {"elbo_nats": 95.0, "rate_bits": 11.5, "num_images": 200.0})
-    options = config.load(
-        "registry", [f"registry.uri='{database}'", f"name='{name}'", "version=2", f"output={tmp_path}/result"]
-    )
+    model = f"models:/{registered}@champion" if source == "registry" else f"{root}/runs/little"
+    drawn = []
+    for number in range(2):
+        for name in ("sample", "reconstruct"):
+            output = tmp_path / f"{name}-{number}"
+            options = [f"model={model}", f"storage.root={root}", f"registry.uri={uri}", "num_images=6", f"output={output}"]
+            with pytest.raises(SystemExit) as ended:
+                cli.main(name, options)
+            assert ended.value.code == 0
+            (picture,) = json.loads((output / "result.json").read_text())["pictures"]
+            drawn.append(Path(picture).read_bytes())
+            assert drawn[-1].startswith(b"\x89PNG")
+    assert drawn[:2] == drawn[2:]
 
-    listed = registry.run("list", options)["models"]
-    assert {"name": name, "versions": 2, "aliases": {"champion": 1, "challenger": 2}} in listed
-    assert f"{name}: 2 versions; challenger is version 2, champion is version 1\n" in capsys.readouterr().out
 
-    registry.run("show", options)
-    assert capsys.readouterr().out.splitlines() == [
-        f"{name} version 2 @challenger",
-        "  window 3x1, 4 latents, flow depth 1; trained on mnist (dynamic), 1,000,000 images",
-        "  valid: code length 90.50 nats, rate 12.2 bits, on 1,000 images",
-        "  test: code length 95.00 nats, rate 11.5 bits, on 200 images",
-        f"  from {storage.url}/runs/1",
-    ]
+# --- attacks --------------------------------------------------------------------------------------------------------------
 
-    promoted = registry.run("promote", options)
-    assert capsys.readouterr().out == f"{name} version 2 is now champion\n"
-    assert json.loads(json.dumps(promoted)) == promoted
-    assert local.resolve(f"models:/{name}@champion")["version"] == 2
+
+class Exploit:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (str(self.mark), "w"))
+
+
+ATTACKS = {
+    "a pickle for the weights": ("model.safetensors", lambda content, mark: pickle.dumps(Exploit(mark))),
+    "weights of another shape": ("model.safetensors", lambda content, mark: save({"weight": torch.zeros(3)})),
+    "a pickle for the arguments": ("model.json", lambda content, mark: pickle.dumps(Exploit(mark))),
+    "a path outside": (
+        "model.json",
+        lambda content, mark: json.dumps(json.loads(content) | {"window": "../../../etc"}).encode(),
+    ),
+    "an unknown argument": (
+        "model.json",
+        lambda content, mark: json.dumps(json.loads(content) | {"_target_": "os.system"}).encode(),
+    ),
+    "a huge size": ("model.json", lambda content, mark: json.dumps(json.loads(content) | {"flow_hidden": 1 << 40}).encode()),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_replaced_file_of_a_version_is_refused_by_its_name(attack: str, uri: str, tmp_path: Path) -> None:
+    file, change = ATTACKS[attack]
+    name, mark = re.sub(r"\W", "-", attack), tmp_path / "executed"
+    options = config.Registry(uri=uri, artifacts=str(tmp_path / "registry"))
+    kept = Registry(options)
+    kept.register(name, prepare_run(open_storage(str(tmp_path)), 0))
+    (path,) = (tmp_path / "registry").rglob(file)
+    path.write_bytes(change(path.read_bytes(), mark))
+    reference = f"models:/{name}/1"
+    with pytest.raises(UserError, match=rf"{file} is damaged or was replaced: it has sha256 ") as raised:
+        open_model(reference, options, config.Storage())
+    assert "\n" not in str(raised.value)
+
+    # Whoever can change what the registry says of it, too, is refused by what reads it.
+    kept.client.set_model_version_tag(name, "1", f"sha256.{file}", hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(UserError, match=re.escape(file)) as raised:
+        open_model(reference, options, config.Storage())
+    assert "\n" not in str(raised.value)
+    assert not mark.exists()
+
+
+def test_a_version_that_names_files_elsewhere_or_lacks_some_is_refused(uri: str, tmp_path: Path) -> None:
+    options = config.Registry(uri=uri, artifacts=str(tmp_path / "registry"))
+    kept = Registry(options)
+    kept.register("elsewhere", prepare_run(open_storage(str(tmp_path)), 0))
+    (path,) = (tmp_path / "registry").rglob("model.json")
+    content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(UserError, match=r"model\.json of elsewhere version 1 cannot be read"):
+        kept.download("elsewhere", 1, tmp_path / "there")
+    path.write_bytes(content)
+    kept.client.set_model_version_tag("elsewhere", "1", "sha256.other/outside", "0" * 64)
+    with pytest.raises(UserError, match=r"names a file 'other/outside'"):
+        kept.download("elsewhere", 1, tmp_path / "there")
+    kept.client.delete_model_version_tag("elsewhere", "1", "sha256.other/outside")
+    kept.client.delete_model_version_tag("elsewhere", "1", "sha256.model.json")
+    with pytest.raises(UserError, match=r"has no checksum of model\.json"):
+        kept.download("elsewhere", 1, tmp_path / "there")

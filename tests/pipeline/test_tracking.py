@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pipeline import config, tracking
+from pipeline.errors import Interrupted
 from pipeline.metrics import MetricLog, read_rows
 from pipeline.storage import Storage, open_storage
 from pipeline.tracking import Connection, TrackedRun, Tracking, training_run
@@ -49,6 +50,7 @@ def log(folder: Storage, steps: range) -> None:
             metrics.add(step, {"images": 8 * step, "train/code_length": 100.0 - step})
             if step % 2 == 0:
                 metrics.add(step, {"valid/images": 8 * step, "valid/elbo_nats": 90.0 - step, "valid/elbo_nats_se": None})
+        metrics.flush()
 
 
 def copies(client: MlflowClient, folder: Storage) -> list[Run]:
@@ -82,8 +84,8 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run_without_a_row_twice(
 ) -> None:
     folder = open_storage(str(tmp_path))
     log(folder, range(1, 7))
-    for error, status in ((ZeroDivisionError, "FAILED"), (KeyboardInterrupt, "KILLED")):
-        with suppress(error), Tracking(options) as tracked:
+    for error, status in ((ZeroDivisionError(), "FAILED"), (KeyboardInterrupt(), "KILLED"), (Interrupted("", 15), "KILLED")):
+        with suppress(type(error)), Tracking(options) as tracked:
             tracked.follow(a_run(folder))
             raise error
         assert [run.info.status for run in copies(client, folder)] == [status]
@@ -130,9 +132,9 @@ import os, signal, sys, time
 from pipeline import config, tracking
 from pipeline.storage import open_storage
 
-uri, folder = sys.argv[1:]
+uri, artifacts, folder = sys.argv[1:]
 settings = config.to_dict(config.load("train", ["model=tiny"]))
-with tracking.Tracking(config.Registry(uri=uri, artifacts=folder + "/artifacts")) as tracked:
+with tracking.Tracking(config.Registry(uri=uri, artifacts=artifacts)) as tracked:
     run = tracking.training_run(open_storage(folder), settings, "d" * 64)
     tracked.follow(run)
     while not run.logged:
@@ -146,7 +148,9 @@ def test_a_killed_driver_leaves_no_run_running_for_ever(
 ) -> None:
     folder, other = open_storage(str(tmp_path / "killed")), open_storage(str(tmp_path / "other"))
     log(folder, range(1, 5))
-    done = subprocess.run([sys.executable, "-c", KILLED, options.uri, folder.url], capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, options.uri, options.artifacts, folder.url], capture_output=True, check=False
+    )
     assert done.returncode == -9, done.stderr
     assert [run.info.status for run in copies(client, folder)] == ["RUNNING"]
     monkeypatch.setattr(tracking, "STALE_SECONDS", -2)

@@ -133,7 +133,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, small_arguments: C
         vlae.save(vlae.build(**arguments), tmp_path / folder)
     (weights,) = (tmp_path / "other").glob("*.safetensors")
     (tmp_path / "one" / weights.name).write_bytes(weights.read_bytes())
-    with pytest.raises(RuntimeError, match="context"):
+    with pytest.raises(ValueError, match="context"):
         vlae.load(tmp_path / "one")
 
 

@@ -1,0 +1,143 @@
+"""``vlae encode``: the code of every image of a split, as Parquet, by as many Ray tasks as there are cores.
+
+The images are cut into parts by their number alone, each part is one file, and all that is random is drawn by an image's number: any
+number of tasks writes the same files. A file takes its name when it is complete, so a command that was killed goes on with those that
+are missing; ``result.json``, written last, is what makes the codes complete.
+"""
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from tqdm import tqdm
+
+import vlae
+from pipeline.cluster import connect, in_tasks
+from pipeline.config import Binarization, EncodeConfig
+from pipeline.errors import UserError
+from pipeline.loader import Batch, EvalLoader, binarize
+from pipeline.loop import keep_freed_memory
+from pipeline.manifest import Manifest
+from pipeline.order import share
+from pipeline.probe import code_noise
+from pipeline.storage import Storage, open_storage
+from pipeline.versions import device, open_data, open_model
+from vlae.distributions import DiagonalGaussian
+
+RESULT, RECIPE = "result.json", "recipe.json"
+BATCH = 64
+"""Images encoded together: a fixed number, since another may round in another way."""
+
+
+def run(config: EncodeConfig) -> dict[str, Any]:
+    """Encode a split. Returns what was written; codes that are complete are not made again.
+
+    Raises UserError if the model, the data set or the split does not exist, the images have another shape, or ``config.output`` holds
+    other codes.
+    """
+    model = open_model(config.model, config.registry, config.storage)
+    data, contents = open_data(model, config.dataset_url, config.storage)
+    total = contents.num_samples(config.split)
+    recipe = {
+        "weights": model.weights,
+        "manifest": contents.digest,
+        "split": config.split,
+        "binarization": model.binarization.value,
+        "seed": config.seed,
+        "images_per_part": config.images_per_part,
+    }
+    output = open_storage(config.output, config.storage.endpoint_url)
+    if output.exists(RECIPE) and output.read_json(RECIPE) != recipe:
+        raise UserError(
+            f"{output.url} holds the codes of another model, data set or setting; give another output=, or delete that folder"
+        )
+    output.write_json(RECIPE, recipe)
+    if output.exists(RESULT):
+        return {**output.read_json(RESULT), "reused": True}
+    num_parts = math.ceil(total / config.images_per_part)
+    done = set(output.list("codes"))
+    missing = [part for part in range(num_parts) if _key(part) not in done]
+    if missing:
+        connect(config.cluster, config.storage)
+        shared = [ray.put(each) for each in (model.network, data, contents, output)]
+        settings = (config.split, model.binarization, config.seed)
+        with tqdm(total=total, unit=" images", desc=f"codes of {config.split}", dynamic_ncols=True) as bar:
+            bar.update(total - sum(stop - start for start, stop in (share(total, part, num_parts) for part in missing)))
+            calls = ((*shared, *settings, part, num_parts) for part in missing)
+            for count in in_tasks(encode_part, calls, config.cluster.use_gpu):
+                bar.update(count)
+    result = {
+        "model": config.model,
+        **recipe,
+        "url": output.url,
+        "images": total,
+        "latents": model.network.latents,
+        "parts": [f"{output.url}/{_key(part)}" for part in range(num_parts)],
+    }
+    output.write_json(RESULT, result)
+    return {**result, "reused": False}
+
+
+def encode_part(
+    model: vlae.VLAE,
+    data: Storage,
+    contents: Manifest,
+    output: Storage,
+    split: str,
+    binarization: Binarization,
+    seed: int,
+    part: int,
+    num_parts: int,
+) -> int:
+    """Write the codes of one part's images, in the order of the manifest; returns how many they are."""
+    keep_freed_memory()
+    torch.set_num_threads(1)  # several would add up in another order
+    model = model.to(device())
+    loader = EvalLoader(data, contents, split=split, batch_size=BATCH, rank=part, world_size=num_parts)
+    table = pa.concat_tables([codes(model, batch, binarization, seed) for batch in loader])
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd")
+    output.write(_key(part), file.getvalue())
+    return len(table)
+
+
+@torch.no_grad()
+def codes(model: vlae.VLAE, batch: Batch, binarization: Binarization, seed: int) -> pa.Table:
+    """A row for each image: ``sample``, its number in the split; ``label``, null if it has none; ``code``, the one that stands for it, the
+    posterior's mean; ``scale``, the posterior's standard deviations, null where an IAF makes it no Gaussian; and ``rate_bits``, what a z
+    drawn from the posterior costs, log2 q(z|x) - log2 p(z).
+    """
+    posterior = model.encoder(binarize(batch, binarization, seed).to(device()))
+    z, log_posterior = posterior.sample_with_log_prob(code_noise(model, batch, seed).to(device()))
+    rate = (log_posterior - model.prior.log_prob(z)).double().sum(-1) / math.log(2)
+    labels = batch.labels.numpy()
+    vectors = pa.list_(pa.float32(), model.latents)
+
+    def column(values: torch.Tensor) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.float().cpu().numpy().ravel()), type=vectors)
+
+    gaussian = isinstance(posterior, DiagonalGaussian)
+    return pa.table(
+        {
+            "sample": pa.array(batch.samples, pa.int64()),
+            "label": pa.array(labels, pa.int64(), mask=np.asarray(labels < 0)),
+            "code": column(posterior.code),
+            "scale": column(posterior.log_scale.exp()) if gaussian else pa.nulls(len(labels), vectors),
+            "rate_bits": pa.array(rate.cpu().numpy(), pa.float64()),
+        }
+    )
+
+
+def _key(part: int) -> str:
+    return f"codes/part-{part:05d}.parquet"
+
+
+if __name__ == "__main__":
+    from pipeline.cli import main
+
+    main("encode")
