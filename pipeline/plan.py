@@ -3,14 +3,15 @@
 Everything follows from the order of the data (``pipeline.order``), the loader's bounds, and the model as it is built; nothing is measured.
 """
 
-import copy
 import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 
 import vlae
 from pipeline.config import PlanConfig, to_dict
@@ -99,8 +100,11 @@ def kept_for_backward(model: vlae.VLAE) -> int:
 
     The pass runs on tensors without data, so it takes neither time nor memory. What operations use in passing is not counted.
     """
-    model = copy.deepcopy(model).to("meta")
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    mode = FakeTensorMode()
+    state: dict[str, torch.Tensor] = {
+        name: mode.from_tensor(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    own = {tensor.untyped_storage()._cdata for tensor in state.values()}
 
     def of_batch(size: int) -> int:
         kept: dict[int, int] = {}
@@ -111,10 +115,10 @@ def kept_for_backward(model: vlae.VLAE) -> int:
                 kept[storage._cdata] = storage.nbytes()
             return tensor
 
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            bound = model(torch.rand(size, *model.image_shape, device="meta"), torch.randn(size, model.latents, device="meta"))
-            loss = bound.elbo.mean()
-        del bound, loss  # until here every kept tensor was alive, so that no two had the same storage
+        with mode, saved_tensors_hooks(keep, lambda tensor: tensor):
+            inputs = (torch.rand(size, *model.image_shape), torch.randn(size, model.latents))
+            loss = functional_call(model, state, inputs).elbo.mean()
+        del loss  # until here every kept tensor was alive, so that no two had the same storage
         return sum(kept.values())
 
     return of_batch(2) - of_batch(1)

@@ -2,8 +2,9 @@
 
     python -m tests.faults        (make faults)
 
-prints a table and ends with a line of JSON. Every fault ends in the exact epoch, compared by the sample numbers and by the sha256
-of every batch, or in an error that names the object. ``tests/pipeline/test_faults.py`` runs the same faults one by one.
+prints a table, that of ``tests.host_faults`` included, and ends with a line of JSON. Every fault of the loader ends in the exact epoch,
+compared by the sample numbers and by the sha256 of every batch, or in an error that names the object.
+``tests/pipeline/test_faults.py`` runs these one by one.
 """
 
 import hashlib
@@ -38,6 +39,7 @@ from pipeline.shard import write_shard
 from pipeline.sources import Images, ImageSource, Labels
 from pipeline.storage import Storage, open_storage
 from pipeline.store import ObjectStore
+from tests import host_faults
 
 SHARD, NUM_SHARDS, BLOCK = 64, 3, 16
 PREFIX = "faults"
@@ -559,8 +561,10 @@ def main() -> None:
                 outcome = f"FAILED: {error}"
             print(f"{fault.name:<46} {time.monotonic() - start:5.1f} s  {outcome[:150]}", flush=True)
             shutil.rmtree(place)
-    print(json.dumps({"faults": len(FAULTS), "passed": passed}))
-    sys.exit(passed < len(FAULTS))
+    on_hosts, passed_on_hosts = host_faults.play()
+    count, passed = len(FAULTS) + on_hosts, passed + passed_on_hosts
+    print(json.dumps({"faults": count, "passed": passed}))
+    sys.exit(passed < count)
 
 
 @contextmanager

@@ -56,7 +56,8 @@ def test_memory_of_the_state_and_the_size_of_a_checkpoint_are_those_of_a_step(tm
     assert made.state_bytes == sum(tensor.nbytes for tensor in held if tensor is not None)
 
     storage = open_storage(str(tmp_path))
-    checkpoint.save(storage, 1, {"model": trained, "ema": ema, "optimizer": optimizer, "guard": guard}, keep=1)
+    state = {"model": trained, "ema": ema, "optimizer": optimizer, "guard": guard}
+    checkpoint.save(storage, 1, checkpoint.snapshot(state), keep=1)
     [size] = storage.sizes("checkpoints").values()
     constants = 2 * sum(buffer.nbytes for buffer in trained.buffers())
     names = 40_000

@@ -1,0 +1,185 @@
+"""A host is cut off in the middle of a run, and comes back: on two hosts in network namespaces, launched as a user would.
+
+    python -m tests.host_faults        (part of make faults)
+
+`ray up infra/local.yaml`, then `ray job submit` for the shards and for each run. A run has to end with the weights of one that was
+never disturbed: bit for bit, if it waited for the host; if it went on with the other alone, as near as another order of the
+sums allows.
+"""
+
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load
+from torch.multiprocessing.spawn import spawn
+
+from pipeline import config, loop
+from pipeline.storage import Storage, open_storage
+from pipeline.store import ObjectStore
+from tests import hosts
+
+ROOT = "s3://tests/hosts"
+OPTIONS = [f"storage.root={ROOT}", "dataset=synthetic", "model=tiny", "train=short", "train.precision=float64",
+           "train.valid_every=1_000_000", "train.valid_images=200", "train.report_seconds=0.5", "train.checkpoint_seconds=1"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the faults play on."""
+
+    network: hosts.Network
+    laptop: hosts.Laptop
+    store: ObjectStore
+
+    def start(self, name: str, *options: str) -> None:
+        """Submit a run."""
+        self.laptop.submit(name, self.store, "python", "-m", "pipeline.train", f"name={name}", *OPTIONS, *options, wait=False)
+
+    def wait_for_step(self, name: str, step: int) -> int:
+        """Wait until a run has a checkpoint of this step or a later one; gives its step."""
+        return self.wait(name, lambda: max(steps(run_of(name)), default=-1) >= step and max(steps(run_of(name))))
+
+    def wait_for_end(self, name: str) -> None:
+        self.wait(name, lambda: run_of(name).exists("result.json"))
+
+    def wait(self, name: str, condition: Callable[[], int]) -> int:
+        give_up = time.monotonic() + 900
+        while not (value := condition()):
+            if time.monotonic() > give_up or "failed" in self.laptop.ray("job", "status", name):
+                raise AssertionError(f"run {name} does not go on:\n{self.laptop.ray('job', 'logs', name)[-3000:]}")
+            time.sleep(2)
+        return value
+
+    def sizes(self, since: float) -> list[int]:
+        """The numbers of workers that Ray Train has started runs with, in the order of time, as its log on the head says."""
+        head = self.network.hosts[0]
+        lines = [
+            (json.loads(line)["asctime"], int(found[1]))
+            for path in head.ray.glob("session_2*/logs/train/ray-train-app-controller-*.log")
+            if path.stat().st_mtime >= since
+            for line in path.read_text().splitlines()
+            if (found := re.search(r"Started training worker group of size (\d+)", line))
+        ]
+        return [size for _, size in sorted(lines)]
+
+
+def run_of(name: str) -> Storage:
+    return open_storage(f"{ROOT}/runs/{name}")
+
+
+def steps(run: Storage) -> list[int]:
+    """The steps of the checkpoints that a run has."""
+    return [int(key.partition("/")[2].partition("-")[0]) for key in run.list("checkpoints/")]
+
+
+def weights(name: str) -> dict[str, torch.Tensor]:
+    return load(run_of(name).read("model/model.safetensors"))
+
+
+def undisturbed(rank: int, world_size: int, folder: str, name: str, options: list[str]) -> None:
+    """One process of a run that nothing happens to, without Ray."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    loop.fit(config.load("train", [f"name={name}", *OPTIONS, *options]), rank=rank, world_size=world_size)
+    dist.destroy_process_group()
+
+
+def host_cut_off_and_back(stage: Stage) -> str:
+    """Two workers are wanted: the run waits for the host, and goes on from its newest checkpoint when it is back."""
+    since, options = time.time(), ["train.images=32_000", "cluster.num_workers=2"]
+    stage.start("waits", *options)
+    stage.wait_for_step("waits", 300)
+    cut = stage.network.hosts[1]
+    cut.unplug()
+    time.sleep(45)
+    at = max(steps(run_of("waits")))
+    cut.plug_in()
+    back = time.monotonic()
+    stage.wait_for_step("waits", at + 1)
+    waited = time.monotonic() - back
+    stage.wait_for_end("waits")
+    assert stage.sizes(since) == [2, 2]
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(undisturbed, (2, folder, "whole", options), nprocs=2)
+    assert run_of("waits").read("model/model.safetensors") == run_of("whole").read("model/model.safetensors")
+    return f"cut at step {at} of 2000 for 45 s, stepping again {waited:.0f} s after that; weights bit for bit"
+
+
+def host_cut_off_and_missed(stage: Stage) -> str:
+    """One worker is enough: the run goes on with the other host, and takes the first back when it is there again."""
+    since, options = time.time(), ["train.images=480_000", "cluster.num_workers=[1,2]"]
+    stage.start("shrinks", *options)
+    stage.wait_for_step("shrinks", 500)
+    cut = stage.network.hosts[1]
+    cut.unplug()
+    gone = time.monotonic()
+    time.sleep(3)
+    at = max(steps(run_of("shrinks")))
+    alone = stage.wait_for_step("shrinks", at + 1)
+    waited = time.monotonic() - gone
+    cut.plug_in()
+    stage.wait_for_end("shrinks")
+    sizes = stage.sizes(since)
+    assert sizes == [2, 1, 2], sizes
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(undisturbed, (1, folder, "alone", options), nprocs=1)
+    disturbed, whole = weights("shrinks"), weights("alone")
+    furthest = max((disturbed[name] - whole[name]).abs().max().item() for name in whole)
+    assert furthest < 1e-6
+    return f"cut at step {at} of 30000, on one host {waited:.0f} s later (step {alone}), then on two; weights within {furthest:.0e}"
+
+
+FAULTS = {
+    "a host is cut off for 45 s": host_cut_off_and_back,
+    "a host is cut off, and the run goes on without": host_cut_off_and_missed,
+}
+
+
+@contextmanager
+def stage() -> Iterator[Stage]:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        hosts.network(Path(folder), 2) as network,
+        hosts.object_store(network, Path(folder, "objects")) as store,
+        mock.patch.dict("os.environ", store.environment()),
+        hosts.ray_up(network, Path(folder)) as laptop,
+    ):
+        while hosts.num_hosts(laptop) < 2:
+            time.sleep(1)
+        laptop.submit("shards", store, "python", "-m", "pipeline.shard", *OPTIONS[:2])
+        yield Stage(network, laptop, store)
+
+
+def play() -> tuple[int, int]:
+    """Play all of them, with a line for each; how many there were, and how many passed. None, with a line, where hosts cannot be had."""
+    if reason := hosts.lacking():
+        print(f"no host is cut off: {reason}")
+        return 0, 0
+    passed, start = 0, time.monotonic()
+    with stage() as played:
+        print(f"{'(two hosts, ray up, shards)':<46} {time.monotonic() - start:5.1f} s", flush=True)
+        for name, fault in FAULTS.items():
+            start = time.monotonic()
+            try:
+                outcome = fault(played)
+                passed += 1
+            except AssertionError as error:
+                outcome = f"FAILED: {error}"
+            print(f"{name:<46} {time.monotonic() - start:5.1f} s  {outcome}", flush=True)
+    return len(FAULTS), passed
+
+
+if __name__ == "__main__":
+    count, passed = play()
+    print(json.dumps({"faults": count, "passed": passed}))
+    sys.exit(passed < count)
