@@ -28,7 +28,7 @@ from pipeline.storage import Storage, open_storage
 from pipeline.store import ObjectStore
 from tests import hosts
 
-ROOT = "s3://tests/hosts"
+ROOT, WEIGHTS = "s3://tests/hosts", "model/model.safetensors"
 OPTIONS = [f"storage.root={ROOT}", "dataset=synthetic", "model=tiny", "train=short", "train.precision=float64",
            "train.valid_every=1_000_000", "train.valid_images=200", "train.report_seconds=0.5", "train.checkpoint_seconds=1"]  # fmt: skip
 
@@ -82,15 +82,17 @@ def steps(run: Storage) -> list[int]:
     return [int(key.partition("/")[2].partition("-")[0]) for key in run.list("checkpoints/")]
 
 
-def weights(name: str) -> dict[str, torch.Tensor]:
-    return load(run_of(name).read("model/model.safetensors"))
+def undisturbed(num_ranks: int, name: str, options: list[str]) -> Storage:
+    """A run that nothing happens to, on so many processes without Ray."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(on_one_rank, (num_ranks, folder, [f"name={name}", *OPTIONS, *options]), nprocs=num_ranks)
+    return run_of(name)
 
 
-def undisturbed(rank: int, world_size: int, folder: str, name: str, options: list[str]) -> None:
-    """One process of a run that nothing happens to, without Ray."""
+def on_one_rank(rank: int, num_ranks: int, folder: str, options: list[str]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    loop.fit(config.load("train", [f"name={name}", *OPTIONS, *options]), rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
+    loop.fit(config.load("train", options), rank=rank, world_size=num_ranks)
     dist.destroy_process_group()
 
 
@@ -109,9 +111,7 @@ def host_cut_off_and_back(stage: Stage) -> str:
     waited = time.monotonic() - back
     stage.wait_for_end("waits")
     assert stage.sizes(since) == [2, 2]
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(undisturbed, (2, folder, "whole", options), nprocs=2)
-    assert run_of("waits").read("model/model.safetensors") == run_of("whole").read("model/model.safetensors")
+    assert run_of("waits").read(WEIGHTS) == undisturbed(2, "whole", options).read(WEIGHTS)
     return f"cut at step {at} of 2000 for 45 s, stepping again {waited:.0f} s after that; weights bit for bit"
 
 
@@ -131,9 +131,7 @@ def host_cut_off_and_missed(stage: Stage) -> str:
     stage.wait_for_end("shrinks")
     sizes = stage.sizes(since)
     assert sizes == [2, 1, 2], sizes
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(undisturbed, (1, folder, "alone", options), nprocs=1)
-    disturbed, whole = weights("shrinks"), weights("alone")
+    disturbed, whole = load(run_of("shrinks").read(WEIGHTS)), load(undisturbed(1, "alone", options).read(WEIGHTS))
     furthest = max((disturbed[name] - whole[name]).abs().max().item() for name in whole)
     assert furthest < 1e-6
     return f"cut at step {at} of 30000, on one host {waited:.0f} s later (step {alone}), then on two; weights within {furthest:.0e}"

@@ -16,6 +16,7 @@ import yaml
 from kubernetes.client import V1ObjectMeta, V1PodTemplateSpec
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.runtime_env import RuntimeEnv
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -212,6 +213,13 @@ def test_no_file_of_infra_holds_a_secret() -> None:
 
 
 # --- jobs --------------------------------------------------------------------------------------------------------------
+
+
+def test_ray_takes_what_goes_with_a_job() -> None:
+    environment = RuntimeEnv(**read("job"))
+    assert environment.env_vars().keys() == {"AWS_REGION"}
+    with pytest.raises(TypeError):
+        RuntimeEnv(**changed(read("job"), ("env_vars", "AWS_REGION"), 1))
 
 
 @pytest.fixture
