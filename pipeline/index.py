@@ -86,7 +86,7 @@ def expand(pattern: str, endpoint_url: str | None) -> list[str]:
 
 
 def _index_all(config: IndexConfig, storage: Storage, splits: dict[str, list[str]], recipe: dict[str, Any]) -> Manifest:
-    options, receipts = config.index, Receipts(storage, recipe)
+    options, receipts = config.index, Receipts(storage, recipe | {"version": manifest.VERSION})
     finished = receipts.names()
     jobs = [(split, f"{split}-{number:06d}", url) for split in splits for number, url in enumerate(splits[split])]
     waiting = [job for job in jobs if job[1] not in finished]

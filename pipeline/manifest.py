@@ -25,17 +25,18 @@ Either way any run of records is one range of bytes.
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
-from typing import Any, overload
+from typing import Any, TypeVar, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from pipeline.errors import UserError
-from pipeline.images import Fit
+from pipeline.images import MAX_PIXELS, Fit
 from pipeline.storage import ObjectNotFound, Storage
 
 VERSION = 2
@@ -43,6 +44,7 @@ ENCODINGS = ("npy", "image")
 MANIFEST_KEY = "manifest.json"
 PAGE = 10_000  # shards; a split with more is kept in pages
 Integers = npt.NDArray[np.int64]
+Row = TypeVar("Row", "Shard", "Page")
 
 
 @dataclass(frozen=True)
@@ -215,11 +217,29 @@ def load(storage: Storage) -> Manifest:
     try:
         splits = {split: _read_listed(storage, listed) for split, listed in content.pop("splits").items()}
         channels, height, width = content.pop("image_shape")
-        if content["encoding"] not in ENCODINGS:
-            raise ValueError(f"its encoding is {content['encoding']!r}")
-        return Manifest(**content, splits=splits, image_shape=(channels, height, width))
+        loaded = Manifest(**content, splits=splits, image_shape=(channels, height, width))
+        _check(loaded)
+        return loaded
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{url} is damaged ({error}); {remedy}") from None
+
+
+def _check(contents: Manifest) -> None:
+    """Raises ``ValueError`` or ``TypeError`` unless every value can be what it says."""
+    if not contents.splits or math.prod(_counts(*contents.image_shape)) > 3 * MAX_PIXELS:
+        raise ValueError("it has no splits, or impossible images")
+    _counts(contents.block_size, 1 if contents.num_classes is None else contents.num_classes)
+    if contents.encoding not in ENCODINGS or contents.fit not in (None, *get_args(Fit)):
+        raise ValueError(f"its encoding is {contents.encoding!r}, and its fit {contents.fit!r}")
+    if not isinstance(contents.name, str) or not isinstance(contents.source, dict):
+        raise TypeError("its name is no name, or its source no source")
+
+
+def _counts(*values: object) -> list[int]:
+    for value in values:
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{value!r} is not a count")
+    return list(values)  # type: ignore[arg-type]
 
 
 def existing(storage: Storage, recipe: dict[str, Any]) -> Manifest | None:
@@ -256,9 +276,20 @@ def kept(storage: Storage, split: str, shards: Sequence[Shard]) -> Sequence[Shar
 
 def _read_listed(storage: Storage, listed: Any) -> Sequence[Shard]:
     if isinstance(listed, dict):
-        pages = tuple(Page(**page) for page in listed["pages"])
-        return PagedShards(storage, pages, listed["sizes_name"], listed["sizes_sha256"])
-    return tuple(Shard(**shard) for shard in listed)
+        pages = tuple(_made(Page, page) for page in listed["pages"])
+        _counts(*(page.num_shards for page in pages), len(pages))
+        return PagedShards(storage, pages, str(listed["sizes_name"]), str(listed["sizes_sha256"]))
+    return tuple(_made(Shard, shard) for shard in listed)
+
+
+def _made(kind: type[Row], values: Any) -> Row:
+    """A ``Shard`` or ``Page`` of JSON values, which are strings and counts."""
+    made = kind(**values)
+    for item in fields(made):
+        value = getattr(made, item.name)
+        if type(value) is not item.type or (item.type is int and not 0 <= value < 1 << 62):
+            raise ValueError(f"{item.name} is {value!r}")
+    return made
 
 
 def read_verified(storage: Storage, key: str, sha256: str) -> bytes:
@@ -301,11 +332,24 @@ class Index:
     @classmethod
     def load(cls, storage: Storage, shard: Shard) -> "Index":
         """A shard's index. Raises ``UserError`` if it is missing or is not the one that the manifest names."""
-        columns = json.loads(read_verified(storage, shard.index_name, shard.index_sha256))
-        offset, size = (np.array(columns[name], dtype=np.int64) for name in ("offset", "size"))
-        labels = np.array(columns["labels"], dtype=np.int64) if "labels" in columns else None
-        counts = columns.get("num_samples", [1] * len(offset))
-        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return cls(
-            offset, size, tuple(columns["checksum"]), starts, labels, tuple(columns["keys"]) if "keys" in columns else None
-        )
+        content = read_verified(storage, shard.index_name, shard.index_sha256)
+        try:
+            columns = json.loads(content)
+            offset, size = (np.array(columns[name], dtype=np.int64) for name in ("offset", "size"))
+            labels = np.array(columns["labels"], dtype=np.int64) if "labels" in columns else None
+            counts = np.array(columns["num_samples"] if "num_samples" in columns else [1] * len(offset), dtype=np.int64)
+            keys = tuple(columns["keys"]) if "keys" in columns else None
+            loaded = cls(offset, size, tuple(columns["checksum"]), np.append(0, np.cumsum(counts)), labels, keys)
+            lengths = {len(column) for column in (size, counts, loaded.checksum, labels, keys) if column is not None}
+            ends = np.append(0, offset + size)
+            if (
+                lengths != {len(offset)}
+                or loaded.starts[-1] != shard.num_samples
+                or min(size.min(initial=0), counts.min(initial=1)) < 0
+            ):
+                raise ValueError("its columns do not fit together")
+            if (offset < ends[:-1]).any() or ends[-1] > shard.size:
+                raise ValueError("its records do not follow each other within the shard")
+            return loaded
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            raise UserError(f"{storage.url}/{shard.index_name} is no index of {shard.name} ({error})") from None

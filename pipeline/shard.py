@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def run(config: ShardConfig) -> dict[str, Any]:
     reused = contents is not None
     if contents is None:
         cluster.connect(config.cluster, config.storage)
-        receipts = Receipts(storage, recipe)
+        receipts = Receipts(storage, recipe | {"version": manifest.VERSION})
         contents = Manifest(
             name=config.dataset.name,
             image_shape=source.image_shape,
@@ -107,11 +108,19 @@ def _write_all(
     done = {job: made for job, made in done.items() if made and sizes.get(job.name) == made["shard"]["size"]}
     waiting = [job for job in jobs if job not in done]
     source.prepare()
-    shared = ray.put(source)
+
+    @lru_cache
+    def whole() -> Any:
+        return ray.put(source)
+
+    def needed(job: Job) -> Any:
+        part = source.part(job.split, job.start, job.stop)
+        return whole() if part is source else part
+
     unreadable = sum(len(made["unreadable"]) for made in done.values())
     total, behind = sum(source.splits.values()), sum(job.stop - job.start for job in waiting)
     with tqdm(total=total, initial=total - behind, desc="sharding", unit=" images", mininterval=1.0) as progress:
-        calls = ((storage, shared, receipts, job, block_size, encoding, options.max_unreadable) for job in waiting)
+        calls = ((storage, needed(job), receipts, job, block_size, encoding, options.max_unreadable) for job in waiting)
         for job, made in cluster.in_tasks(write_with_receipt, calls):
             done[job] = made
             unreadable += len(made["unreadable"])
@@ -133,11 +142,16 @@ def _report(storage: Storage, source: ImageSource, done: dict[Job, Any]) -> None
     unreadable = [
         {"image": source.key(job.split, number), "reason": why} for job in jobs for number, why in done[job]["unreadable"]
     ]
-    places = [(job.split, number) for job in jobs for number in range(job.start, job.stop)]
-    digests = np.concatenate([np.array([int(text, 16) for text in done[job]["digests"]], dtype=np.uint64) for job in jobs])
+    digests = np.concatenate([np.frombuffer(bytes.fromhex(done[job]["digests"]), dtype="<u8") for job in jobs])
+    ends = np.cumsum([job.stop - job.start for job in jobs])
+
+    def place(position: np.int64) -> tuple[str, int]:
+        number = int(np.searchsorted(ends, position, side="right"))
+        return jobs[number].split, jobs[number].stop - int(ends[number] - position)
+
     order = np.argsort(digests, kind="stable")
     equal = np.flatnonzero((digests[order][1:] == digests[order][:-1]) & (digests[order][1:] != 0))
-    pairs = [(places[order[i]], places[order[i + 1]]) for i in equal]
+    pairs = [(place(order[i]), place(order[i + 1])) for i in equal]
     across = Counter(f"{one[0]} and {other[0]}" for one, other in pairs if one[0] != other[0])
     storage.write_json(
         REPORT_KEY,
@@ -170,19 +184,19 @@ def write_with_receipt(
     images: list[np.ndarray] = []
     labels: list[int] = []
     unreadable: list[tuple[int, str]] = []
-    digests = []
+    digests = b""
     for number, (pixels, label) in enumerate(source.examine(job.split, job.start, job.stop), job.start):
         if isinstance(pixels, BadImage):
             if not max_unreadable:
                 raise source.unreadable(job.split, number, pixels)
             unreadable.append((number, str(pixels)))
-            digests.append("0")
+            digests += bytes(8)
         else:
             images.append(pixels)
             labels.append(label)
-            digests.append(hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest())
+            digests += hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
     shard = _write(storage, job.name, job.start, images, np.array(labels, dtype=np.int64), block_size, encoding)
-    made = {"shard": asdict(shard), "unreadable": unreadable, "digests": digests}
+    made = {"shard": asdict(shard), "unreadable": unreadable, "digests": digests.hex()}
     receipts.write(job.receipt, made)
     return job, made
 

@@ -4,9 +4,11 @@ A source knows its splits and reads any run of one. It is picklable, since worke
 readable under the same name on every machine that shards from it; MNIST, IDX images and arrays travel with the source.
 """
 
+import copy
 import gzip
 import hashlib
 import io
+import itertools
 import math
 import os
 import pickle
@@ -16,7 +18,8 @@ import tempfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -86,6 +89,10 @@ class ImageSource(ABC):
 
     def prepare(self) -> None:  # noqa: B027  (most sources have nothing to prepare)
         """Fetch and read, once, what all shards share, before the source is sent to the tasks that write them."""
+
+    def part(self, split: str, start: int, stop: int) -> "ImageSource":
+        """A source that has these images at least, under the same numbers: what one task needs of this one."""
+        return self
 
     @abstractmethod
     def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
@@ -453,6 +460,7 @@ class FileSource(ImageSource):
     """
 
     _kind: str
+    _first = 0  # the number of the first item that is held of each split
     _mixed = True  # whether the items' order is that of the hash too, so that classes are mixed, or the files' own
 
     def __init__(self, path: str, options: config.ShardOptions, endpoint_url: str | None) -> None:
@@ -540,7 +548,12 @@ class FileSource(ImageSource):
         return {split: len(items) for split, items in self._items.items()}
 
     def key(self, split: str, number: int) -> str:
-        return f"{self._path}/{self._items[split][number].key}"
+        return f"{self._path}/{self._items[split][number - self._first].key}"
+
+    def part(self, split: str, start: int, stop: int) -> "FileSource":
+        held = copy.copy(self)
+        held._names, held._items, held._first = [], {split: self._items[split][start:stop]}, start
+        return held
 
     def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
         images, labels = [], []
@@ -553,13 +566,13 @@ class FileSource(ImageSource):
 
     def examine(self, split: str, start: int, stop: int) -> Iterator[tuple[Images | BadImage, int]]:
         channels, height, width = self.image_shape
-        items = self._items[split][start:stop]
+        items = self._items[split][start - self._first : stop - self._first]
         for item, content in zip(items, self._contents(items), strict=True):
             pixels = self._pixels(content)
             if not isinstance(pixels, BadImage) and pixels.shape != (height, width, channels):
                 raise UserError(
-                    f"{self._path}/{item.key} is {pixels.shape[1]} x {pixels.shape[0]}, but {self._items['train'][0].key} is "
-                    f"{width} x {height}; set shard.image_size to bring all to one size"
+                    f"{self._path}/{item.key} is {pixels.shape[1]} x {pixels.shape[0]}, but others are {width} x {height}; "
+                    "set shard.image_size to bring all to one size"
                 )
             yield pixels, item.label
 
@@ -697,11 +710,12 @@ class ParquetSource(FileSource):
                     f"{self._storage.url}/{file} has no column {options.image_column!r}, only {', '.join(sorted(names))}; set "
                     "shard.image_column"
                 )
-            labels = [-1] * table.metadata.num_rows
+            labels: Iterable[Any] = itertools.repeat(-1, table.metadata.num_rows)
             if options.label_column in names:
-                labels = table.read([options.label_column]).column(0).to_pylist()
+                with self._readable(file):
+                    labels = table.read([options.label_column]).column(0).to_pylist()
             for row, label in enumerate(labels):
-                if label is not None and (isinstance(label, bool) or not isinstance(label, int) or label < -1):
+                if label is not None and (type(label) is not int or not -1 <= label < 1 << 31):
                     raise UserError(
                         f"{self._storage.url}/{file}: the label of row {row} is {label!r}, not a whole number from 0"
                     )
@@ -722,13 +736,14 @@ class ParquetSource(FileSource):
                 file, table, group, last = item.file, self._open(item.file), -1, 0
             assert table is not None
             if not first <= item.offset < last or group < 0:
-                group, last = 0, table.metadata.row_group(0).num_rows
-                while item.offset >= last:
-                    group += 1
-                    last += table.metadata.row_group(group).num_rows
-                first = last - table.metadata.row_group(group).num_rows
-                images = table.read_row_group(group, [self._options.image_column]).column(0).to_pylist()
-            image = images[item.offset - first]
+                with self._readable(file):
+                    group, last = 0, table.metadata.row_group(0).num_rows
+                    while item.offset >= last:
+                        group += 1
+                        last += table.metadata.row_group(group).num_rows
+                    first = last - table.metadata.row_group(group).num_rows
+                    images = table.read_row_group(group, [self._options.image_column]).column(0).to_pylist()
+            image = images[item.offset - first] if item.offset - first < len(images) else None
             content = image.get("bytes") if isinstance(image, dict) else image
             yield content if isinstance(content, bytes) else b""
 
@@ -736,12 +751,19 @@ class ParquetSource(FileSource):
         import pyarrow
         import pyarrow.parquet
 
-        try:
+        with self._readable(file):
             if isinstance(self._storage, FolderStorage):
                 return pyarrow.parquet.ParquetFile(self._storage.root / file)
             return pyarrow.parquet.ParquetFile(pyarrow.BufferReader(self._storage.read(file)))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{self._storage.url}/{file} cannot be read as Parquet ({error})") from None
+
+    @contextmanager
+    def _readable(self, file: str) -> Iterator[None]:
+        import pyarrow
+
+        try:
+            yield
+        except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
+            raise UserError(f"{self._storage.url}/{file} cannot be read as Parquet ({' '.join(str(error).split())})") from None
 
 
 @lru_cache(maxsize=1 << 16)

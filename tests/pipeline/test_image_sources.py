@@ -2,6 +2,8 @@
 
 import io
 import tarfile
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline import config
@@ -218,3 +222,25 @@ def test_a_picture_that_lies_on_its_side_is_stood_up() -> None:
     assert measure(file.getvalue()) == (8, 4)
     with pytest.raises(BadImage, match="it is not an image in a format known here"):
         measure(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # would be given to another program
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.floats(0, 1), st.binary(min_size=1, max_size=8), st.booleans())
+def test_a_parquet_file_with_any_bytes_in_it_is_read_or_refused(at: float, change: bytes, cut: bool) -> None:
+    whole = small_parquet()
+    place = int(at * len(whole))
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "x.parquet").write_bytes(whole[:place] if cut else whole[:place] + change + whole[place + len(change) :])
+        try:
+            source = opened("parquet", Path(folder))
+            for split, count in source.splits.items():
+                list(source.examine(split, 0, count))
+        except UserError:
+            pass
+
+
+@lru_cache
+def small_parquet() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        write_parquet(Path(folder, "x"), range(24))
+        return Path(folder, "x").read_bytes()

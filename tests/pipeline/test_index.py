@@ -1,10 +1,12 @@
 """``vlae index`` and ``vlae data``: other people's shards where they lie, what is refused, and what has gone bad."""
 
+import hashlib
 import io
 import json
 import tarfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -268,22 +270,79 @@ def test_an_image_with_any_bytes_in_it_is_read_or_refused(image: bytes, at: int,
                 continue
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+class Fixed(FolderStorage):
+    """A storage that gives the same content whatever is asked for."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(Path("/nowhere"))
+        object.__setattr__(self, "content", content)
+
+    def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        yield self.content[start:]  # type: ignore[attr-defined]
+
+
+SHARD = manifest.Shard("a.tar", 9000, "b", 4, "c", "d")
+CONTENTS = manifest.Manifest("x", (1, 2, 3), 4, 5, {"train": (SHARD,)})
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
-def test_a_manifest_with_any_change_is_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    storage = FolderStorage(Path("/tmp/never-written"))
-    contents = manifest.Manifest("x", (1, 2, 3), 4, 5, {"train": (manifest.Shard("a.tar", 1, "b", 2, "c", "d"),)})
-    whole = json.dumps({**contents._content(), "sha256": contents.digest}).encode()
+def test_a_manifest_with_any_change_is_refused(data: st.DataObject) -> None:
+    whole = json.dumps({**CONTENTS._content(), "sha256": CONTENTS.digest}).encode()
     at = data.draw(st.integers(0, len(whole) - 1))
     change = data.draw(st.binary(min_size=1, max_size=5))
-    altered = whole[:at] + change + whole[at + len(change) :]
-
-    class Fixed(FolderStorage):
-        def read(self, key: str) -> bytes:
-            return altered
-
     try:
-        loaded = manifest.load(Fixed(storage.root))
+        loaded = manifest.load(Fixed(whole[:at] + change + whole[at + len(change) :]))
     except UserError:
         return
-    assert loaded == contents  # such as another way to write the same JSON
+    assert loaded == CONTENTS  # such as another way to write the same JSON
+
+
+def altered(value: Any, data: st.DataObject) -> Any:
+    """A JSON value with something in it replaced, or taken away."""
+    if not value or not isinstance(value, dict | list) or data.draw(st.integers(0, 9)) == 0:
+        return data.draw(ANYTHING)
+    at = data.draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    if data.draw(st.integers(0, 3)):
+        changed[at] = altered(value[at], data)  # type: ignore[index]
+    else:
+        del changed[at]  # type: ignore[arg-type]
+    return changed
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_manifest_that_was_forged_is_one_or_is_refused(data: st.DataObject) -> None:
+    content = altered(CONTENTS._content(), data)
+    if isinstance(content, dict):
+        content["sha256"] = manifest._digest(content)
+    try:
+        loaded = manifest.load(Fixed(json.dumps(content).encode()))
+        for split in loaded.splits:
+            assert int(loaded.num_samples(split)) >= 0
+            assert all(isinstance(each, manifest.Shard) for each in loaded.shards(split))
+    except UserError:
+        pass
+
+
+COLUMNS = {"offset": [0, 3000], "size": [2000, 500], "checksum": ["a", "b"]}
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.sampled_from([{"num_samples": [3, 1]}, {"labels": [1, 2], "keys": ["x", "y"]}]), st.data())
+def test_an_index_that_was_forged_stays_within_its_shard_or_is_refused(others: dict[str, Any], data: st.DataObject) -> None:
+    content = json.dumps(altered(COLUMNS | others, data)).encode()
+    shard = replace(SHARD, index_sha256=hashlib.sha256(content).hexdigest())
+    try:
+        loaded = manifest.Index.load(Fixed(content), shard)
+    except UserError:
+        return
+    assert loaded.starts[-1] == shard.num_samples
+    assert (loaded.offset >= 0).all()
+    assert (loaded.offset + loaded.size <= shard.size).all()
