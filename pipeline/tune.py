@@ -257,7 +257,7 @@ def measure(config: TuneConfig, point: Point, run: Storage) -> dict[str, float |
     """
     search, output = config.search, open_storage(f"{run.url}/{EVALUATION}", config.storage.endpoint_url)
     if not output.exists(train.RESULT):
-        bounds = Bounds(samples=search.samples, num_images=search.num_images, pictures=20, seed=config.train.seed)
+        bounds = Bounds(samples=search.samples, num_images=search.num_images, pictures=10, seed=config.train.seed)
         evaluate.run(
             EvaluateConfig(
                 model=run.url,
@@ -328,7 +328,7 @@ class Halting(FIFOScheduler):
             values = {key.removeprefix("values/"): value for key, value in result.items() if key.startswith("values/")}
             row |= {"status": FINISHED, "images": result["images"], "values": values}
         elif result["images"] > row["images"]:
-            entry = {"images": result["images"], "nll": result["elbo_nats"]}
+            entry = {"images": result["images"], "nll": result["elbo_nats"], "seconds": self.trials.seconds()}
             row["curve"].append(entry | {name: result[name] for name in ON_THE_WAY if name in result})
             row["images"] = result["images"]
             config = self.trials.config
