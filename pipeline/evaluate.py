@@ -80,15 +80,26 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def of_run(folder: Storage, bounds: Bounds, storage: options.Storage, registry: options.Registry) -> None:
+def of_run(
+    folder: Storage, bounds: Bounds, storage: options.Storage, registry: options.Registry, probe_images: int = 10_000
+) -> dict[str, Any]:
     """Evaluate the model of a finished run on validation images, as what is registered has to be; not again if that was done.
 
-    Raises UserError if there is no model.
+    Returns the evaluation's record. Raises UserError if there is no model.
     """
     model = open_model(folder.url, registry, storage)
-    if find_evaluation(folder, model.weights) is None:
-        output = f"{folder.url}/{EVALUATION}"
-        run(EvaluateConfig(folder.url, "valid", output=output, bounds=bounds, storage=storage, registry=registry))
+    found = find_evaluation(folder, model.weights)
+    return found or run(
+        EvaluateConfig(
+            folder.url,
+            "valid",
+            output=f"{folder.url}/{EVALUATION}",
+            probe_images=probe_images,
+            bounds=bounds,
+            storage=storage,
+            registry=registry,
+        )
+    )
 
 
 class Evaluation:

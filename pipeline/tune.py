@@ -27,14 +27,14 @@ from torch.utils.tensorboard.summary import hparams
 
 from pipeline import evaluate, loop, report, train
 from pipeline.cluster import connect, num_places, resources
-from pipeline.config import Bounds, EvaluateConfig, TrainConfig, TuneConfig, build, digest, to_dict
+from pipeline.config import Bounds, TrainConfig, TuneConfig, build, digest, to_dict
 from pipeline.errors import UserError
 from pipeline.goals import ON_THE_WAY, QUANTITIES
 from pipeline.metrics import read_rows
 from pipeline.search import Point, lags, propose
 from pipeline.storage import Storage, open_storage
 from pipeline.tracking import Status, TrackedRun, Tracking, training_run
-from pipeline.versions import EVALUATION, Registry
+from pipeline.versions import Registry
 
 RECORD = "search.json"
 
@@ -255,20 +255,9 @@ def measure(config: TuneConfig, point: Point, run: Storage) -> dict[str, float |
 
     TensorBoard is told, too, as hyperparameters.
     """
-    search, output = config.search, open_storage(f"{run.url}/{EVALUATION}", config.storage.endpoint_url)
-    if not output.exists(train.RESULT):
-        bounds = Bounds(samples=search.samples, num_images=search.num_images, pictures=10, seed=config.train.seed)
-        evaluate.run(
-            EvaluateConfig(
-                model=run.url,
-                split="valid",
-                output=output.url,
-                probe_images=search.probe_images,
-                bounds=bounds,
-                storage=config.storage,
-            )
-        )
-    measured = output.read_json(train.RESULT)["valid"]
+    search = config.search
+    bounds = Bounds(samples=search.samples, num_images=search.num_images, pictures=10, seed=config.train.seed)
+    measured = evaluate.of_run(run, bounds, config.storage, config.registry, search.probe_images)["valid"]
     bound = "iwae_nats" if search.samples > 1 else "elbo_nats"
     values = {"nll": measured[bound], "nll_se": measured[f"{bound}_se"], "code_length_nats": measured["elbo_nats"]}
     values |= {key: measured[key] for key in ("rate_bits", "rate_nats", "distortion_nats", "distortion_nats_se", "num_images")}
@@ -448,18 +437,22 @@ def table(config: TuneConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def register(config: TuneConfig, registry: Registry, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put the best finished trials that keep all constraints into the registry, the best as the newest version.
+    """Put the best finished trials that keep all constraints into the registry.
 
     ``rows``: as ``table`` orders them. Returns name, version and run of each, the best first.
     """
     candidates = [row for row in rows if row.get("feasible")]
     if not candidates:
         print(f"no finished trial keeps {' and '.join(config.search.constraints) or 'to its end'}: nothing is registered")
-    registered = []
-    for row in reversed(candidates[: config.register_best]):  # the newest version is the best
+        return []
+    chosen = candidates[: config.register_best]
+    # The first version of all becomes the champion, of others the newest becomes the challenger: this is to be the best.
+    is_new = config.model_name not in {model["name"] for model in registry.models()}
+    made = {}
+    for row in chosen if is_new else chosen[::-1]:
         run_folder = open_storage(f"{config.storage.root}/runs/{row['run']}", config.storage.endpoint_url)
-        registered.append({**registry.register(config.model_name, run_folder), "run": row["run"]})
-    return registered[::-1]
+        made[row["run"]] = {**registry.register(config.model_name, run_folder), "run": row["run"]}
+    return [made[row["run"]] for row in chosen]
 
 
 COLUMNS = {
