@@ -193,7 +193,8 @@ class Trials:
 def search(config: TuneConfig, trials: Trials, tracking: Tracking, parent: TrackedRun) -> None:
     """Run trials until nothing is left to try, or the budget is used up."""
     # Ray's newer console prints a table for every trial, its loggers write files for each: `Recorder` says and keeps what there is.
-    os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
+    # And a search that is interrupted ends as every command does.
+    os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
     workers = config.cluster
     # A trial of several workers only waits for them, and Ray Train starts all of them or none: were it to hold a core itself, trials could
     # starve their own workers.
@@ -443,7 +444,8 @@ def register(config: TuneConfig, registry: Registry, rows: list[dict[str, Any]])
     """
     candidates = [row for row in rows if row.get("feasible")]
     if not candidates:
-        print(f"no finished trial keeps {' and '.join(config.search.constraints) or 'to its end'}: nothing is registered")
+        wanted = " and ".join(config.search.constraints)
+        print(f"{f'no finished trial keeps {wanted}' if wanted else 'no trial ran to its end'}: nothing is registered")
         return []
     chosen = candidates[: config.register_best]
     # The first version of all becomes the champion, of others the newest becomes the challenger: this is to be the best.

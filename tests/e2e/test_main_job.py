@@ -125,6 +125,18 @@ def test_the_same_search_with_more_trials_goes_on(searched: dict[str, object], r
     assert all({key: value for key, value in row.items() if key != "front"} in known for row in before)
 
 
+def test_trials_of_several_workers_do_not_block_each_other(run: Run, root: str, data: str) -> None:
+    """Each wants both cores of the cluster, and two are let run at once."""
+    done = run(
+        "tune", f"storage.root={root}", *TINY, *SEARCH, "name=wide", "train.images=1600", "train.valid_every=800", "cluster.num_workers=2",
+        "search.num_trials=2", "search.max_concurrent=2", "search.stopping=none", "register_best=1",
+    )  # fmt: skip
+    trials = result_of(done)["trials"]
+    assert isinstance(trials, list)
+    assert [(row["status"], row["images"]) for row in trials] == [("finished", 1600)] * 2
+    assert all("probe_accuracy" in row for row in trials)
+
+
 def test_a_registered_model_is_listed_shown_and_promoted(searched: dict[str, object], run: Run) -> None:
     assert "vlae-mnist" in run("registry", "list").stdout
     version = searched["registered"][0]["version"]  # type: ignore[index]
