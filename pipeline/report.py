@@ -45,7 +45,7 @@ TITLES = {
     "map": "What window and code size do",
     "curves": "Learning curves",
     "importance": "What matters for what",
-    "models": "Models of the front, side by side",
+    "models": "Models along the front, side by side",
 }
 MEASURES = {"rate_bits": "rate, bits per image", "nll": "NLL, nats per image", "probe_accuracy": "probe accuracy, %"}
 COLUMNS = {
@@ -64,6 +64,7 @@ STYLE = {
     "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": RULE,
     "axes.axisbelow": True,     "svg.fonttype": "none", "legend.frameon": False, "figure.constrained_layout.use": True,
 }  # fmt: skip
+TRADE_OFF = Goals.parse(["min rate_bits", "min distortion_nats"])
 MODELS, IMAGES = 6, 10
 """So many models are drawn side by side, with so many images each."""
 
@@ -80,9 +81,11 @@ def write(config: TuneConfig, output: Storage, rows: Sequence[Row], records: Seq
     output.write(TABLE, file.getvalue())
 
     look = Look(config)
+    finished = [row for row in rows if row["status"] == "finished"]
+    along = TRADE_OFF.ranked(finished)[0] if finished else []
     drawings: dict[str, Figure | None] = {}
     with matplotlib.rc_context(STYLE):
-        drawings["front"] = front(look, rows)
+        drawings["front"] = front(look, rows, along)
         drawings["map"] = heat_map(look, rows)
         drawings["curves"] = learning_curves(look, rows, {row["number"]: row["curve"] for row in records})
         drawings["importance"] = importance(config, records)
@@ -90,9 +93,8 @@ def write(config: TuneConfig, output: Storage, rows: Sequence[Row], records: Seq
         for name, figure in drawings.items():
             if figure:
                 output.write(f"{name}.png", _png(figure))
-    shown = [row for row in rows if row.get("front") == 1][:MODELS]
-    if shown:
-        sheet = side_by_side(config, sorted(shown, key=lambda row: row["rate_bits"]), look)
+    if along:
+        sheet = side_by_side(config, sorted(along[:MODELS], key=lambda row: row["rate_bits"]), look)
         output.write("models.png", sheet)
         charts["models"] = f'<img alt="{TITLES["models"]}" src="data:image/png;base64,{b64encode(sheet).decode()}">'
     output.write(PAGE, page(config, output.url.rpartition("/")[2], rows, charts, look).encode())
@@ -141,14 +143,14 @@ def name_of(key: str) -> str:
     return key.partition(".")[2].replace("_", " ")
 
 
-def front(look: Look, rows: Sequence[Row]) -> Figure | None:
-    """Rate against distortion of every trial; those that nobody beats are joined. Diagonals are equal code lengths."""
+def front(look: Look, rows: Sequence[Row], along: Sequence[Row]) -> Figure | None:
+    """Rate against distortion of every trial; those ``along`` the front are joined. Diagonals are equal code lengths."""
     placed = [row for row in rows if "distortion_nats" in row]
     if not placed:
         return None
     figure = Figure(figsize=(8.6, 4.6))
     axes = figure.subplots()
-    joined = sorted((row["rate_bits"], row["distortion_nats"]) for row in rows if row.get("front") == 1)
+    joined = sorted((row["rate_bits"], row["distortion_nats"]) for row in along)
     if joined:
         axes.plot(*zip(*joined, strict=True), color=INK, linewidth=1, zorder=1)
     for row in reversed(placed):
@@ -165,7 +167,10 @@ def front(look: Look, rows: Sequence[Row]) -> Figure | None:
     axes.set_xlabel("rate, bits per image: what the code z carries")
     axes.set_ylabel("distortion, nats per image: left to the decoder")
     more = [
-        Line2D([], [], color=INK, linewidth=1, label="nobody beats these"),
+        Line2D([], [], color=INK, linewidth=1, label="front: none has less of both"),
+        Line2D(
+            [], [], color=INK, marker="o", markerfacecolor=FAINT, markersize=9, linestyle="", label="best by the objectives"
+        ),
         Line2D([], [], color=FAINT, marker="o", markerfacecolor="white", markersize=5, linestyle="", label="stopped early"),
         Line2D([], [], color=FAINT, linewidth=1, linestyle=DASHES, label="equal code length, nats"),
     ]
@@ -377,8 +382,7 @@ def page(config: TuneConfig, name: str, rows: Sequence[Row], charts: Mapping[str
 
 
 CAPTIONS = {
-    "front": "Filled: trials that ran to their end; joined: those that nobody beats by the objectives; hollow: stopped early, "
-    "at their last validation, which may lie outside.",
+    "front": "Filled: trials that ran to their end. Hollow: stopped early, at their last validation, which may lie outside.",
     "map": "In each cell, of the trials that finished there, the one of the least NLL. Pale: none finished; the last validation.",
     "curves": "A hollow end is a trial that was stopped early.",
     "importance": "How much of the differences between finished trials each option explains.",

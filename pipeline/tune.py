@@ -38,7 +38,7 @@ from pipeline.versions import Registry
 
 RECORD = "search.json"
 
-RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped early", "failed"
+RUNNING, FINISHED, STOPPED, FAILED = "unfinished", "finished", "stopped early", "failed"
 
 
 def run(config: TuneConfig) -> dict[str, Any]:

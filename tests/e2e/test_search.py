@@ -59,7 +59,7 @@ def test_a_search_whose_driver_and_then_a_trial_are_killed_ends_with_every_trial
     wait_until(lambda: len(third.list("checkpoints/")) >= 2, process, log)
     kill_with_descendants(process)
     before = records(storage)
-    assert [row["status"] for row in before] == ["finished", "failed", "running"]
+    assert [row["status"] for row in before] == ["finished", "failed", "unfinished"]
     assert "not finite" in before[1]["error"]
     step = int(max(third.list("checkpoints/")).split("/")[1].split("-")[0])
     kept = [row for row in read_rows(third) if row["step"] <= step]

@@ -70,7 +70,7 @@ def test_every_point_is_proposed_once_whatever_becomes_of_the_trials(data: st.Da
     )  # fmt: skip
 
     def outcome(point: Point) -> Row:
-        status = data.draw(st.sampled_from(["finished", "stopped early", "failed", "running"]))
+        status = data.draw(st.sampled_from(["finished", "stopped early", "failed", "unfinished"]))
         numbers = [data.draw(st.floats(0, 100)) for _ in range(3)]
         curve = [{"images": BUDGET // 2, "nll": numbers[0], "rate_bits": numbers[1]}] if data.draw(st.booleans()) else []
         row: Row = {"point": point, "status": status, "curve": curve}
@@ -153,7 +153,7 @@ def test_optuna_knows_what_became_of_each_trial() -> None:
         finished(points[1], 80.0, rate_bits=7.0),
         {"point": points[2], "status": "stopped early", "curve": [{"images": 250, "nll": 99.0}, {"images": 500, "nll": 80.0}]},
         {"point": points[3], "status": "failed", "curve": [{"images": 250, "nll": 1.0}]},
-        {"point": points[4], "status": "running", "curve": []},
+        {"point": points[4], "status": "unfinished", "curve": []},
     ]
     trials = known(search, search.goals, rows).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "PRUNED", "FAIL", "FAIL"]
@@ -314,7 +314,7 @@ def rows_of_every_kind() -> list[Row]:
         row(4, "finished", 40_000, 7, 60),
         row(5, "finished", 40_000, 16, 79),
         row(6, "finished", 40_000, 31, 71),
-        {**row(7, "running", 0, 0, 0), "curve": []},
+        {**row(7, "unfinished", 0, 0, 0), "curve": []},
         row(8, "finished", 40_000, 9, 84),
     ]
 
