@@ -61,10 +61,12 @@ def lacking() -> str | None:
     if os.geteuid() != 0:
         return "hosts in namespaces need root"
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    packages = sorted({package for program, package in PROGRAMS.items() if not shutil.which(program, path=path)})
-    return (
-        f"hosts in namespaces need programs that are not installed: apt-get install {' '.join(packages)}" if packages else None
-    )
+    if packages := sorted({package for program, package in PROGRAMS.items() if not shutil.which(program, path=path)}):
+        return f"hosts in namespaces need programs that are not installed: apt-get install {' '.join(packages)}"
+    attempt = ["unshare", "--net", "--mount", "--pid", "--fork", "ip", "link", "add", "bridge", "type", "bridge"]
+    if subprocess.run(attempt, capture_output=True, env=os.environ | {"PATH": path}).returncode:
+        return "hosts in namespaces need CAP_SYS_ADMIN and CAP_NET_ADMIN, which this container does not have"
+    return None
 
 
 @dataclass(frozen=True)
