@@ -26,8 +26,7 @@ class EMA(Generic[Module]):
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the weights of ``module`` after step number ``step`` (the first is 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for average, weights in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(weights, 1 - decay)
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights, by the module's own names."""

@@ -1,0 +1,157 @@
+"""What ``vlae train`` costs beside its own mathematics, and how soon it starts and starts again.
+
+    .venv/bin/python benchmarks/train.py [--rounds N] [--images N]
+
+All with ``model=fast`` on dynamically binarized 28x28 images (``dataset=synthetic``, so nothing is fetched), in a folder of its own.
+
+* ratio_to_bare_loop: steps per second of ``vlae train`` with one worker of one core, to those of a bare PyTorch loop in a process of its
+  own: the same model, batches of 16, all images in memory, forward, backward, clipping and Adam, and neither average of the weights,
+  guard, log nor checkpoint. They take turns; the median of each round's ratios.
+* two_workers_speedup: images per second of two workers of one core each to those of one, with the same global batch of 64. They take turns
+  likewise. Both need the two cores for themselves.
+* data_wait_share: of the time of the runs with one worker, what they waited for images.
+* seconds_to_first_step: from the command, which starts a Ray of its own, to the report of its tenth step; the median.
+* seconds_to_resume: from the SIGKILL of the only worker to the report of the tenth step after its restart.
+
+Speeds are what the runs themselves log (``train/images_per_s``, a row for every second), their median, without the first rows. The last
+line is JSON.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from pipeline.metrics import read_rows
+from pipeline.storage import open_storage
+
+VLAE = str(Path(sys.executable).with_name("vlae"))
+BARE = """
+import json, sys, time
+import torch
+from pipeline.config import load
+from pipeline.loop import keep_freed_memory
+from pipeline.sources import SyntheticSource
+
+torch.set_num_threads(1)
+keep_freed_memory()
+config = load("train", ["model=fast"])
+torch.manual_seed(0)
+model = config.build((1, 28, 28))
+optimizer = torch.optim.Adam(model.parameters(), config.optim.learning_rate, fused=True)
+images = torch.from_numpy(SyntheticSource(0).read("train", 0, 5000)[0]).permute(0, 3, 1, 2).float() / 255
+seconds = []
+for step in range(int(sys.argv[1]) // 16):
+    started = time.perf_counter()
+    x = torch.bernoulli(images[torch.randint(len(images), (16,))])
+    optimizer.zero_grad()
+    bound = model(x, torch.randn(16, model.latents))
+    (bound.distortion.mean() + bound.rate.mean()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+    optimizer.step()
+    seconds.append(time.perf_counter() - started)
+print(json.dumps(16 * len(seconds[20:]) / sum(seconds[20:])))
+"""
+
+
+class Run:
+    """A ``vlae train`` in its own process, on its own Ray."""
+
+    def __init__(self, folder: Path, name: str, *options: str) -> None:
+        self.storage = open_storage(f"{folder}/runs/{name}")
+        self.log = folder / "runs" / name / "metrics.jsonl"
+        fixed = [f"storage.root={folder}", f"registry.uri=sqlite:///{folder}/registry.db", f"name={name}", "dataset=synthetic"]
+        fixed += ["model=fast", "train.valid_every=1000000000", "train.report_seconds=1"]
+        self.started = time.time()
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        self.process = subprocess.Popen(
+            [VLAE, "train", *fixed, *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    def wait_for_report(self, since: float) -> float:
+        """Seconds from ``since`` to the next time that the run's log is written."""
+        while not self.log.exists() or self.log.stat().st_mtime < since:
+            if self.process.poll() is not None:
+                raise SystemExit(f"vlae train ended:\n{self.finish()}")
+            time.sleep(0.02)
+        return self.log.stat().st_mtime - since
+
+    def kill_worker(self) -> float:
+        """SIGKILL for the worker; the time at which it was."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+        return time.time()
+
+    def finish(self) -> str:
+        _, errors = self.process.communicate()
+        return errors
+
+    def figures(self) -> tuple[float, float]:
+        """The medians over the rows of the log of images per second and of the share of time waited, without the first three rows."""
+        error = self.finish()
+        if self.process.returncode:
+            raise SystemExit(f"vlae train failed:\n{error}")
+        rows = [row for row in read_rows(self.storage) if "train/images_per_s" in row][3:]
+        if len(rows) < 3:
+            raise SystemExit("the runs are too short to be measured; give more --images")
+        speed, waited = ([row[f"train/{name}"] for row in rows] for name in ("images_per_s", "data_wait"))
+        return statistics.median(speed), statistics.fmean(waited)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=16_000, help="that each run sees")
+    arguments = parser.parse_args()
+    ratios, speedups, waits, starts = [], [], [], []
+    with tempfile.TemporaryDirectory(prefix="benchmark-train-") as name:
+        folder, size = Path(name), f"train.images={arguments.images}"
+        subprocess.run([VLAE, "shard", "dataset=synthetic", f"storage.root={folder}"], check=True)
+        for number in range(arguments.rounds):
+            run = Run(folder, f"one-{number}", size)
+            starts.append(run.wait_for_report(run.started))
+            ours, waited = run.figures()
+            bare = subprocess.run(
+                [sys.executable, "-c", BARE, str(arguments.images)], check=True, capture_output=True, text=True
+            )
+            batch = [size, "train.global_batch=64"]
+            one, two = (
+                Run(folder, f"batch-{workers}-{number}", *batch, f"cluster.num_workers={workers}").figures()[0]
+                for workers in (1, 2)
+            )
+            ratios.append(ours / json.loads(bare.stdout))
+            speedups.append(two / one)
+            waits.append(waited)
+            print(
+                f"round {number + 1}: {ours:.0f} images/s, {ratios[-1]:.3f} of the bare loop's, {waited:.1%} waiting, "
+                f"{starts[-1]:.1f} s to the tenth step; batch 64: {one:.0f} images/s, {two:.0f} on two workers ({speedups[-1]:.2f} x)",
+                flush=True,
+            )
+        run = Run(folder, "killed", "train.images=1000000", "train.checkpoint_seconds=2")
+        run.wait_for_report(run.started)
+        time.sleep(5)
+        resumed = run.wait_for_report(run.kill_worker())
+        run.process.send_signal(signal.SIGTERM)
+        run.finish()
+    result = {
+        "ratio_to_bare_loop": statistics.median(ratios),
+        "two_workers_speedup": statistics.median(speedups),
+        "data_wait_share": statistics.median(waits),
+        "seconds_to_first_step": statistics.median(starts),
+        "seconds_to_resume": resumed,
+    }
+    print(json.dumps({key: round(value, 4) for key, value in result.items()}))
+
+
+if __name__ == "__main__":
+    main()
