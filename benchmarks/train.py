@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/train.py [--rounds N] [--images N]
 
-All with ``model=fast`` on dynamically binarized 28x28 images (``dataset=synthetic``, so nothing is fetched), in a folder of its own.
+All with ``model=fast`` on dynamically binarized MNIST, in a folder of its own.
 
 * ratio_to_bare_loop: steps per second of ``vlae train`` with one worker of one core, to those of a bare PyTorch loop in a process of its
   own: the same model, batches of 16, all images in memory, forward, backward, clipping and Adam, and neither average of the weights,
@@ -39,7 +39,7 @@ import json, sys, time
 import torch
 from pipeline.config import load
 from pipeline.loop import keep_freed_memory
-from pipeline.sources import SyntheticSource
+from pipeline.sources import MnistSource
 
 torch.set_num_threads(1)
 keep_freed_memory()
@@ -47,7 +47,7 @@ config = load("train", ["model=fast"])
 torch.manual_seed(0)
 model = config.build((1, 28, 28))
 optimizer = torch.optim.Adam(model.parameters(), config.optim.learning_rate, fused=True)
-images = torch.from_numpy(SyntheticSource(0).read("train", 0, 5000)[0]).permute(0, 3, 1, 2).float() / 255
+images = torch.from_numpy(MnistSource().read("train", 0, 5000)[0]).permute(0, 3, 1, 2).float() / 255
 seconds = []
 for step in range(int(sys.argv[1]) // 16):
     started = time.perf_counter()
@@ -68,7 +68,7 @@ class Run:
     def __init__(self, folder: Path, name: str, *options: str) -> None:
         self.storage = open_storage(f"{folder}/runs/{name}")
         self.log = folder / "runs" / name / "metrics.jsonl"
-        fixed = [f"storage.root={folder}", f"registry.uri=sqlite:///{folder}/registry.db", f"name={name}", "dataset=synthetic"]
+        fixed = [f"storage.root={folder}", f"registry.uri=sqlite:///{folder}/registry.db", f"name={name}"]
         fixed += ["model=fast", "train.valid_every=1000000000", "train.report_seconds=1"]
         self.started = time.time()
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -116,7 +116,7 @@ def main() -> None:
     ratios, speedups, waits, starts = [], [], [], []
     with tempfile.TemporaryDirectory(prefix="benchmark-train-") as name:
         folder, size = Path(name), f"train.images={arguments.images}"
-        subprocess.run([VLAE, "shard", "dataset=synthetic", f"storage.root={folder}"], check=True)
+        subprocess.run([VLAE, "shard", f"storage.root={folder}"], check=True)
         for number in range(arguments.rounds):
             run = Run(folder, f"one-{number}", size)
             starts.append(run.wait_for_report(run.started))
