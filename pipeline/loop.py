@@ -105,13 +105,8 @@ def fit(
             stop, save, tell = beats.meet(step, should_stop(), not uploads.is_busy("checkpoint"))
             skipped, in_a_row = learner.guard.read()
             if tell or stop or last:
-                counts = {"train/skipped_steps": skipped, "train/failed_uploads": uploads.failures}
-                row = (
-                    {"images": step * train.global_batch}
-                    | learner.settings(batch.step)
-                    | meter.report(train.global_batch)
-                    | counts
-                )
+                row = {"images": step * train.global_batch, **learner.settings(batch.step), **meter.report(train.global_batch)}
+                row |= {"train/skipped_steps": skipped, "train/failed_uploads": uploads.failures}
                 log.add(step, row)
                 if rank == 0:
                     uploads.put("metrics", log.flush)
@@ -121,6 +116,8 @@ def fit(
                 uploads.put("checkpoint", partial(checkpoint.save, run, step, snapshot, train.keep_checkpoints))
             if stop and not last:
                 uploads.wait()
+                if world_size > 1:
+                    dist.barrier()  # Ray ends all ranks when the first of them does
                 raise Stopped
             learner.guard.check(config.run_name, step)
         valid = validate()
