@@ -1,4 +1,4 @@
-"""A run that is killed goes on where it was."""
+"""A run that is killed, or told to stop, goes on where it was."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from pipeline.storage import open_storage
 from tests.e2e.conftest import TINY, VLAE, Run
 
 
-def test_a_killed_run_continues_from_its_newest_checkpoint_and_ends_as_if_it_had_not_been(
+def test_a_run_that_is_killed_and_then_told_to_stop_goes_on_each_time_and_ends_as_if_neither_had_been(
     run: Run, root: str, workplace: Path
 ) -> None:
     run("shard", f"storage.root={root}", standalone=True)
@@ -22,19 +22,31 @@ def test_a_killed_run_continues_from_its_newest_checkpoint_and_ends_as_if_it_had
     options += ["train.report_seconds=0.5", "train.checkpoint_seconds=0"]
     storage = open_storage(f"{root}/runs/killed")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with (workplace / "killed.log").open("w") as log:
-        process = subprocess.Popen(
-            [VLAE, "train", "name=killed", *options], cwd=workplace, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-        # However long a busy machine takes to start Ray; pytest's time limit ends what hangs.
-        while len(storage.list("checkpoints/")) < 2:
-            ended = process.poll() is not None
-            assert not ended, f"the run ended before it could be killed:\n{(workplace / 'killed.log').read_text()}"
+
+    def newest() -> int:
+        return int(max(storage.list("checkpoints/"), default="checkpoints/0").split("/")[1].split("-")[0])
+
+    def start_and_wait(log: Path) -> "subprocess.Popen[bytes]":
+        """Start the run, and wait until it is further than it was."""
+        before = newest()
+        with log.open("w") as file:
+            command = [VLAE, "train", "name=killed", *options]
+            process = subprocess.Popen(command, cwd=workplace, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        while newest() <= before:  # however long a busy machine takes to start Ray; pytest's time limit ends what hangs
+            assert process.poll() is None, f"the run ended before it could be interrupted:\n{log.read_text()}"
             time.sleep(0.1)
-        kill_with_descendants(process)
+        return process
+
+    kill_with_descendants(start_and_wait(workplace / "killed.log"))
     assert not storage.exists("result.json"), "the run ended before it could be killed"
-    step = int(max(storage.list("checkpoints/")).split("/")[1].split("-")[0])
+    step = newest()
     kept = [row for row in read_rows(storage) if row["step"] <= step]
+
+    log = workplace / "stopped.log"
+    process = start_and_wait(log)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert f"run killed is stopped, its state saved after step {newest()} of 1500; the same command goes on" in log.read_text()
 
     run("train", "name=killed", *options, standalone=True)
     loop.fit(config.load("train", ["name=whole", *options]))  # without Ray, which changes nothing and takes long to start
