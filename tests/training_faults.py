@@ -6,6 +6,7 @@ Every run is a ``vlae train`` on two workers, its data and state on the real S3 
 never disturbed, bit for bit: of the same samples, therefore, with the same noise, at each of its steps.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -269,8 +269,9 @@ def assert_same(run: Storage, whole: Storage) -> None:
 def play() -> tuple[int, int]:
     """Play all of them, with a line for each; how many there were, and how many passed."""
     passed = 0
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(contextlib.chdir(folder))  # where the commands keep MLflow's database
         store = stack.enter_context(ObjectStore(f"{folder}/store", "tests"))
         stack.enter_context(mock.patch.dict(os.environ, store.environment()))
         stack.enter_context(mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}))
