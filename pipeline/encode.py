@@ -109,7 +109,7 @@ def encode_part(
 @torch.no_grad()
 def codes(model: vlae.VLAE, batch: Batch, binarization: Binarization, seed: int) -> pa.Table:
     """A row for each image: ``sample``, its number in the split; ``label``, null if it has none; ``code``, the one that stands for it, the
-    posterior's mean; ``scale``, the posterior's standard deviations, null where an IAF makes it no Gaussian; and ``rate_bits``, what a z
+    posterior's mean; ``scale``, the posterior's standard deviations, left out if an IAF makes it no Gaussian; and ``rate_bits``, what a z
     drawn from the posterior costs, log2 q(z|x) - log2 p(z).
     """
     posterior = model.encoder(binarize(batch, binarization, seed).to(device()))
@@ -121,13 +121,13 @@ def codes(model: vlae.VLAE, batch: Batch, binarization: Binarization, seed: int)
     def column(values: torch.Tensor) -> pa.Array:
         return pa.FixedSizeListArray.from_arrays(pa.array(values.float().cpu().numpy().ravel()), type=vectors)
 
-    gaussian = isinstance(posterior, DiagonalGaussian)
+    scale = {"scale": column(posterior.log_scale.exp())} if isinstance(posterior, DiagonalGaussian) else {}
     return pa.table(
         {
             "sample": pa.array(batch.samples, pa.int64()),
             "label": pa.array(labels, pa.int64(), mask=np.asarray(labels < 0)),
             "code": column(posterior.code),
-            "scale": column(posterior.log_scale.exp()) if gaussian else pa.nulls(len(labels), vectors),
+            **scale,
             "rate_bits": pa.array(rate.cpu().numpy(), pa.float64()),
         }
     )

@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from pipeline import config as options
-from pipeline.errors import Interrupted
 from pipeline.metrics import read_rows
 from pipeline.storage import Storage
 
@@ -205,8 +204,7 @@ class Tracking:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        failed = isinstance(error, Exception) and not isinstance(error, Interrupted)
-        status: Status = "FINISHED" if error is None else "FAILED" if failed else "KILLED"
+        status: Status = "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED"
         with self._lock:
             self._runs = {run: ended or status for run, ended in self._runs.items()}
         self._over.set()
