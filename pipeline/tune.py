@@ -52,7 +52,7 @@ def run(config: TuneConfig) -> dict[str, Any]:
     registry = Registry(config.registry)
     trials = Trials.load(config, storage)
     reused = trials.next() is None
-    parameters = {f"search.{key}": value for key, value in to_dict(config)["search"].items()}
+    parameters = {f"search.{key}": value for key, value in identity(config)["search"].items()}
     with Tracking(config.registry) as tracking:
         parent = TrackedRun(storage, search_name(config), config.dataset.name, parameters)
         tracking.follow(parent)
