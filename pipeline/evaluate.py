@@ -53,8 +53,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     model = open_model(config.model, config.registry, config.storage)
     evaluation = Evaluation(config, model)
     measured = evaluation.measure()
-    if model.version:
-        Registry(config.registry).log_evaluation(model.version["name"], model.version["version"], config.split, measured)
     output = open_storage(config.output, config.storage.endpoint_url)
     result = {
         "model": config.model,
@@ -72,7 +70,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         config.split: measured,
         "pictures": [],
     }
-    output.write_json("result.json", result)  # what took long is safe, whatever becomes of the pictures
+    output.write_json("result.json", result)  # what took long is safe, whatever becomes of the rest
+    if model.version:
+        Registry(config.registry).log_evaluation(model.version["name"], model.version["version"], config.split, measured)
     for name, picture in evaluation.pictures(measured["latents"]):
         output.write(f"{name}.png", picture)
         result["pictures"].append(f"{output.url}/{name}.png")

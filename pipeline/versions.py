@@ -20,6 +20,8 @@ from typing import Any
 
 import mlflow.artifacts
 import torch
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.entities import Metric
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
@@ -289,7 +291,7 @@ class Registry:
         """Say in a sentence what went wrong with the registry, or with the storage of its files."""
         try:
             yield
-        except (MlflowException, SQLAlchemyError) as error:
+        except (MlflowException, SQLAlchemyError, Boto3Error, BotoCoreError, ClientError, OSError) as error:
             raise UserError(f"the registry at {self.config.uri} did not do as asked: {str(error).splitlines()[0]}") from error
 
 

@@ -2,9 +2,9 @@
 
     python -m tests.faults        (make faults)
 
-prints a table, those of ``training_faults``, ``registry_faults`` and ``host_faults`` included, and ends with a line of JSON. Every fault of the
-loader ends in the exact epoch, compared by the sample numbers and by the sha256 of every batch, or in an error that names the object.
-``tests/pipeline/test_faults.py`` runs these one by one.
+prints a table, those of ``training_faults``, ``registry_faults`` and ``host_faults`` included, and ends with a line of JSON. Every fault
+of the loader ends in the exact epoch, compared by the sample numbers and by the sha256 of every batch, or in an error that names the
+object. ``tests/pipeline/test_faults.py`` runs these one by one.
 """
 
 import hashlib

@@ -336,14 +336,10 @@ def at_once(*runs: int) -> Callable[[Stage], list[int]]:
     return play
 
 
-QUICK = {
+FAULTS = {
     "none": nothing,
     "two people register two runs at once": at_once(0, 1),
     "two people register the same run at once": at_once(0, 0),
-}
-"""Those that kill nothing, for ``make test``."""
-
-FAULTS = QUICK | {
     "server killed before the first file": killed_before("log_artifacts"),
     "server killed in mid-upload": killed_in_mid_upload,
     "server killed before the version is made": killed_before("create_model_version"),

@@ -25,9 +25,8 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[registry_faults.T
             yield team
 
 
-@pytest.mark.parametrize("fault", registry_faults.QUICK)
-def test_no_version_is_lost_or_doubled(fault: str, team: registry_faults.Team, tmp_path: Path) -> None:
-    registry_faults.plays(registry_faults.QUICK[fault], team, fault.replace(" ", "-"), tmp_path)
+def test_a_run_that_two_people_register_at_once_is_one_version(team: registry_faults.Team, tmp_path: Path) -> None:
+    registry_faults.plays(registry_faults.at_once(0, 0), team, "at-once", tmp_path)
 
 
 def test_files_go_to_s3_and_back_by_the_server_alone(team: registry_faults.Team, tmp_path: Path) -> None:

@@ -209,3 +209,18 @@ def test_a_run_that_is_validated_on_one_image_ends_well(root: str, capsys: pytes
     strict(storage.read("model/training.json").decode())
     for line in storage.read("metrics.jsonl").decode().splitlines():
         strict(line)
+
+
+def test_figures_are_kept_when_a_picture_cannot_be_drawn(
+    runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr("pipeline.pictures.samples", fail)
+    options = config.load("evaluate", [f"model={runs}/flow", f"output={tmp_path}", "bounds.samples=4", "bounds.pictures=5"])
+    with pytest.raises(MemoryError):
+        evaluate.run(options)
+    kept = strict((tmp_path / "result.json").read_text())
+    assert kept["test"]["num_images"] == 13
+    assert kept["pictures"] == []

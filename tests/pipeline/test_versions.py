@@ -207,6 +207,18 @@ def test_a_run_without_a_model_or_its_evaluation_is_refused_and_leaves_no_versio
         local.versions(name)
 
 
+@pytest.mark.usefixtures("object_store")
+def test_files_that_cannot_be_stored_are_said_in_a_sentence_and_leave_no_version(
+    database: str, tmp_path: Path, name: str
+) -> None:
+    nowhere = Registry(config.Registry(uri=database, artifacts="s3://there-is-no-such-bucket/registry"))
+    with pytest.raises(UserError, match=r"did not do as asked: .*there-is-no-such-bucket") as raised:
+        nowhere.register(name, prepare_run(open_storage(str(tmp_path)), 0))
+    sentence_of(raised)
+    with pytest.raises(UserError, match="holds no model named"):
+        nowhere.versions(name)
+
+
 @pytest.mark.parametrize("odd", ["it's", "a/b", "a:b", "", 'a "good" one', "ü z%"])
 def test_a_name_of_odd_characters_is_taken_or_refused_in_one_sentence(odd: str, local: Registry, tmp_path: Path) -> None:
     run = prepare_run(open_storage(str(tmp_path)), 0)
