@@ -49,7 +49,7 @@ def samples(url: str, source: tar.Source, label_key: str) -> Iterator[Sample]:
         if group:
             yield _sample(url, current, group, label_key)
     except tar.BadTar as error:
-        raise UserError(f"{url} is not a whole tar archive: {error}") from None
+        raise UserError(f"{url} is not a whole tar archive: {error}; copy or write it anew") from None
 
 
 def _split(url: str, name: str) -> tuple[str, str | None]:

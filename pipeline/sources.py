@@ -35,7 +35,7 @@ from pipeline.foreign import MAX_MEMBER, samples
 from pipeline.images import BadImage, decode
 from pipeline.noise import Purpose, uniform
 from pipeline.pieces import Pieces
-from pipeline.storage import FolderStorage, Storage, atomic_file, open_storage
+from pipeline.storage import FolderStorage, HttpStorage, Storage, atomic_file, open_storage
 from vlae.synthetic import clouds
 
 Images = npt.NDArray[np.uint8]
@@ -527,7 +527,7 @@ class FileSource(ImageSource):
     def _sizes(self) -> dict[str, int]:
         if isinstance(self._storage, FolderStorage):
             return {name: (self._storage.root / name).stat().st_size for name in self._names}
-        return self._storage.sizes()
+        return {} if isinstance(self._storage, HttpStorage) else self._storage.sizes()  # a web server lists nothing
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:
@@ -636,7 +636,7 @@ class TarSource(FileSource):
                     if member.name.lower().endswith(FolderSource._wanted) and not Path(member.name).name.startswith("."):
                         found.append((member.name.removeprefix("./"), file, member.offset, member.size))
             except tar.BadTar as error:
-                raise UserError(f"{url} is not a whole tar archive: {error}") from None
+                raise UserError(f"{url} is not a whole tar archive: {error}; copy or write it anew") from None
         folders = {tuple(name.split("/")[:-1]) for name, *_ in found}
         common = 0  # folders that all images are in
         while len({folder[: common + 1] for folder in folders}) == 1 and min(map(len, folders)) > common:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from pipeline import data, index, manifest, tar
 from pipeline.cache import ShardCache
-from pipeline.config import Cluster, DataConfig, Dataset, IndexConfig, IndexOptions
+from pipeline.config import Cluster, DataConfig, Dataset, IndexConfig, IndexOptions, ShardOptions, Source
 from pipeline.config import Storage as StorageOptions
 from pipeline.errors import UserError
 from pipeline.foreign import samples
@@ -27,6 +27,7 @@ from pipeline.images import BadImage, array, decode, encode, measure
 from pipeline.loader import EvalLoader, TrainLoader
 from pipeline.pieces import Pieces
 from pipeline.receipts import Receipts
+from pipeline.sources import open_source
 from pipeline.storage import FolderStorage, Storage, open_storage
 from tests.faults import WebServer
 
@@ -152,6 +153,17 @@ def test_shards_on_the_web_are_resized_as_they_are_read(web: str, tmp_path: Path
     assert found[0].images.shape[1:] == (1, 4, 4)
     with pytest.raises(UserError, match="a web address can only be read; use s3://BUCKET/PREFIX or a local folder"):
         open_storage(web).write("x", b"")
+
+
+def test_a_shard_on_the_web_is_written_anew(web: str) -> None:
+    dataset = Dataset(name="x", source=Source.webdataset, path=f"{web}/000001.tar")
+    source = open_source(dataset, ShardOptions(channels=3, valid_fraction=0.3, test_fraction=0.3))
+    found = [source.read(split, 0, count)[0][:, 0, 0, 0] for split, count in source.splits.items()]
+    assert sorted(np.concatenate(found).tolist()) == list(range(20, 40))
+    assert len(source.description["files"]) == 64
+    part = source.part("train", 2, 4)
+    np.testing.assert_array_equal(part.read("train", 2, 4)[0], source.read("train", 2, 4)[0])
+    assert part.key("train", 3) == source.key("train", 3)
 
 
 def test_patterns_are_spelt_out_and_splits_are_whole_shards(tmp_path: Path) -> None:
