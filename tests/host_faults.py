@@ -9,6 +9,7 @@ sums allows.
 
 import json
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -171,7 +172,7 @@ def play() -> tuple[int, int]:
             try:
                 outcome = fault(played)
                 passed += 1
-            except AssertionError as error:
+            except (AssertionError, subprocess.SubprocessError) as error:
                 outcome = f"FAILED: {error}"
             print(f"{name:<46} {time.monotonic() - start:5.1f} s  {outcome}", flush=True)
     return len(FAULTS), passed
