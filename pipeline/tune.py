@@ -59,6 +59,8 @@ def run(config: TuneConfig) -> dict[str, Any]:
         if not reused:
             connect(config.cluster, config.storage)
             search(config, trials, tracking, parent)
+    if not trials.rows:
+        raise UserError(f"search.hours={config.search.hours} was over before a trial began; give the search more time")
     failed = [row for row in trials.rows if row["status"] == FAILED]
     if len(failed) == len(trials.rows):
         raise UserError(
@@ -158,7 +160,12 @@ class Trials:
             return None
         name = trial_config(self.config, point).run_name
         known = {"images": 0, "curve": [], "seconds": 0.0, "failures": 0}
-        return {"number": len(self.rows) + 1, "point": point, "run": name, "status": RUNNING, **known}
+        number = max((row["number"] for row in self.rows), default=0) + 1
+        return {"number": number, "point": point, "run": name, "status": RUNNING, **known}
+
+    def of(self, trial: Trial) -> dict[str, Any]:
+        """The row of a trial of Ray Tune's."""
+        return next(row for row in self.rows if row["number"] == trial.config["number"])
 
     def begin(self, row: dict[str, Any]) -> None:
         """Take in a row that ``next`` gave."""
@@ -236,7 +243,8 @@ def trial(row: dict[str, Any], config: TuneConfig) -> None:
             train.check(typed)
             if typed.cluster.max_workers == 1:
                 device = torch.device("cuda" if typed.cluster.use_gpu else "cpu")
-                train.complete(typed, device=device, on_validation=ray.tune.report)
+                gauges = train.Gauges(typed.run_name)
+                train.complete(typed, device=device, on_validation=ray.tune.report, on_report=gauges.set)
             else:
                 train.fit(typed, callbacks=[TuneReportCallback()])
         if typed.cluster.max_workers == 1:
@@ -311,7 +319,7 @@ class Halting(FIFOScheduler):
         self.trials = trials
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        row = self.trials.rows[trial.config["number"] - 1]
+        row = self.trials.of(trial)
         if "error" in result:
             row |= {"status": FAILED, "error": result["error"]}
         elif "values/nll" in result:  # Ray Tune flattens what is reported
@@ -356,11 +364,8 @@ class Recorder(Callback):
     def _say(self, row: dict[str, Any], text: str) -> None:
         print(f"trial {row['number']}/{self.trials.config.search.num_trials}  {describe(row['point'])}: {text}", flush=True)
 
-    def _row(self, trial: Trial) -> dict[str, Any]:
-        return self.trials.rows[trial.config["number"] - 1]
-
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        row = self._row(trial)
+        row = self.trials.of(trial)
         self.trials.clocks[row["number"]] = time.monotonic()
         self._say(row, f"goes on behind {row['images']:,} images" if row["images"] else "started")
         config = trial_config(self.trials.config, row["point"])
@@ -368,12 +373,12 @@ class Recorder(Callback):
         self.tracking.follow(self.tracked[row["number"]])
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        row = self._row(trial)
+        row = self.trials.of(trial)
         ended: dict[str, Status] = {FAILED: "FAILED", RUNNING: "KILLED"}
         self.tracking.end(self.tracked[row["number"]], ended.get(row["status"], "FINISHED"))
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
-        row = self._row(trial)
+        row = self.trials.of(trial)
         if row["status"] == FINISHED:
             values = row["values"]
             text = f"NLL <= {values['nll']:.2f} nats, rate {values['rate_bits']:.1f} bits"
@@ -387,13 +392,13 @@ class Recorder(Callback):
             self._say(row, text + (": stopped early" if row["status"] == STOPPED else ""))
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        row = self._row(trial)
+        row = self.trials.of(trial)
         row["failures"] += 1
         self.trials.save(row)
         self._say(row, f"lost; it is tried again, for the {_ordinal(row['failures'])} time")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        row = self._row(trial)
+        row = self.trials.of(trial)
         cause = trial.get_error()
         row |= {"status": FAILED, "error": (str(cause).strip().splitlines() or [type(cause).__name__])[-1]}
         self.trials.save(row)

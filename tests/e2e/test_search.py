@@ -96,6 +96,8 @@ def test_a_search_under_a_used_name_with_other_options_is_refused(run: Run, root
 
 
 def test_an_hour_that_is_over_begins_no_trial(run: Run, root: str) -> None:
+    done = run(*SEARCH, f"storage.root={root}", "name=late", "search.hours=0.000001", code=2)
+    assert "search.hours=1e-06 was over before a trial began" in done.stderr
     done = run(*SEARCH, f"storage.root={root}", "search.num_trials=9", "search.hours=0.0001")
     assert "was finished already" in done.stdout
     done = run(*SEARCH, f"storage.root={root}", "search.num_trials=9", "search.core_hours=0.0001")

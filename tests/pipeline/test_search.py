@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from optuna.trial import TrialState
 from pipeline import config, tune
 from pipeline.config import Sampler, Search
 from pipeline.search import known, lags, propose
+from pipeline.storage import open_storage
 
 BUDGET = 1000
 Point = dict[str, Any]
@@ -292,6 +294,43 @@ def test_a_search_is_another_if_what_its_trials_depend_on_changes() -> None:
     }.items():
         assert tune.search_name(tune_config(**{key: value})) == tune.search_name(tune_config())
     assert tune.search_name(tune_config(name="mine")) == "mine"
+
+
+def test_what_was_begun_comes_first_and_a_point_whose_record_is_deleted_is_tried_again(tmp_path: Path) -> None:
+    loaded, storage = tune_config(**{"search.sampler": "grid"}), open_storage(str(tmp_path))
+    trials = tune.Trials.load(loaded, storage)
+    begun = []
+    for _ in range(3):
+        row = trials.next()
+        assert row is not None
+        trials.begin(row)
+        begun.append(row)
+    for row in begun[1:]:
+        row["status"] = "failed"
+        trials.save(row)
+    storage.delete(["trials/0002.json"])
+
+    again = tune.Trials.load(loaded, storage)
+    first = again.next()
+    assert first is not None
+    assert (first["number"], first["point"]) == (1, begun[0]["point"])
+    again.begin(first)
+    second = again.next()
+    assert second is not None
+    assert (second["number"], second["point"]) == (4, begun[1]["point"])
+    assert again.seconds() >= begun[2]["search_seconds"], "time goes on from where it was"
+
+
+def test_a_budget_of_time_counts_what_was_spent_before(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    trials = tune.Trials.load(tune_config(), storage)
+    row = trials.next()
+    assert row is not None
+    trials.begin(row | {"seconds": 7200.0})
+    for hours, cores, over in ((1.9, 1, True), (2.1, 1, False), (3.9, 2, True)):
+        values = {"search.core_hours": hours, "cluster.cpus_per_worker": cores}
+        assert (tune.Trials.load(tune_config(**values), storage).next() is None) == over
+    assert tune.Trials.load(tune_config(**{"search.hours": 1.0}), storage).next() is not None
 
 
 def rows_of_every_kind() -> list[Row]:
