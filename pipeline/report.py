@@ -10,6 +10,7 @@ import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from itertools import chain
 from string import Template
 from typing import Any
 
@@ -45,7 +46,7 @@ TITLES = {
     "map": "What window and code size do",
     "curves": "Learning curves",
     "importance": "What matters for what",
-    "models": "Models along the front, side by side",
+    "models": "Models side by side",
 }
 MEASURES = {"rate_bits": "rate, bits per image", "nll": "NLL, nats per image", "probe_accuracy": "probe accuracy, %"}
 COLUMNS = {
@@ -82,10 +83,10 @@ def write(config: TuneConfig, output: Storage, rows: Sequence[Row], records: Seq
 
     look = Look(config)
     finished = [row for row in rows if row["status"] == "finished"]
-    along = TRADE_OFF.ranked(finished)[0] if finished else []
+    fronts = TRADE_OFF.ranked(finished)
     drawings: dict[str, Figure | None] = {}
     with matplotlib.rc_context(STYLE):
-        drawings["front"] = front(look, rows, along)
+        drawings["front"] = front(look, rows, fronts[0] if fronts else [])
         drawings["map"] = heat_map(look, rows)
         drawings["curves"] = learning_curves(look, rows, {row["number"]: row["curve"] for row in records})
         drawings["importance"] = importance(config, records)
@@ -93,8 +94,9 @@ def write(config: TuneConfig, output: Storage, rows: Sequence[Row], records: Seq
         for name, figure in drawings.items():
             if figure:
                 output.write(f"{name}.png", _png(figure))
-    if along:
-        sheet = side_by_side(config, sorted(along[:MODELS], key=lambda row: row["rate_bits"]), look)
+    if fronts:
+        shown = list(chain(*fronts))[:MODELS]  # the front's first, and if these are few, those behind it
+        sheet = side_by_side(config, sorted(shown, key=lambda row: row["rate_bits"]), look)
         output.write("models.png", sheet)
         charts["models"] = f'<img alt="{TITLES["models"]}" src="data:image/png;base64,{b64encode(sheet).decode()}">'
     output.write(PAGE, page(config, output.url.rpartition("/")[2], rows, charts, look).encode())
@@ -386,7 +388,8 @@ CAPTIONS = {
     "map": "In each cell, of the trials that finished there, the one of the least NLL. Pale: none finished; the last validation.",
     "curves": "A hollow end is a trial that was stopped early.",
     "importance": "How much of the differences between finished trials each option explains.",
-    "models": "Each model's decodings of the same validation images, and images that it draws by itself.",
+    "models": "The front's models, and if these are few those behind it: decodings of the same validation images, and images that each "
+    "draws by itself.",
 }
 
 
