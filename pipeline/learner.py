@@ -30,6 +30,8 @@ class Learner:
         self.autocast = train.precision is Precision.bfloat16 or (
             train.precision is Precision.auto and device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
+        largest = -(-train.num_streams // world_size) * (train.global_batch // train.num_streams)
+        self.splits = train.micro_batch is not None and train.micro_batch < largest  # on all ranks, if on any: see backward
         torch.manual_seed(train.seed)
         self.model = config.build(image_shape).to(device, self.dtype)
         self.ema = vlae.EMA(self.model, optim.ema_decay)
@@ -74,14 +76,15 @@ class Learner:
     def backward(self, x: Tensor, noise: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Give the weights the gradient of the loss over the global batch; returns distortion and rates as ``learn`` does.
 
-        The loss wants the mean rates of the whole global batch (``vlae.training_loss``). If this rank's part of it is one micro-batch,
-        its forward pass has them; if several, a pass of its own finds them first, without gradient, through encoder and prior alone.
+        The loss wants the mean rates of the whole global batch (``vlae.training_loss``). If each rank's part of it is one micro-batch,
+        its forward pass has them; else a pass of its own finds them first, without gradient, through encoder and prior alone. All
+        ranks do the one or the other, for they have to meet in the same order, and DDP, too, may have them meet in a forward pass.
         """
         train, size = self.config.train, self.config.train.micro_batch or len(x)
         weight = self.soft.gamma if self.soft else schedule.rate_weight(train, step)
         micro_batches = list(zip(x.split(size), noise.split(size), strict=True))
         rates, distortion = None, x.new_zeros(())
-        if len(micro_batches) > 1:
+        if self.splits:
             with torch.no_grad(), self._autocast():
                 per_latent = torch.cat([self.model.rate_per_latent(*each) for each in micro_batches])
             rates = sum_over_ranks(self._part(vlae.group_rates(per_latent, train.free_groups), x))

@@ -274,7 +274,8 @@ def play() -> tuple[int, int]:
         stack.enter_context(contextlib.chdir(folder))  # where the commands keep MLflow's database
         store = stack.enter_context(ObjectStore(f"{folder}/store", "tests"))
         stack.enter_context(mock.patch.dict(os.environ, store.environment()))
-        stack.enter_context(mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}))
+        ours = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}  # as in Ray's workers
+        stack.enter_context(mock.patch.dict(os.environ, ours))
         strokes.write(strokes.data_storage(ROOT))
         undisturbed()
         for number, (name, fault) in enumerate(FAULTS.items()):
