@@ -26,7 +26,8 @@ from tests.conftest import answers, free_ports
 
 ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
 
-PROGRAMS = {"ip": "iproute2", "unshare": "util-linux", "setpriv": "util-linux", "sshd": "openssh-server", "rsync": "rsync"}
+PROGRAMS = {"ip": "iproute2", "unshare": "util-linux", "setpriv": "util-linux", "ssh-keygen": "openssh-client"}
+PROGRAMS |= {"sshd": "openssh-server", "rsync": "rsync"}
 """What a host is made with, and Debian's package of each."""
 
 BOOT = """
