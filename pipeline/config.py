@@ -353,7 +353,7 @@ class Search:
         "how long the search may take; what runs then is interrupted, and goes on if there is more time", None
     )
     core_hours: float | None = option("how many core-hours its trials may take together", None)
-    max_concurrent: int = option("trials that run at once; 0 is as many as the cluster has room for", 0)
+    max_concurrent: int = option("trials that run at once, at most; 0 is as many as the cluster has room for", 0)
     grace_fraction: float = option("the part of a run that every trial is given before it may be stopped early", 0.25)
     reduction: int = option("asha: of the trials at each rung, one in this many goes on", 3)
     samples: int = option("k of the bound that finished trials are measured with; 1 is the code length", 8)

@@ -206,7 +206,8 @@ def search(config: TuneConfig, trials: Trials, tracking: Tracking, parent: Track
     # A trial of several workers only waits for them, and Ray Train starts all of them or none: were it to hold a core itself, trials could
     # starve their own workers.
     needed = resources(workers) if workers.max_workers == 1 else {"memory": 1 << 20}
-    concurrent = config.search.max_concurrent or max(1, num_places(workers) // workers.max_workers)
+    room = max(1, num_places(workers) // workers.max_workers)
+    concurrent = min(config.search.max_concurrent or room, room)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
     tuner = Tuner(
         ray.tune.with_resources(ray.tune.with_parameters(trial, config=config), needed),
@@ -251,7 +252,8 @@ def trial(row: dict[str, Any], config: TuneConfig) -> None:
             values = measure(config, row["point"], storage)
         else:
             held = resources(typed.cluster)
-            task = ray.remote(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0))(measure)
+            # "DEFAULT" is anywhere: without it, Ray would look for these in what this trial holds, which is no core.
+            task = ray.remote(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), scheduling_strategy="DEFAULT")(measure)
             values = ray.get(task.remote(config, row["point"], storage))
     except UserError as error:
         ray.tune.report({"error": str(error)})
