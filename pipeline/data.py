@@ -89,16 +89,20 @@ def format_report(action: str, result: dict[str, Any]) -> str:
         f"{result['name']}: {width} x {height}, {channels} channels, {result['bytes'] / 1e6:,.1f} MB as {result['encoding']}"
     ]
     for split, counts in result["splits"].items():
-        line = f"  {split:<6}{counts['images']:>12,} images in {counts['shards']:,} shards"
+        line = f"  {split:<6}{counts['images']:>12,} images in {_shards(counts['shards'])}"
         classes = result.get("classes", {}).get(split)
         lines.append(line + (f"; {_balance(classes)}" if classes else ""))
     if action == "verify":
         lines.append(
-            f"checked {result['shards_checked']:,} shards, {result['bytes_checked'] / 1e6:,.1f} MB: "
+            f"checked {_shards(result['shards_checked'])}, {result['bytes_checked'] / 1e6:,.1f} MB: "
             f"{len(result['damaged'])} damaged"
         )
         lines += [f"  {item['shard']}: {item['reason']}" for item in result["damaged"][:20]]
     return "\n".join(lines + [f"picture: {url}" for url in result.get("pictures", [])])
+
+
+def _shards(number: int) -> str:
+    return f"{number:,} shard{'' if number == 1 else 's'}"
 
 
 def _balance(classes: dict[str, int]) -> str:
