@@ -26,21 +26,26 @@ def test_a_run_that_is_killed_and_then_told_to_stop_goes_on_each_time_and_ends_a
     def newest() -> int:
         return int(max(storage.list("checkpoints/"), default="checkpoints/0").split("/")[1].split("-")[0])
 
+    def logged() -> list[dict[str, float]]:
+        """What the log has up to the newest checkpoint."""
+        step = newest()
+        return [row for row in read_rows(storage) if row["step"] <= step]
+
     def start_and_wait(log: Path) -> "subprocess.Popen[bytes]":
-        """Start the run, and wait until it is further than it was."""
+        """Start the run, and wait until it is further than it was, and has logged something that a resumed run keeps."""
         before = newest()
         with log.open("w") as file:
             command = [VLAE, "train", "name=killed", *options]
             process = subprocess.Popen(command, cwd=workplace, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        while newest() <= before:  # however long a busy machine takes to start Ray; pytest's time limit ends what hangs
+        # However long a busy machine takes to start Ray; pytest's time limit ends what hangs.
+        while newest() <= before or not logged():
             assert process.poll() is None, f"the run ended before it could be interrupted:\n{log.read_text()}"
             time.sleep(0.1)
         return process
 
     kill_with_descendants(start_and_wait(workplace / "killed.log"))
     assert not storage.exists("result.json"), "the run ended before it could be killed"
-    step = newest()
-    kept = [row for row in read_rows(storage) if row["step"] <= step]
+    kept = logged()
 
     log = workplace / "stopped.log"
     process = start_and_wait(log)
@@ -51,7 +56,6 @@ def test_a_run_that_is_killed_and_then_told_to_stop_goes_on_each_time_and_ends_a
     run("train", "name=killed", *options, standalone=True)
     loop.fit(config.load("train", ["name=whole", *options]))  # without Ray, which changes nothing and takes long to start
     rows = read_rows(storage)
-    assert kept
     assert rows[: len(kept)] == kept, "the log starts afresh: the checkpoint was not used"
     steps = [row["step"] for row in rows if "train/code_length" in row]
     assert steps == sorted(set(steps))
