@@ -9,13 +9,10 @@ object. ``tests/pipeline/test_faults.py`` runs these one by one.
 
 import hashlib
 import http.client
-import json
 import os
 import re
-import shutil
 import socket
 import struct
-import sys
 import tempfile
 import threading
 import time
@@ -23,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,7 @@ from pipeline.shard import write_shard
 from pipeline.sources import Images, ImageSource, Labels
 from pipeline.storage import Storage, open_storage
 from pipeline.store import ObjectStore
-from tests import host_faults, registry_faults, training_faults
+from tests import host_faults, playing, registry_faults, training_faults
 
 SHARD, NUM_SHARDS, BLOCK = 64, 3, 16
 PREFIX = "faults"
@@ -543,30 +541,18 @@ def impatience() -> Iterator[None]:
             setattr(storage_module, name, value)
 
 
-def main() -> None:
-    passed = 0
+def play() -> tuple[int, int]:
+    """Play the loader's, with a line for each; how many there were, and how many passed."""
     with tempfile.TemporaryDirectory() as folder, ObjectStore(f"{folder}/store", BUCKET) as store, impatience():
         os.environ.update(store.environment())
         write(open_storage(f"s3://{BUCKET}/{PREFIX}"))
-        for number, fault in enumerate(FAULTS):
-            place = Path(folder, str(number))
-            place.mkdir()
-            stage = Stage(store, epoch(open_storage(f"s3://{BUCKET}/{PREFIX}", store.endpoint_url)), place)
-            start = time.monotonic()
-            try:
-                with attempts(fault):
-                    outcome = fault.passes(stage)
-                passed += 1
-            except AssertionError as error:
-                outcome = f"FAILED: {error}"
-            print(f"{fault.name:<46} {time.monotonic() - start:5.1f} s  {outcome[:150]}", flush=True)
-            shutil.rmtree(place)
-    count = len(FAULTS)
-    for others in (training_faults, registry_faults, host_faults):
-        more, passed_of_them = others.play()
-        count, passed = count + more, passed + passed_of_them
-    print(json.dumps({"faults": count, "passed": passed}))
-    sys.exit(passed < count)
+        expected = epoch(open_storage(f"s3://{BUCKET}/{PREFIX}", store.endpoint_url))
+
+        def passes(fault: Fault) -> str:
+            with tempfile.TemporaryDirectory(dir=folder) as place, attempts(fault):
+                return fault.passes(Stage(store, expected, Path(place)))[:150]
+
+        return playing.play((fault.name, partial(passes, fault)) for fault in FAULTS)
 
 
 @contextmanager
@@ -581,4 +567,5 @@ def attempts(fault: Fault) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    scores = [module_play() for module_play in (play, training_faults.play, registry_faults.play, host_faults.play)]
+    playing.finish(*(sum(each) for each in zip(*scores, strict=True)))

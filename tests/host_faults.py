@@ -9,13 +9,12 @@ sums allows.
 
 import json
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -27,7 +26,7 @@ from torch.multiprocessing.spawn import spawn
 from pipeline import config, loop
 from pipeline.storage import Storage, open_storage
 from pipeline.store import ObjectStore
-from tests import hosts
+from tests import hosts, playing
 
 ROOT, WEIGHTS = "s3://tests/hosts", "model/model.safetensors"
 OPTIONS = [f"storage.root={ROOT}", "dataset=synthetic", "model=tiny", "train=short", "train.precision=float64",
@@ -164,21 +163,11 @@ def play() -> tuple[int, int]:
     if reason := hosts.lacking():
         print(f"no host is cut off: {reason}")
         return 0, 0
-    passed, start = 0, time.monotonic()
+    start = time.monotonic()
     with stage() as played:
-        print(f"{'(two hosts, ray up, shards)':<46} {time.monotonic() - start:5.1f} s", flush=True)
-        for name, fault in FAULTS.items():
-            start = time.monotonic()
-            try:
-                outcome = fault(played)
-                passed += 1
-            except (AssertionError, subprocess.SubprocessError) as error:
-                outcome = f"FAILED: {error}"
-            print(f"{name:<46} {time.monotonic() - start:5.1f} s  {outcome}", flush=True)
-    return len(FAULTS), passed
+        playing.say("(two hosts, ray up, shards)", start)
+        return playing.play((name, partial(fault, played)) for name, fault in FAULTS.items())
 
 
 if __name__ == "__main__":
-    count, passed = play()
-    print(json.dumps({"faults": count, "passed": passed}))
-    sys.exit(passed < count)
+    playing.finish(*play())

@@ -7,7 +7,6 @@ shows is whole, and at the end each run is a version, once. The last line is JSO
 """
 
 import http.client
-import json
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +31,7 @@ from pipeline.errors import UserError
 from pipeline.storage import Storage, open_storage
 from pipeline.store import ObjectStore
 from pipeline.versions import Registry
+from tests import playing
 from tests.conftest import free_ports
 from tests.pipeline.models import prepare_run
 
@@ -384,21 +385,14 @@ def stage(folder: Path) -> Iterator[Team]:
 
 def play() -> tuple[int, int]:
     """Play all of them, with a line for each; how many there were, and how many passed."""
-    passed, start = 0, time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as place, stage(Path(place)) as team:
-        print(f"{'(PostgreSQL, S3, MLflow)':<46} {time.monotonic() - start:5.1f} s", flush=True)
-        for number, (name, fault) in enumerate(FAULTS.items()):
-            start = time.monotonic()
-            try:
-                outcome = plays(fault, team, f"model-{number}", Path(place, str(number)))
-                passed += 1
-            except AssertionError as error:
-                outcome = f"FAILED: {error}"
-            print(f"{name:<46} {time.monotonic() - start:5.1f} s  {outcome[:150]}", flush=True)
-    return len(FAULTS), passed
+        playing.say("(PostgreSQL, S3, MLflow)", start)
+        return playing.play(
+            (name, partial(plays, fault, team, f"model-{number}", Path(place, str(number))))
+            for number, (name, fault) in enumerate(FAULTS.items())
+        )
 
 
 if __name__ == "__main__":
-    count, passed = play()
-    print(json.dumps({"faults": count, "passed": passed}))
-    sys.exit(passed < count)
+    playing.finish(*play())

@@ -7,7 +7,6 @@ never disturbed, bit for bit: of the same samples, therefore, with the same nois
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -29,6 +29,7 @@ from pipeline import config, loop
 from pipeline.metrics import read_rows
 from pipeline.storage import Storage, open_storage
 from pipeline.store import ObjectStore
+from tests import playing
 from tests.pipeline import strokes
 
 ROOT, WEIGHTS, WORKERS = "s3://tests/training", "model/model.safetensors", 2
@@ -206,6 +207,7 @@ def store_away(stage: Stage) -> str:
 FULL = """
 import sys
 from pipeline import loop, uploads
+from tests import playing
 from tests.pipeline import strokes
 uploads.PATIENCE = 3
 strokes.write(strokes.data_storage(sys.argv[1]))
@@ -268,7 +270,6 @@ def assert_same(run: Storage, whole: Storage) -> None:
 
 def play() -> tuple[int, int]:
     """Play all of them, with a line for each; how many there were, and how many passed."""
-    passed = 0
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(contextlib.chdir(folder))  # where the commands keep MLflow's database
@@ -278,20 +279,10 @@ def play() -> tuple[int, int]:
         stack.enter_context(mock.patch.dict(os.environ, ours))
         strokes.write(strokes.data_storage(ROOT))
         undisturbed()
-        for number, (name, fault) in enumerate(FAULTS.items()):
-            place = Path(folder, str(number))
-            place.mkdir()
-            start = time.monotonic()
-            try:
-                outcome = fault(Stage(store, place))
-                passed += 1
-            except (AssertionError, subprocess.TimeoutExpired) as error:
-                outcome = f"FAILED: {error}"
-            print(f"{name:<46} {time.monotonic() - start:5.1f} s  {outcome}", flush=True)
-    return len(FAULTS), passed
+        return playing.play(
+            (name, partial(fault, Stage(store, Path(tempfile.mkdtemp(dir=folder))))) for name, fault in FAULTS.items()
+        )
 
 
 if __name__ == "__main__":
-    count, passed = play()
-    print(json.dumps({"faults": count, "passed": passed}))
-    sys.exit(passed < count)
+    playing.finish(*play())
