@@ -90,7 +90,7 @@ def test_damaged_data_ends_a_run_with_the_name_of_the_shard(run: Run, root: str,
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert "datasets/damaged/train/" in error
-    assert "sha256" in error
+    assert "checksum" in error
 
 
 def test_a_search_registers_its_best_models(searched: dict[str, object], run: Run, root: str) -> None:
