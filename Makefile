@@ -21,7 +21,7 @@ search-demo: install ## a search for the trade-off of rate and distortion, its r
 	$(BIN)/vlae demo folder=search-demo search=map train=brief register_best=3
 
 test: lint ## lint, types, and all tests
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: install ## break storage, kill servers and cut off hosts, and show that nothing is lost
 	$(BIN)/python -m tests.faults
