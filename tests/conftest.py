@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -56,8 +57,13 @@ def ray_cluster(object_store: ObjectStore, tmp_path_factory: pytest.TempPathFact
     command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     command += [f"--dashboard-agent-listen-port={agent}"]
-    with pytest.MonkeyPatch.context() as patch, log.open("w") as file:
-        head = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    # A folder of its own, with a short name for its sockets: in the one that they share, a Ray started after it is taken for it by jobs.
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        log.open("w") as file,
+        TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+    ):
+        head = subprocess.Popen([*command, f"--temp-dir={folder}"], stdout=file, stderr=subprocess.STDOUT)
         try:
             wait_for(lambda: answers(gcs) and answers(dashboard) and answers(agent), head, log)
             patch.setenv("RAY_ADDRESS", f"127.0.0.1:{gcs}")
