@@ -9,6 +9,7 @@ All with ``model=fast`` on dynamically binarized MNIST, in a folder of its own.
   guard, log nor checkpoint. They take turns; the median of each round's ratios.
 * two_workers_speedup: images per second of two workers of one core each to those of one, with the same global batch of 64. They take turns
   likewise. Both need the two cores for themselves.
+* two_loops_speedup: two bare loops side by side to one: what the machine itself leaves of two.
 * data_wait_share: of the time of the runs with one worker, what they waited for images.
 * seconds_to_first_step: from the command, which starts a Ray of its own, to the report of its tenth step; the median.
 * seconds_to_resume: from the SIGKILL of the only worker to the report of the tenth step after its restart.
@@ -108,12 +109,20 @@ class Run:
         return statistics.median(speed), statistics.fmean(waited)
 
 
+def bare_loops(count: int, images: int) -> list[float]:
+    """Images per second of each of so many bare loops that run at the same time."""
+    loops = [
+        subprocess.Popen([sys.executable, "-c", BARE, str(images)], stdout=subprocess.PIPE, text=True) for _ in range(count)
+    ]
+    return [float(each.communicate()[0]) for each in loops]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=16_000, help="that each run sees")
     arguments = parser.parse_args()
-    ratios, speedups, waits, starts = [], [], [], []
+    ratios, speedups, limits, waits, starts = [], [], [], [], []
     with tempfile.TemporaryDirectory(prefix="benchmark-train-") as name:
         folder, size = Path(name), f"train.images={arguments.images}"
         subprocess.run([VLAE, "shard", f"storage.root={folder}"], check=True)
@@ -121,20 +130,20 @@ def main() -> None:
             run = Run(folder, f"one-{number}", size)
             starts.append(run.wait_for_report(run.started))
             ours, waited = run.figures()
-            bare = subprocess.run(
-                [sys.executable, "-c", BARE, str(arguments.images)], check=True, capture_output=True, text=True
-            )
+            (bare,), pair = bare_loops(1, arguments.images), bare_loops(2, arguments.images)
             batch = [size, "train.global_batch=64"]
             one, two = (
                 Run(folder, f"batch-{workers}-{number}", *batch, f"cluster.num_workers={workers}").figures()[0]
                 for workers in (1, 2)
             )
-            ratios.append(ours / json.loads(bare.stdout))
+            ratios.append(ours / bare)
+            limits.append(sum(pair) / bare)
             speedups.append(two / one)
             waits.append(waited)
             print(
                 f"round {number + 1}: {ours:.0f} images/s, {ratios[-1]:.3f} of the bare loop's, {waited:.1%} waiting, "
-                f"{starts[-1]:.1f} s to the tenth step; batch 64: {one:.0f} images/s, {two:.0f} on two workers ({speedups[-1]:.2f} x)",
+                f"{starts[-1]:.1f} s to the tenth step; batch 64: {one:.0f} images/s, {two:.0f} on two workers ({speedups[-1]:.2f} x; "
+                f"two bare loops {limits[-1]:.2f} x)",
                 flush=True,
             )
         run = Run(folder, "killed", "train.images=1000000", "train.checkpoint_seconds=2")
@@ -146,6 +155,7 @@ def main() -> None:
     result = {
         "ratio_to_bare_loop": statistics.median(ratios),
         "two_workers_speedup": statistics.median(speedups),
+        "two_loops_speedup": statistics.median(limits),
         "data_wait_share": statistics.median(waits),
         "seconds_to_first_step": statistics.median(starts),
         "seconds_to_resume": resumed,
