@@ -35,6 +35,10 @@ from pipeline.storage import atomic_file
 HOST = "127.0.0.1"
 REGION = "us-east-1"  # the server takes any; the SDKs want one
 START_SECONDS = 30.0
+ATTEMPTS, PORT_TAKEN = (
+    3,
+    "Port allocation failed",
+)  # in its log, if another process takes a port between our choice and its start
 STOP_SECONDS = 5.0  # it takes 1.2, but now and then its admin part hangs; what was written is safe from SIGKILL
 
 
@@ -74,9 +78,17 @@ class ObjectStore:
         }
 
     def __enter__(self) -> Self:
-        with ExitStack() as resources:
-            self._start(resources)
-            self._resources = resources.pop_all()
+        wanted = self.port
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                with ExitStack() as resources:
+                    self._start(resources)
+                    self._resources = resources.pop_all()
+                break
+            except UserError:
+                if attempt == ATTEMPTS or not self.log.exists() or PORT_TAKEN not in self.log.read_text(errors="replace"):
+                    raise
+                self.port = wanted
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:

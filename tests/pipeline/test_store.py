@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from boto3.session import Session
 
+from pipeline import store
 from pipeline.config import StoreConfig
 from pipeline.errors import UserError
 from pipeline.store import ObjectStore, run
@@ -133,3 +135,19 @@ def test_the_server_dies_with_its_parent(tmp_path: Path) -> None:
     with serve(tmp_path) as process:
         os.kill(process.pid, signal.SIGKILL)
     wait_until_gone(tmp_path)
+
+
+def test_a_port_that_another_process_takes_at_the_last_moment_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_ports, chosen = store._free_ports, list[list[int]]()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def choose(wanted: int, count: int) -> list[int]:
+            ports = free_ports(wanted, count)
+            chosen.append(ports if chosen else [*ports[:5], other.getsockname()[1], *ports[6:]])  # the admin part's
+            return chosen[-1]
+
+        monkeypatch.setattr(store, "_free_ports", choose)
+        with ObjectStore(tmp_path, "tests") as running:
+            assert running.port == chosen[1][0]
