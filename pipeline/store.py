@@ -35,10 +35,8 @@ from pipeline.storage import atomic_file
 HOST = "127.0.0.1"
 REGION = "us-east-1"  # the server takes any; the SDKs want one
 START_SECONDS = 30.0
-ATTEMPTS, PORT_TAKEN = (
-    3,
-    "Port allocation failed",
-)  # in its log, if another process takes a port between our choice and its start
+ATTEMPTS = 3
+PORT_TAKEN = "Port allocation failed"  # in its log, where another process has taken a port between our choice and its start
 STOP_SECONDS = 5.0  # it takes 1.2, but now and then its admin part hangs; what was written is safe from SIGKILL
 
 
