@@ -109,8 +109,9 @@ def fit(
                 row |= {"train/skipped_steps": skipped, "train/failed_uploads": uploads.failures}
                 log.add(step, row)
                 if rank == 0:
-                    uploads.put("metrics", log.flush)
                     on_report(row)
+            if tell or save or stop or last:
+                uploads.put("metrics", log.flush)  # before the checkpoint: who goes on from that has the log up to it
             if rank == 0 and (save or stop or last) and not in_a_row:  # what follows a skipped step may be another
                 snapshot = checkpoint.snapshot(learner.state)
                 uploads.put("checkpoint", partial(checkpoint.save, run, step, snapshot, train.keep_checkpoints))

@@ -55,17 +55,20 @@ def test_a_search_whose_driver_and_then_a_trial_are_killed_ends_with_every_trial
     storage = open_storage(f"{root}/searches/fated")
     third = open_storage(f"{root}/runs/fated-window3x1-latents4-flow_depth0-learning_rate0.003")
 
-    process, log = start(workplace, root)
-    wait_until(lambda: len(third.list("checkpoints/")) >= 2, process, log)
-    kill_with_descendants(process)
-    before = records(storage)
-    assert [row["status"] for row in before] == ["finished", "failed", "unfinished"]
-    assert "not finite" in before[1]["error"]
-    step = int(max(third.list("checkpoints/")).split("/")[1].split("-")[0])
-    kept = [row for row in read_rows(third) if row["step"] <= step]
+    def kept() -> list[dict[str, float]]:
+        """The rows of the third trial's log up to its newest checkpoint."""
+        steps = [int(key.split("/")[1].split("-")[0]) for key in third.list("checkpoints/")]
+        return [row for row in read_rows(third) if steps and row["step"] <= max(steps)]
 
     process, log = start(workplace, root)
-    wait_until(lambda: any(row["step"] > step for row in read_rows(third)), process, log)
+    wait_until(kept, process, log)
+    kill_with_descendants(process)
+    before, rows_before = records(storage), kept()
+    assert [row["status"] for row in before] == ["finished", "failed", "unfinished"]
+    assert "not finite" in before[1]["error"]
+
+    process, log = start(workplace, root)
+    wait_until(lambda: len(kept()) > len(rows_before), process, log)
     (trial,) = [pid for pid, command in descendants(process.pid).items() if command.startswith("ray::") and "train" in command]
     os.kill(trial, signal.SIGKILL)
     assert process.wait() == 0, log.read_text()
@@ -78,8 +81,7 @@ def test_a_search_whose_driver_and_then_a_trial_are_killed_ends_with_every_trial
     assert [row["failures"] for row in after] == [0, 0, 1, 0]
     assert "trial 3/4  window 3x1, latents 4, flow_depth 0, learning_rate 0.003: lost; it is tried again" in output
     rows = read_rows(third)
-    assert kept
-    assert rows[: len(kept)] == kept, "the trial starts afresh: its checkpoint was not used"
+    assert rows[: len(rows_before)] == rows_before, "the trial starts afresh: its checkpoint was not used"
     steps = [row["step"] for row in rows if "train/code_length" in row]
     assert steps == sorted(set(steps))
     images = [entry["images"] for entry in after[2]["curve"]]

@@ -151,6 +151,21 @@ def test_a_run_cut_off_at_a_validation_has_that_validation_in_its_log(whole: Sto
     assert steps_of(loop.run_storage(config), "valid") == steps_of(whole, "valid")
 
 
+def test_a_checkpoint_is_never_in_storage_before_the_log_up_to_it(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(root, "log-first", "train.report_seconds=3600")
+    run, save = loop.run_storage(config), checkpoint.save
+    logged: dict[int, list[float]] = {}
+
+    def look_and_save(storage: Storage, step: int, *arguments: Any) -> None:
+        logged[step] = steps_of(run, "valid")
+        save(storage, step, *arguments)
+
+    monkeypatch.setattr(checkpoint, "save", look_and_save)
+    loop.fit(config)
+    assert min(logged) < 20
+    assert logged == {step: [valid for valid in (10, 20) if valid <= step] for step in logged}
+
+
 def test_a_run_without_its_checkpoints_starts_afresh_and_its_log_too(whole: Storage, root: str) -> None:
     config = configure(root, "fresh")
     interrupt(config, 3)
