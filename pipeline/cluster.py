@@ -14,6 +14,9 @@ from ray.exceptions import RayTaskError
 from pipeline.config import Cluster, Storage
 from pipeline.errors import UserError
 
+WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+"""Workers train in a thread of their own, and glibc gives such a thread's freed memory back to the kernel at every step, whatever
+``loop.keep_freed_memory`` asks of it: only the main arena keeps it. So they have no other."""
 IN_FLIGHT = 256  # tasks that wait for a worker at once; more would only burden Ray
 
 
@@ -35,7 +38,7 @@ def connect(cluster: Cluster, storage: Storage) -> None:
     if storage.endpoint_url:
         os.environ["AWS_ENDPOINT_URL"] = storage.endpoint_url
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    env_vars = {name: os.environ[name] for name in ("AWS_ENDPOINT_URL",) if name in os.environ}
+    env_vars = WORKER_ENVIRONMENT | {name: os.environ[name] for name in ("AWS_ENDPOINT_URL",) if name in os.environ}
     if address:
         if _has_token():
             # A cluster that Ray starts here makes and uses a token by itself; a driver that joins one has to be told to.
@@ -48,10 +51,11 @@ def connect(cluster: Cluster, storage: Storage) -> None:
             port = probe.getsockname()[1]
         os.environ["RAY_GCS_SERVER_PORT"] = str(port)
         env_vars["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
-    # A submitted job has its environment from `ray job submit`, and Ray refuses to be told twice.
-    runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else {"env_vars": env_vars}
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        # A submitted job has an environment from `ray job submit`, and Ray refuses to be told a name twice.
+        env_vars = {name: value for name, value in env_vars.items() if name not in os.environ}
     try:
-        ray.init(address or "local", log_to_driver=False, logging_level="warning", runtime_env=runtime_env)
+        ray.init(address or "local", log_to_driver=False, logging_level="warning", runtime_env={"env_vars": env_vars})
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         if not address:

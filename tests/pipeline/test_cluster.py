@@ -1,0 +1,63 @@
+"""What every worker of a cluster is given."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from pipeline.cluster import WORKER_ENVIRONMENT
+
+ENVIRONMENT = """
+import json, os
+from pipeline.cluster import connect, in_tasks
+from pipeline.config import load
+
+config = load("train", [])
+connect(config.cluster, config.storage)
+(environment,) = in_tasks(lambda: dict(os.environ), [()])
+print(json.dumps(environment))
+"""
+FAULTS = """
+import json, resource, threading
+import torch
+from pipeline.config import load
+from pipeline.loop import keep_freed_memory
+
+faults = []
+
+def train():
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    model = load("train", ["model=fast"]).build((1, 28, 28))
+    for _ in range(12):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        bound = model(torch.ones(64, 1, 28, 28), torch.zeros(64, model.latents))
+        (bound.distortion + bound.rate).mean().backward()
+        del bound
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+thread = threading.Thread(target=train)
+thread.start()
+thread.join()
+print(json.dumps(faults))
+"""
+
+
+def last_line(code: str, **environment: str) -> Any:
+    """What a Python of its own, without this one's Ray, prints last."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", *WORKER_ENVIRONMENT)}
+    done = subprocess.run([sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_workers_have_the_environment_that_is_meant_for_them() -> None:
+    assert last_line(ENVIRONMENT).items() >= WORKER_ENVIRONMENT.items()
+
+
+def test_with_it_a_thread_that_trains_keeps_the_memory_of_a_step_for_the_next() -> None:
+    faults = last_line(FAULTS, **WORKER_ENVIRONMENT)
+    assert faults[0] > 10_000, "the first step's arrays are new memory"
+    assert statistics.median(faults[4:]) < 100, "later steps, too, take new memory from the kernel"
