@@ -18,7 +18,7 @@ demo: install ## from real images to a registered model, in ./demo
 	$(BIN)/vlae demo
 
 search-demo: install ## a search for the trade-off of rate and distortion, its report and three models, in ./search-demo
-	$(BIN)/vlae demo folder=search-demo search=map train=brief register_best=3
+	$(BIN)/vlae demo folder=search-demo search=map train=brief register_best=3 bounds.samples=16
 
 test: lint ## lint, types, and all tests
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,20 @@ def test_a_checkpoint_is_never_in_storage_before_the_log_up_to_it(root: str, mon
     loop.fit(config)
     assert min(logged) < 20
     assert logged == {step: [valid for valid in (10, 20) if valid <= step] for step in logged}
+
+
+def test_steps_go_on_while_a_checkpoint_is_being_written(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, save = configure(root, "slow-upload"), checkpoint.save
+    is_far, waited = threading.Event(), list[bool]()
+
+    def wait_and_save(*arguments: Any) -> None:
+        waited.append(is_far.wait(60))
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", wait_and_save)
+    loop.fit(config, on_report=lambda row: is_far.set() if row["images"] >= 25 * 8 else None)
+    assert waited[0], "15 steps after the first checkpoint waited for it"
+    assert loop.run_storage(config).list("checkpoints/")
 
 
 def test_a_run_without_its_checkpoints_starts_afresh_and_its_log_too(whole: Storage, root: str) -> None:
