@@ -99,7 +99,7 @@ def encode_part(
     torch.set_num_threads(1)  # several would add up in another order
     model = model.to(device())
     loader = EvalLoader(data, contents, split=split, batch_size=BATCH, rank=part, world_size=num_parts)
-    table = pa.concat_tables([codes(model, batch, binarization, seed) for batch in loader])
+    table = pa.concat_tables([codes(model, batch, loader.keys(batch), binarization, seed) for batch in loader])
     file = io.BytesIO()
     pq.write_table(table, file, compression="zstd")
     output.write(_key(part), file.getvalue())
@@ -107,10 +107,11 @@ def encode_part(
 
 
 @torch.no_grad()
-def codes(model: vlae.VLAE, batch: Batch, binarization: Binarization, seed: int) -> pa.Table:
-    """A row for each image: ``sample``, its number in the split; ``label``, null if it has none; ``code``, the one that stands for it, the
-    posterior's mean; ``scale``, the posterior's standard deviations, left out if an IAF makes it no Gaussian; and ``rate_bits``, what a z
-    drawn from the posterior costs, log2 q(z|x) - log2 p(z).
+def codes(model: vlae.VLAE, batch: Batch, keys: list[str] | None, binarization: Binarization, seed: int) -> pa.Table:
+    """A row for each image: ``sample``, its number in the split; ``key``, its name where it came from, left out if it had none;
+    ``label``, null if it has none; ``code``, the one that stands for it, the posterior's mean; ``scale``, the posterior's standard
+    deviations, left out if an IAF makes it no Gaussian; and ``rate_bits``, what a z drawn from the posterior costs,
+    log2 q(z|x) - log2 p(z).
     """
     posterior = model.encoder(binarize(batch, binarization, seed).to(device()))
     z, log_posterior = posterior.sample_with_log_prob(code_noise(model, batch, seed).to(device()))
@@ -121,10 +122,14 @@ def codes(model: vlae.VLAE, batch: Batch, binarization: Binarization, seed: int)
     def column(values: torch.Tensor) -> pa.Array:
         return pa.FixedSizeListArray.from_arrays(pa.array(values.float().cpu().numpy().ravel()), type=vectors)
 
+    # A file's name may hold bytes that are no text, which Parquet does not take.
+    texts = [key.encode(errors="surrogateescape").decode(errors="backslashreplace") for key in keys or ()]
+    named = {"key": pa.array(texts, pa.string())} if keys is not None else {}
     scale = {"scale": column(posterior.log_scale.exp())} if isinstance(posterior, DiagonalGaussian) else {}
     return pa.table(
         {
             "sample": pa.array(batch.samples, pa.int64()),
+            **named,
             "label": pa.array(labels, pa.int64(), mask=np.asarray(labels < 0)),
             "code": column(posterior.code),
             **scale,

@@ -188,6 +188,10 @@ class EvalLoader:
         """How many of them it could not read so far, and left out."""
         return self._reader.num_skipped
 
+    def keys(self, batch: Batch) -> list[str] | None:
+        """What the samples of a batch were called where they came from; None if they had no names there."""
+        return self._reader.keys(batch.samples)
+
     def __iter__(self) -> Iterator[Batch]:
         step = 0
         for rows, present in one_ahead(self._rounds()):

@@ -315,18 +315,18 @@ def checksum(record: bytes) -> str:
 
 @dataclass(frozen=True)
 class Index:
-    """The records of one shard; every array has shape ``(num_records,)``, but ``starts`` one more."""
+    """The records of one shard; every array has shape ``(num_records,)``, but ``starts`` one more, and ``keys`` one for each sample."""
 
     offset: Integers  # in bytes
     size: Integers  # in bytes
     checksum: tuple[str, ...]
     starts: Integers  # each record's first sample, and the number of all
     labels: Integers | None  # of encoding "image", which has a sample in each record; else they are in the records
-    keys: tuple[str, ...] | None  # likewise: the samples' names
+    keys: tuple[str, ...] | None  # the samples' names where they came from, if they had any
 
     @staticmethod
     def to_bytes(offset: list[int], size: list[int], checksum: list[str], **others: list[int] | list[str]) -> bytes:
-        """The index object, from one value for each record: ``num_samples``, or ``labels`` and ``keys``."""
+        """The index object, from one value for each record: ``num_samples``, or ``labels``. ``keys`` has one for each sample."""
         return json.dumps({"offset": offset, "size": size, "checksum": checksum, **others}, separators=(",", ":")).encode()
 
     @classmethod
@@ -340,11 +340,12 @@ class Index:
             counts = np.array(columns["num_samples"] if "num_samples" in columns else [1] * len(offset), dtype=np.int64)
             keys = tuple(columns["keys"]) if "keys" in columns else None
             loaded = cls(offset, size, tuple(columns["checksum"]), np.append(0, np.cumsum(counts)), labels, keys)
-            lengths = {len(column) for column in (size, counts, loaded.checksum, labels, keys) if column is not None}
+            lengths = {len(column) for column in (size, counts, loaded.checksum, labels) if column is not None}
             ends = np.append(0, offset + size)
             if (
                 lengths != {len(offset)}
                 or loaded.starts[-1] != shard.num_samples
+                or (keys is not None and (len(keys) != shard.num_samples or not all(isinstance(key, str) for key in keys)))
                 or min(size.min(initial=0), counts.min(initial=1)) < 0
             ):
                 raise ValueError("its columns do not fit together")

@@ -125,6 +125,17 @@ class Reader:
         in_parallel(read, runs, min(THREADS, len(runs)))
         return present
 
+    def keys(self, samples: Integers) -> list[str] | None:
+        """What samples of the split, by their numbers, were called where they came from; None if they had no names there."""
+        shards = np.searchsorted(self._first_samples, samples, side="right") - 1
+        found = []
+        for shard, place in zip(shards.tolist(), (samples - self._first_samples[shards]).tolist(), strict=True):
+            keys = self._index(self.shards[shard]).keys
+            if keys is None:
+                return None
+            found.append(keys[place])
+        return found
+
     def _records(self, shard: Shard, index: Index, run: Run) -> Iterator[tuple[int, bytes]]:
         """The records that hold a run, with their numbers, as they come: one read, and what lies between them is passed over."""
         first = int(np.searchsorted(index.starts, run.start, side="right")) - 1
@@ -158,7 +169,7 @@ class Reader:
         except (ObjectNotFound, ObjectTooShort, DamagedData) as error:
             self._skip(error, rows, present, to)
         except (images.BadImage, tar.BadTar) as error:
-            key = f" ({index.keys[number]})" if index.keys else ""
+            key = f" ({index.keys[number]})" if index.keys and index.labels is not None else ""
             damage = DamagedData(f"{self._url(shard)}: record {number}{key} cannot be used: {error}")
             self._skip(damage, rows, present, to)
 

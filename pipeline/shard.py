@@ -184,6 +184,8 @@ def write_with_receipt(
     images: list[np.ndarray] = []
     labels: list[int] = []
     unreadable: list[tuple[int, str]] = []
+    names = source.names(job.split, job.start, job.stop)
+    keys = None if names is None else list[str]()
     digests = b""
     for number, (pixels, label) in enumerate(source.examine(job.split, job.start, job.stop), job.start):
         if isinstance(pixels, BadImage):
@@ -194,8 +196,10 @@ def write_with_receipt(
         else:
             images.append(pixels)
             labels.append(label)
+            if names is not None and keys is not None:
+                keys.append(names[number - job.start])
             digests += hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
-    shard = _write(storage, job.name, job.start, images, np.array(labels, dtype=np.int64), block_size, encoding)
+    shard = _write(storage, job.name, job.start, images, np.array(labels, dtype=np.int64), block_size, encoding, keys)
     made = {"shard": asdict(shard), "unreadable": unreadable, "digests": digests.hex()}
     receipts.write(job.receipt, made)
     return job, made
@@ -216,8 +220,17 @@ def write_shard(
     return _write(storage, name, start, images, labels, block_size, encoding)
 
 
-def _write(storage: Storage, name: str, first: int, images: Any, labels: Labels, block_size: int, encoding: Encoding) -> Shard:
-    """Write a shard of images, each ``(height, width, channels)``; ``first`` is the first one's number."""
+def _write(
+    storage: Storage,
+    name: str,
+    first: int,
+    images: Any,
+    labels: Labels,
+    block_size: int,
+    encoding: Encoding,
+    keys: list[str] | None = None,
+) -> Shard:
+    """Write a shard of images, each ``(height, width, channels)``, and its index; ``first`` is the first one's number."""
     file = io.BytesIO()
     # A fixed time and owner: equal images must give equal bytes.
     with webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:
@@ -231,7 +244,9 @@ def _write(storage: Storage, name: str, first: int, images: Any, labels: Labels,
     if encoding is not Encoding.npy:
         found = [m for m in tar.members(io.BytesIO(content), len(content)) if m.name.endswith(encoding.value)]
         columns = {"offset": [m.offset for m in found], "size": [m.size for m in found]}
-        columns |= {"labels": labels.tolist(), "keys": [m.name.partition(".")[0] for m in found]}
+        columns |= {"labels": labels.tolist()}
+    if keys is not None:
+        columns |= {"keys": keys}
     places = zip(columns["offset"], columns["size"], strict=True)
     columns["checksum"] = [checksum(content[offset : offset + size]) for offset, size in places]
     index = Index.to_bytes(**columns)

@@ -107,6 +107,10 @@ class ImageSource(ABC):
         """What a person would call an image of a split."""
         return f"{split}/{number}"
 
+    def names(self, split: str, start: int, stop: int) -> list[str] | None:
+        """What images were called where they came from; None if they had no names there."""
+        return None
+
     def unreadable(self, split: str, number: int, reason: BadImage) -> UserError:
         """What to say of an image that cannot be read."""
         return UserError(f"cannot read {self.key(split, number)} ({reason}); mend or remove it")
@@ -549,6 +553,9 @@ class FileSource(ImageSource):
 
     def key(self, split: str, number: int) -> str:
         return f"{self._path}/{self._items[split][number - self._first].key}"
+
+    def names(self, split: str, start: int, stop: int) -> list[str]:
+        return [item.key for item in self._items[split][start - self._first : stop - self._first]]
 
     def part(self, split: str, start: int, stop: int) -> "FileSource":
         held = copy.copy(self)

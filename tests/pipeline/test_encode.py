@@ -17,12 +17,14 @@ import pytest
 import torch
 
 import vlae
-from pipeline import config, encode, loop, manifest
+from pipeline import config, encode, loop, manifest, shard
 from pipeline.errors import UserError
 from pipeline.loader import EvalLoader, binarize
 from pipeline.probe import code_noise
+from pipeline.sources import SPLITS
 from pipeline.storage import Storage, open_storage
 from tests.pipeline import strokes
+from tests.pipeline.images import write_images
 
 MODELS = {"flow": [], "iaf": ["model.flow_depth=0", "model.posterior_depth=2"]}
 
@@ -53,6 +55,7 @@ def test_every_image_is_encoded_once_in_order_with_its_label_scale_and_rate(mode
     assert (result["images"], len(result["parts"]), result["reused"]) == (96, 4, False)
     table = rows(storage)
     assert table["sample"].to_pylist() == list(range(96))
+    assert "key" not in table.column_names
     network = vlae.load(f"{root}/runs/{model}/model")
     data = strokes.data_storage(root)
     (batch,) = EvalLoader(data, manifest.load(data), split="train", batch_size=96)
@@ -104,6 +107,21 @@ def test_a_killed_command_goes_on_with_the_parts_that_are_missing(root: str, tmp
     assert sorted(output.list()) == sorted(
         ["recipe.json", "result.json", *(f"codes/part-{part:05d}.parquet" for part in range(48))]
     )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_images_that_had_names_are_encoded_by_them(root: str, tmp_path: Path) -> None:
+    names = [f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(40)] + [os.fsdecode(b"dog/b\xe9b\xe9.png")]
+    write_images(tmp_path / "images", names, (strokes.SIZE, strokes.SIZE), mode="L")
+    folder = ["dataset.name=pets", "dataset.source=folder", f"dataset.path={tmp_path}/images", f"storage.root={tmp_path}"]
+    shard.run(config.load("shard", [*folder, "shard.test_fraction=0.3", "shard.valid_fraction=0.3"]))
+    found = {}
+    for split in SPLITS:
+        output = open_storage(str(tmp_path / split))
+        encode.run(options(root, output.url, f"split={split}", f"dataset_url={tmp_path}/datasets/pets"))
+        table = rows(output)
+        found |= dict(zip(table["key"].to_pylist(), table["label"].to_pylist(), strict=True))
+    assert found == {name.replace("\udce9", r"\xe9"): int(name.startswith("dog")) for name in names}
 
 
 def test_codes_of_another_model_or_setting_are_not_mixed(root: str, tmp_path: Path) -> None:

@@ -347,7 +347,7 @@ COLUMNS = {"offset": [0, 3000], "size": [2000, 500], "checksum": ["a", "b"]}
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.sampled_from([{"num_samples": [3, 1]}, {"labels": [1, 2], "keys": ["x", "y"]}]), st.data())
+@given(st.sampled_from([{"num_samples": [3, 1], "keys": list("wxyz")}, {"labels": [1, 2], "keys": ["x", "y"]}]), st.data())
 def test_an_index_that_was_forged_stays_within_its_shard_or_is_refused(others: dict[str, Any], data: st.DataObject) -> None:
     content = json.dumps(altered(COLUMNS | others, data)).encode()
     shard = replace(SHARD, index_sha256=hashlib.sha256(content).hexdigest())
@@ -358,3 +358,4 @@ def test_an_index_that_was_forged_stays_within_its_shard_or_is_refused(others: d
     assert loaded.starts[-1] == shard.num_samples
     assert (loaded.offset >= 0).all()
     assert (loaded.offset + loaded.size <= shard.size).all()
+    assert loaded.keys is None or [type(key) for key in loaded.keys] == [str] * shard.num_samples

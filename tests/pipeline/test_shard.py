@@ -110,6 +110,24 @@ def test_a_folder_of_images_becomes_a_data_set(storage: Storage, tmp_path: Path)
     assert colours == sorted((number, 255 - number, 7) for number in range(80))
 
 
+@pytest.mark.parametrize("encoding", [Encoding.npy, Encoding.png])
+def test_images_keep_their_names_also_where_some_cannot_be_read(storage: Storage, tmp_path: Path, encoding: Encoding) -> None:
+    odd = os.fsdecode(b"dog/b\xe9b\xe9.png")  # no UTF-8
+    write_images(tmp_path / "images", [*(f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(40)), odd])
+    (tmp_path / "images" / "cat/3.png").write_bytes(b"no image")
+    shard.run(config_for(storage, Source.folder, tmp_path / "images", max_unreadable=1, channels=3, encoding=encoding))
+    contents = manifest.load(storage)
+    named = {}
+    for split in contents.splits:
+        loader = EvalLoader(storage, contents, split=split, batch_size=9)
+        for batch in loader:
+            named |= dict(zip(loader.keys(batch) or [], batch.images[:, 0, 0, 0].tolist(), strict=True))
+    expected = {f"{kind}/{number}.png": at + number for kind, at in (("cat", 0), ("dog", 40)) for number in range(40)} | {
+        odd: 80
+    }
+    assert named == {name: colour for name, colour in expected.items() if name != "cat/3.png"}
+
+
 def test_a_damaged_image_is_named_and_leaves_no_data_set(storage: Storage, tmp_path: Path) -> None:
     write_images(tmp_path / "images", [f"{number}.png" for number in range(80)])
     (tmp_path / "images" / "33.png").write_bytes(b"no image")
