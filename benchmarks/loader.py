@@ -4,7 +4,7 @@
 
 Two data sets: 60,000 grey images of 28 x 28 (MNIST), and 3,038 colour images of 64 x 64 (pieces of scikit-learn's two
 photographs). For each, from the same server, with the same batches of 128, shuffled, in one process without workers, for
-two epochs (the second may use what the first left on disk):
+a first epoch and for later ones (which may use what the first left on disk):
 
 * ours: blocks of raw pixels, with the local cache; ours_uncached: without it, so that each epoch gets every byte from the server;
 * webdataset: a PNG for each image, decoded, shuffled and batched in the documented form;
@@ -16,10 +16,10 @@ two epochs (the second may use what the first left on disk):
 PYTHON has the peers installed: ``python -m venv peers; peers/bin/pip install webdataset mosaicml-streaming litdata obstore``; without
 it, only those that our own environment has are run. The loaders take turns, N times. Speed is in images per second of
 processor time (on one core, so to speak; the kernel's part included, the server's not), since wall time on a shared machine is mostly
-that of others. A first epoch is a process that runs one; a second is what a process that runs two takes more, so that
-reading ahead is counted where it belongs.
+that of others. A first epoch is a process that runs one; a later one is what a process that runs four takes more, by three, so that
+reading ahead is counted where it belongs, and what a process needs once does not pass for what an epoch needs.
 
-The last line is JSON, with medians of each round's ratios, for the first and the second epoch: ratio_to_best_peer (of webdataset, streaming
+The last line is JSON, with medians of each round's ratios, for a first and a later epoch: ratio_to_best_peer (of webdataset, streaming
 and litdata), ratio_to_hand_loop, and ratio_to_ceiling: ours_uncached to raw_get.
 """
 
@@ -40,6 +40,7 @@ from pipeline.sources import MnistSource
 from pipeline.store import ObjectStore
 
 PEERS = ("webdataset", "streaming", "litdata")
+EPOCHS = 4
 LOADERS = ("ours", "ours_uncached", *PEERS, "hand_loop", "raw_get", "memory")
 
 
@@ -69,13 +70,13 @@ def child(python: str, action: str, loader: str, folder: Path, prefix: str, epoc
     return json.loads(lines[-1].removeprefix("found: ")) if lines else {}
 
 
-def two_epochs(python: str, loader: str, folder: Path, prefix: str) -> list[dict[str, float]]:
-    """Images, seconds of processor time and of wall time of the first epoch, and of the second."""
-    one, both = (child(python, "read", loader, folder / loader, prefix, epochs) for epochs in (1, 2))
-    return [one, {name: both[name] - one[name] for name in one}]
+def first_and_later(python: str, loader: str, folder: Path, prefix: str) -> list[dict[str, float]]:
+    """Images, seconds of processor time and of wall time of the first epoch, and of a later one."""
+    one, all_of_them = (child(python, "read", loader, folder / loader, prefix, epochs) for epochs in (1, EPOCHS))
+    return [one, {name: (all_of_them[name] - one[name]) / (EPOCHS - 1) for name in one}]
 
 
-Speeds = dict[str, list[list[float]]]  # by loader, for each round: of the first and the second epoch
+Speeds = dict[str, list[list[float]]]  # by loader, for each round: of the first and a later epoch
 
 
 def ratios(speed: Speeds, ours: str, others: tuple[str, ...]) -> list[float]:
@@ -107,7 +108,7 @@ def main() -> None:
             speed: Speeds = {loader: [] for loader in loaders}
             for _ in range(options.rounds):
                 for loader in loaders:
-                    epochs = two_epochs(python[loader], loader, folder, f"{data}/{loader}")
+                    epochs = first_and_later(python[loader], loader, folder, f"{data}/{loader}")
                     assert all(epoch["images"] > len(images) - 129 for epoch in epochs), (loader, epochs)
                     cpu, wall = ([epoch["images"] / epoch[clock] for epoch in epochs] for clock in ("cpu", "wall"))
                     speed[loader].append(cpu)

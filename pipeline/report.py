@@ -63,7 +63,7 @@ MARKERS, DASHES = "osD^vPX*", (0, (4, 3))
 STYLE = {
     "font.size": 10, "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": FAINT,
     "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": RULE,
-    "axes.axisbelow": True,     "svg.fonttype": "none", "legend.frameon": False, "figure.constrained_layout.use": True,
+    "axes.axisbelow": True, "svg.fonttype": "none", "legend.frameon": False, "figure.constrained_layout.use": True,
 }  # fmt: skip
 TRADE_OFF = Goals.parse(["min rate_bits", "min distortion_nats"])
 MODELS, IMAGES = 6, 10
@@ -278,7 +278,7 @@ def learning_curves(look: Look, rows: Sequence[Row], curves: Mapping[int, Sequen
         curve, finished = curves[row["number"]], row["status"] == "finished"
         axes.plot(
             [entry["images"] for entry in curve], [entry["nll"] for entry in curve], color=look.color(row),
-            linewidth=1.8 if finished else 1.1,             alpha=1 if finished else 0.8, gid=f"trial{row['number']}.curve",
+            linewidth=1.8 if finished else 1.1, alpha=1 if finished else 0.8, gid=f"trial{row['number']}.curve",
         )  # fmt: skip
         axes.plot(
             curve[-1]["images"], curve[-1]["nll"], look.marker(row), color=look.color(row), markersize=5,

@@ -138,21 +138,17 @@ class Registry:
     def versions(self, name: str) -> list[dict[str, Any]]:
         """Every version of a model, the newest first, with parameters and metrics. Raises UserError if there is no such model."""
         with self._explained():
-            versions = self._search(name)
-            if not versions:
-                known = ", ".join(model["name"] for model in self.models()) or "nothing yet"
-                raise UserError(f"the registry at {self.config.uri} holds no model named {name}; it holds {known}")
-            aliases = self.client.get_registered_model(name).aliases
-            return [self._describe(version, aliases) for version in versions]
+            return [self._describe(version, aliases) for version, aliases in self._all_versions(name)]
 
     def resolve(self, uri: str) -> dict[str, Any]:
         """The version behind ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``. Raises UserError if there is none."""
         reference = uri.removeprefix("models:/")
         name, _, alias = reference.partition("@")
         name, _, number = name.partition("/")
-        for row in self.versions(name):
-            if (alias and alias in row["aliases"]) or (not alias and number == str(row["version"])):
-                return row
+        for version, aliases in self._all_versions(name):
+            if (alias in aliases) if alias else (number == str(version.version)):
+                with self._explained():
+                    return self._describe(version, aliases)
         raise UserError(f"{uri} is not in the registry at {self.config.uri}; see `vlae registry show name={name}`")
 
     def download(self, name: str, version: int, folder: Path) -> Path:
@@ -191,7 +187,7 @@ class Registry:
 
     def set_alias(self, name: str, version: int, alias: str) -> None:
         """Give ``alias`` to a version. Raises UserError if there is no such version, or MLflow takes no such alias."""
-        known = [row["version"] for row in self.versions(name)]
+        known = [int(each.version) for each, _ in self._all_versions(name)]
         if version not in known:
             raise UserError(f"{name} has no version {version}; it has {', '.join(map(str, sorted(known)))}")
         if alias == "champion":
@@ -229,8 +225,8 @@ class Registry:
 
         Once more goes one further back. Raises UserError if there was none before.
         """
-        rows = self.versions(name)
-        present = next((row["version"] for row in rows if "champion" in row["aliases"]), None)
+        known = {int(each.version): aliases for each, aliases in self._all_versions(name)}
+        present = next((version for version, aliases in known.items() if "champion" in aliases), None)
         line: list[int] = []
         for _, how, version in self.history(name):
             if how == "promoted":
@@ -238,7 +234,6 @@ class Registry:
             else:
                 while line and line[-1] != version:
                     line.pop()
-        known = {row["version"] for row in rows}
         before = next((version for version in reversed(line) if version != present and version in known), None)
         if present is None or before is None:
             raise UserError(
@@ -268,18 +263,31 @@ class Registry:
             if not token:
                 return found
 
+    def _all_versions(self, name: str) -> list[tuple[ModelVersion, list[str]]]:
+        """Every version of a model, the newest first, with its aliases. Raises UserError if there is no such model."""
+        with self._explained():
+            versions = self._search(name)
+            if not versions:
+                known = ", ".join(model["name"] for model in self.models()) or "nothing yet"
+                raise UserError(f"the registry at {self.config.uri} holds no model named {name}; it holds {known}")
+            aliases = self.client.get_registered_model(name).aliases
+        return [
+            (version, sorted(alias for alias, number in aliases.items() if str(number) == str(version.version)))
+            for version in versions
+        ]
+
     def _search(self, name: str) -> list[ModelVersion]:
         if not name or set(name) & set("/:'\""):
             raise UserError(f"{name!r} is no name for a registered model; use one without slashes, colons and quotes")
         found = self.client.search_model_versions(f"name = '{name}'")
         return sorted(found, key=lambda version: int(version.version), reverse=True)
 
-    def _describe(self, version: ModelVersion, aliases: dict[str, str]) -> dict[str, Any]:
+    def _describe(self, version: ModelVersion, aliases: list[str]) -> dict[str, Any]:
         data = self.client.get_run(version.run_id).data
         return {
             "name": version.name,
             "version": int(version.version),
-            "aliases": sorted(alias for alias, number in aliases.items() if str(number) == str(version.version)),
+            "aliases": aliases,
             "run": version.tags.get("run"),
             "tags": {key: value for key, value in version.tags.items() if not key.startswith(CHECKSUM)},
             "parameters": dict(data.params),
