@@ -760,8 +760,15 @@ class ParquetSource(FileSource):
 
         with self._readable(file):
             if isinstance(self._storage, FolderStorage):
-                return pyarrow.parquet.ParquetFile(self._storage.root / file)
-            return pyarrow.parquet.ParquetFile(pyarrow.BufferReader(self._storage.read(file)))
+                path = self._storage.root / file
+                table, size = pyarrow.parquet.ParquetFile(path), path.stat().st_size
+            else:
+                content = self._storage.read(file)
+                table, size = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)), len(content)
+            rows = table.metadata.num_rows
+            if not 0 <= rows <= size:  # a list of so many would fill the memory
+                raise ValueError(f"it is said to have {rows} rows, but has {size} bytes")
+            return table
 
     @contextmanager
     def _readable(self, file: str) -> Iterator[None]:

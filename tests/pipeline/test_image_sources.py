@@ -239,6 +239,24 @@ def test_a_parquet_file_with_any_bytes_in_it_is_read_or_refused(at: float, chang
             pass
 
 
+def test_a_parquet_file_that_boasts_of_rows_is_refused_before_they_are_listed(tmp_path: Path) -> None:
+    def number_of_rows(count: int) -> bytes:
+        """Thrift: the next field, a 64-bit integer, zigzag, in groups of seven bits."""
+        digits = [2 * count >> shift & 127 for shift in range(0, (2 * count).bit_length(), 7)]
+        return bytes([0x16, *(digit | 128 for digit in digits[:-1]), digits[-1]])
+
+    whole = small_parquet()
+    size = int.from_bytes(whole[-8:-4], "little")
+    body, footer = whole[: -8 - size], whole[-8 - size : -8]
+    forged = footer.replace(number_of_rows(24), number_of_rows(10**12), 1)
+    (tmp_path / "x.parquet").write_bytes(body + forged + len(forged).to_bytes(4, "little") + whole[-4:])
+    assert pq.read_metadata(tmp_path / "x.parquet").num_rows == 10**12
+    with pytest.raises(
+        UserError, match=r"x\.parquet cannot be read as Parquet \(it is said to have 1000000000000 rows, but has"
+    ):
+        opened("parquet", tmp_path)
+
+
 @lru_cache
 def small_parquet() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
