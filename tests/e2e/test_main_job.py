@@ -1,13 +1,20 @@
 """The main job on real MNIST, over the real S3 server, Ray and MLflow; the tests build on each other, in order."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+import ray
 
+from pipeline import config
+from pipeline.cluster import connect
 from pipeline.storage import open_storage
 from pipeline.store import ObjectStore
 from tests.e2e.conftest import TINY, Run
@@ -178,15 +185,43 @@ main("evaluate", sys.argv[1:])
     assert "test: code length" in shown
 
 
-def test_a_job_is_submitted_to_a_running_cluster(data: str, root: str, object_store: ObjectStore, ray_cluster: str) -> None:
-    environment = object_store.environment()
-    command = [
-        str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", ray_cluster, "--working-dir", str(REPOSITORY),
-        "--runtime-env-json", json.dumps({"env_vars": environment}), "--",
-        sys.executable, "-m", "pipeline.train", f"storage.root={root}", "name=job", *TINY,
-    ]  # fmt: skip
+def ray_job(address: str, action: str, *arguments: str) -> str:
+    """What ``ray job`` prints."""
+    command = [str(Path(sys.executable).with_name("ray")), "job", action, "--address", address, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=dict(os.environ))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"result: {root}/runs/job/result.json" in done.stdout
-    assert "succeeded" in done.stdout
+    return done.stdout
+
+
+def submit(address: str, store: ObjectStore, root: str, name: str, *options: str, wait: bool = True) -> str:
+    """Submit a run as a job of its name; returns what that prints."""
+    environment = json.dumps({"env_vars": store.environment()})
+    asked = ["--working-dir", str(REPOSITORY), "--submission-id", name, "--runtime-env-json", environment]
+    run = [sys.executable, "-m", "pipeline.train", f"storage.root={root}", f"name={name}", *TINY, *options]
+    return ray_job(address, "submit", *asked, *([] if wait else ["--no-wait"]), "--", *run)
+
+
+def test_a_job_is_submitted_to_a_running_cluster(data: str, root: str, object_store: ObjectStore, ray_cluster: str) -> None:
+    printed = submit(ray_cluster, object_store, root, "job")
+    assert f"result: {root}/runs/job/result.json" in printed
+    assert "succeeded" in printed
     assert open_storage(f"{root}/runs/job").exists("result.json")
+
+
+def test_a_running_job_is_seen_at_rays_metrics_endpoint(
+    data: str, root: str, object_store: ObjectStore, ray_cluster: str
+) -> None:
+    submit(ray_cluster, object_store, root, "watched", "train.images=40_000_000", wait=False)
+    connect(config.Cluster(), config.Storage())
+    (port,) = {node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]}
+    shown = dict[str, float]()
+    while not {"images_per_s", "code_length", "rate"} <= shown.keys():  # pytest's time limit ends it
+        assert "RUNNING" in (status := ray_job(ray_cluster, "status", "watched")) or "PENDING" in status, status
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        lines = re.findall(r'^ray_vlae_train_(\w+)\{[^}]*run="watched"[^}]*\} (\S+)$', text, re.MULTILINE)
+        shown = {name: float(value) for name, value in lines}
+        time.sleep(1)
+    assert shown["images_per_s"] > 0
+    assert 0 < shown["rate"] < shown["code_length"] < 784 * math.log(2)
+    assert "stopped" in ray_job(ray_cluster, "stop", "watched")
