@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ def play(faults: Iterable[tuple[str, Callable[[], str]]]) -> tuple[int, int]:
             outcome = fault()
             passed += 1
         except (AssertionError, subprocess.SubprocessError) as error:
+            traceback.print_exc()
             outcome = f"FAILED: {error}"
         count += 1
         say(name, start, outcome)
