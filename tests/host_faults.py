@@ -117,7 +117,8 @@ def host_cut_off_and_back(stage: Stage) -> str:
 
 def host_cut_off_and_missed(stage: Stage) -> str:
     """One worker is enough: the run goes on with the other host, and takes the first back when it is there again."""
-    since, options = time.time(), ["train.images=480_000", "cluster.num_workers=[1,2]"]
+    # Over so many steps, differences in the last bit grow to all there is, unless the steps are small.
+    since, options = time.time(), ["train.images=480_000", "optim.learning_rate=1e-5", "cluster.num_workers=[1,2]"]
     stage.start("shrinks", *options)
     stage.wait_for_step("shrinks", 500)
     cut = stage.network.hosts[1]
@@ -133,7 +134,7 @@ def host_cut_off_and_missed(stage: Stage) -> str:
     assert sizes == [2, 1, 2], sizes
     disturbed, whole = load(run_of("shrinks").read(WEIGHTS)), load(undisturbed(1, "alone", options).read(WEIGHTS))
     furthest = max((disturbed[name] - whole[name]).abs().max().item() for name in whole)
-    assert furthest < 1e-6
+    assert furthest < 1e-9, f"weights differ by {furthest:.0e}"
     return f"cut at step {at} of 30000, on one host {waited:.0f} s later (step {alone}), then on two; weights within {furthest:.0e}"
 
 
