@@ -1,4 +1,4 @@
-"""A search outlives the death of its driver and of its trials, and its mistakes are not tried again."""
+"""A search outlives Ctrl-C and the death of its driver and of its trials, and its mistakes are not tried again."""
 
 import json
 import os
@@ -37,7 +37,8 @@ def start(workplace: Path, root: str) -> tuple["subprocess.Popen[bytes]", Path]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with log.open("w") as file:
         command = [VLAE, *SEARCH, f"storage.root={root}"]
-        return subprocess.Popen(command, cwd=workplace, env=environment, stdout=file, stderr=subprocess.STDOUT), log
+        options: dict[str, Any] = {"cwd": workplace, "env": environment, "start_new_session": True}
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **options), log
 
 
 def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -48,7 +49,7 @@ def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[bytes]",
         time.sleep(0.1)
 
 
-def test_a_search_whose_driver_and_then_a_trial_are_killed_ends_with_every_trial_run_once(
+def test_a_search_that_is_interrupted_and_whose_driver_and_then_a_trial_are_killed_runs_every_trial_once(
     run: Run, root: str, workplace: Path
 ) -> None:
     run("shard", f"storage.root={root}", standalone=True)
@@ -62,6 +63,14 @@ def test_a_search_whose_driver_and_then_a_trial_are_killed_ends_with_every_trial
 
     process, log = start(workplace, root)
     wait_until(kept, process, log)
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C: all that a terminal started
+    assert process.wait() == 130
+    assert log.read_text().endswith("\ninterrupted; the same command goes on from here\n")
+    assert "Traceback" not in log.read_text()
+
+    rows_before = kept()
+    process, log = start(workplace, root)
+    wait_until(lambda: len(kept()) > len(rows_before), process, log)
     kill_with_descendants(process)
     before, rows_before = records(storage), kept()
     assert [row["status"] for row in before] == ["finished", "failed", "unfinished"]
