@@ -185,7 +185,7 @@ def write_with_receipt(
     labels: list[int] = []
     unreadable: list[tuple[int, str]] = []
     names = source.names(job.split, job.start, job.stop)
-    keys = None if names is None else list[str]()
+    keys: list[str] = []
     digests = b""
     for number, (pixels, label) in enumerate(source.examine(job.split, job.start, job.stop), job.start):
         if isinstance(pixels, BadImage):
@@ -196,10 +196,11 @@ def write_with_receipt(
         else:
             images.append(pixels)
             labels.append(label)
-            if names is not None and keys is not None:
+            if names is not None:
                 keys.append(names[number - job.start])
             digests += hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
-    shard = _write(storage, job.name, job.start, images, np.array(labels, dtype=np.int64), block_size, encoding, keys)
+    named = keys if names is not None else None
+    shard = _write(storage, job.name, job.start, images, np.array(labels, dtype=np.int64), block_size, encoding, named)
     made = {"shard": asdict(shard), "unreadable": unreadable, "digests": digests.hex()}
     receipts.write(job.receipt, made)
     return job, made

@@ -38,6 +38,8 @@ def start(workplace: Path, root: str) -> tuple["subprocess.Popen[bytes]", Path]:
     with log.open("w") as file:
         command = [VLAE, *SEARCH, f"storage.root={root}"]
         options: dict[str, Any] = {"cwd": workplace, "env": environment, "start_new_session": True}
+        # Tests that were started in the background have Ctrl-C ignored, and hand that on.
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **options), log
 
 
