@@ -34,8 +34,9 @@ class Learner:
         self.splits = train.micro_batch is not None and train.micro_batch < largest  # on all ranks, if on any: see backward
         torch.manual_seed(train.seed)
         self.model = config.build(image_shape).to(device, self.dtype)
+        self.weights = vlae.flatten(self.model)
         self.ema = vlae.EMA(self.model, optim.ema_decay)
-        self.optimizer, self.guard = make_optimizer(optim, self.model), Guard(device)
+        self.optimizer, self.guard = make_optimizer(optim, self.weights), Guard(device)
         self.soft = vlae.SoftFreeBits(train.free_nats, device) if train.free_bits is FreeBits.soft else None
         self.network: vlae.VLAE | DistributedDataParallel = self.model
         if world_size > 1:
@@ -64,11 +65,11 @@ class Learner:
         noise = torch.from_numpy(normal((Purpose.POSTERIOR, train.seed), batch.positions, self.model.latents))
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.learning_rate(optim, train, batch.step)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)
         distortion, rates = self.backward(x, noise.to(self.device, self.dtype, non_blocking=True), batch.step)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, optim.clip_norm)
         taken = self.guard.step(self.optimizer, norm, rates)
-        self.ema.update(self.model, batch.step + 1)
+        self.ema.update(self.weights, batch.step + 1)
         if self.soft:
             self.soft.update(rates.sum())
         return distortion, rates.sum(), taken

@@ -12,12 +12,14 @@ from pipeline.config import Algorithm, Optim
 from pipeline.errors import UserError
 
 
-def make(optim: Optim, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a model's weights. Its attribute ``found_inf``, 1.0 on the device, has ``step`` change nothing at all."""
-    parameters = list(model.parameters())
+def make(optim: Optim, weights: nn.Parameter) -> torch.optim.Optimizer:
+    """The optimizer of a model's weights, as ``vlae.flatten`` returns them.
+
+    Its attribute ``found_inf``, 1.0 on the device, has ``step`` change nothing at all.
+    """
     if optim.algorithm is Algorithm.adamax:
-        return Adamax(parameters, optim.learning_rate, capturable=parameters[0].is_cuda)
-    return torch.optim.Adam(parameters, optim.learning_rate, fused=True)
+        return Adamax([weights], optim.learning_rate, capturable=weights.is_cuda)
+    return torch.optim.Adam([weights], optim.learning_rate, fused=True)
 
 
 class Adamax(torch.optim.Adamax):

@@ -208,7 +208,8 @@ def train(config: TheoryConfig, name: str, progress: Callable[[int, float], obje
     images, draw, device = clouds(), generator(config.seed, "training"), torch.device("cpu")
     torch.manual_seed(config.seed)
     model = vlae.build(image_shape=images.image_shape, window=WINDOWS[name], latents=LATENTS[name], flow_depth=FLOW_DEPTH)
-    ema, adam, guard = vlae.EMA(model, OPTIM.ema_decay), optimizer.make(OPTIM, model), optimizer.Guard(device)
+    weights = vlae.flatten(model)
+    ema, adam, guard = vlae.EMA(model, OPTIM.ema_decay), optimizer.make(OPTIM, weights), optimizer.Guard(device)
     at, lengths = time.monotonic(), list[Tensor]()
     pool: Iterator[Tensor] = iter(())
     for step in range(plan.num_steps):
@@ -221,11 +222,11 @@ def train(config: TheoryConfig, name: str, progress: Callable[[int, float], obje
         loss = vlae.training_loss(bound, rate, schedule.free_nats(plan, step), schedule.rate_weight(plan, step))
         for group in adam.param_groups:
             group["lr"] = schedule.learning_rate(OPTIM, plan, step)
-        adam.zero_grad()
+        adam.zero_grad(set_to_none=False)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(weights, OPTIM.clip_norm)
         guard.step(adam, norm, loss.detach())
-        ema.update(model, step + 1)
+        ema.update(weights, step + 1)
         lengths.append(-bound.elbo.detach().mean())
         if time.monotonic() - at > 1 or step + 1 == plan.num_steps:
             guard.check(name, step + 1)

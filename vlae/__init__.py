@@ -2,6 +2,7 @@
 
 from vlae.build import build, load, save
 from vlae.ema import EMA
+from vlae.flat import flatten
 from vlae.free_bits import SoftFreeBits
 from vlae.model import VLAE, Bound
 from vlae.objective import Estimate, estimate, group_rates, training_loss
@@ -17,6 +18,7 @@ __all__ = [
     "Window",
     "build",
     "estimate",
+    "flatten",
     "group_rates",
     "load",
     "reconstruct",

@@ -6,6 +6,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vlae.flat import flatten
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -20,13 +22,14 @@ class EMA(Generic[Module]):
     def __init__(self, module: Module, decay: float) -> None:
         self.decay = decay
         self.module = copy.deepcopy(module)
-        self.module.eval().requires_grad_(False)
+        self._average = flatten(self.module).detach()
+        self.module.eval().requires_grad_(False).zero_grad()
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Take in the weights of ``module`` after step number ``step`` (the first is 1)."""
+    def update(self, weights: Tensor, step: int) -> None:
+        """Take in the weights of the model after step number ``step`` (the first is 1), all of them as ``vlae.flatten`` returned them."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
+        self._average.lerp_(weights, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights, by the module's own names."""

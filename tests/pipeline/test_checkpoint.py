@@ -28,8 +28,9 @@ class Training:
         torch.manual_seed(seed)
         config = load("train", ["model=tiny", "model.flow_hidden=16", f"optim={algorithm.value}"])
         self.model = vlae.build(image_shape=(1, 6, 5), **to_dict(config)["model"])
+        self.weights = vlae.flatten(self.model)
         self.ema = vlae.EMA(self.model, 0.9)
-        self.optimizer = optimizer.make(config.optim, self.model)
+        self.optimizer = optimizer.make(config.optim, self.weights)
         self.guard, self.soft = optimizer.Guard(torch.device("cpu")), vlae.SoftFreeBits(3.0)
         self.parts: dict[str, checkpoint.Stateful] = {
             "model": self.model,
@@ -46,14 +47,14 @@ class Training:
             generator = torch.Generator().manual_seed(self.step)
             x = torch.rand(4, 1, 6, 5, generator=generator).round()
             noise = torch.randn(4, self.model.latents, generator=generator)
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad(set_to_none=False)
             bound = self.model(x, noise)
             (-bound.elbo.mean()).backward()
             bad = torch.tensor(math.nan if self.step == 1 else 0.0)
             self.guard.step(self.optimizer, bad)
             self.soft.update(bound.rate.mean().detach())
             self.step += 1
-            self.ema.update(self.model, self.step)
+            self.ema.update(self.weights, self.step)
             checkpoint.save(storage, self.step, checkpoint.snapshot(self.parts), keep)
 
     def resume(self, storage: Storage) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import vlae
 from pipeline import config, optimizer
 from pipeline.config import Algorithm
 from pipeline.errors import UserError
@@ -22,19 +23,20 @@ class Training:
     def __init__(self, algorithm: Algorithm) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
-        self.optimizer = optimizer.make(config.load("train", [f"optim={algorithm.value}"]).optim, self.model)
+        self.weights = vlae.flatten(self.model)
+        self.optimizer = optimizer.make(config.load("train", [f"optim={algorithm.value}"]).optim, self.weights)
         self.guard = Guard(CPU)
 
     def gradients(self, number: int, bad: float | None = None) -> Tensor:
         """The gradients of step ``number``, of which ``bad`` may replace one number; returns their norm."""
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)
         self.model(x).square().sum().backward()
         if bad is not None:
             gradient = self.model[0].weight.grad
             assert gradient is not None
             gradient[2, 1] = bad
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        return torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
 
     def step(self, number: int, bad: float | None = None) -> bool:
         """Whether step ``number`` was taken."""
@@ -66,7 +68,7 @@ def test_its_steps_are_those_of_pytorchs_own_optimizer(algorithm: Algorithm) -> 
     training, plain = Training(algorithm), Training(algorithm)
     kinds = {Algorithm.adam: torch.optim.Adam, Algorithm.adamax: torch.optim.Adamax}
     learning_rate = plain.optimizer.param_groups[0]["lr"]
-    plain.optimizer = kinds[algorithm](plain.model.parameters(), learning_rate)
+    plain.optimizer = kinds[algorithm]([plain.weights], learning_rate)
     for number in range(20):
         training.step(number)
         plain.gradients(number)
@@ -112,11 +114,9 @@ def test_counts_go_on_where_they_were() -> None:
 
 def test_the_device_is_asked_for_nothing() -> None:
     with FakeTensorMode():  # tensors without values: asking for one is an error
-        model = nn.Linear(3, 2)
-        adam, guard = optimizer.make(config.load("train", []).optim, model), Guard(CPU)
+        weights = vlae.flatten(nn.Linear(3, 2))
+        adam, guard = optimizer.make(config.load("train", []).optim, weights), Guard(CPU)
         for _ in range(2):
-            for parameter in model.parameters():
-                parameter.grad = torch.ones_like(parameter)
-            taken = guard.step(adam, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            taken = guard.step(adam, torch.nn.utils.clip_grad_norm_(weights, 1.0))
         with pytest.raises(DataDependentOutputException):
             bool(taken)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlae import EMA
+from vlae import EMA, flatten
 
 
 def trajectory(num_steps: int) -> list[dict[str, Tensor]]:
@@ -20,10 +20,10 @@ def trajectory(num_steps: int) -> list[dict[str, Tensor]]:
 def averaged(weights: list[dict[str, Tensor]], decay: float) -> tuple[EMA[nn.Linear], nn.Linear]:
     module = nn.Linear(3, 2).double()
     module.load_state_dict(weights[0])
-    ema = EMA(module, decay)
+    flat, ema = flatten(module), EMA(module, decay)
     for step, value in enumerate(weights[1:], start=1):
         module.load_state_dict(value)
-        ema.update(module, step)
+        ema.update(flat, step)
     return ema, module
 
 
@@ -60,14 +60,16 @@ def test_updating_leaves_the_model_and_its_gradients_alone() -> None:
 
 def test_a_restored_average_continues_bit_for_bit() -> None:
     weights = trajectory(20)
-    unbroken, module = averaged(weights, 0.9)
+    unbroken, _ = averaged(weights, 0.9)
     before, _ = averaged(weights[:11], 0.9)
     saved = {name: value.clone() for name, value in before.state_dict().items()}
     restored = EMA(nn.Linear(3, 2).double(), 0.9)
     restored.load_state_dict(saved)
+    module = nn.Linear(3, 2).double()
+    flat = flatten(module)
     for step in range(11, 21):
         module.load_state_dict(weights[step])
-        restored.update(module, step)
+        restored.update(flat, step)
     for name, value in unbroken.state_dict().items():
         assert torch.equal(restored.state_dict()[name], value)
 
