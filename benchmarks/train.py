@@ -9,8 +9,8 @@ All with ``model=fast`` on dynamically binarized MNIST, in a folder of its own.
   guard, log nor checkpoint. The loop is run before and after; the median of each round's ratio to the mean of both.
 * two_workers_speedup: images per second of two workers of one core each, 64 images a step each, to those of one worker with 64. They take
   turns likewise. Both need the two cores for themselves.
-* two_workers_speedup_same_batch: the same, but two workers share the batch of 64, so that they do what the one does, with twice the exchange
-  for an image.
+* two_workers_speedup_same_batch: the same, but two workers share the batch of 64, so that they do what the one does, with twice the
+  exchange for an image.
 * two_loops_speedup: two bare loops side by side to one: what the machine itself leaves of two.
 * data_wait_share: of the time of the runs with one worker, what they waited for images.
 * seconds_to_first_step: from the command, which starts a Ray of its own, to the report of its tenth step; the median.
