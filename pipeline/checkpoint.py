@@ -63,7 +63,10 @@ def save(storage: Storage, step: int, tensors: Mapping[str, Tensor], keep: int) 
 
 
 def resume(storage: Storage, state: Mapping[str, Stateful]) -> int:
-    """Take over the newest valid checkpoint; returns its step, or 0 if there is none. Damaged ones are passed over, and logged."""
+    """Take over the newest valid checkpoint; returns its step, or 0 if there is none. Damaged ones are passed over, and logged.
+
+    Raises UserError if it is one of an earlier version, with a state that the optimizer does not have.
+    """
     for key in _published(storage):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "checkpoint"
@@ -76,8 +79,12 @@ def resume(storage: Storage, state: Mapping[str, Stateful]) -> int:
                 step = int(json.loads(file.metadata()["step"]))
         for part, each in state.items():
             prefix = part + "/"
-            values = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            each.load_state_dict(_nested(each, values) if isinstance(each, torch.optim.Optimizer) else values)
+            values: dict[str, Any] = {
+                name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+            }
+            if isinstance(each, torch.optim.Optimizer):
+                values = _nested(each, values, f"{storage.url}/{key}")
+            each.load_state_dict(values)
         return step
     return 0
 
@@ -95,11 +102,19 @@ def _tensors(part: Stateful) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
 
-def _nested(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """An optimizer's state, the other way round. Its settings are those of the configuration."""
+def _nested(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], url: str) -> dict[str, Any]:
+    """An optimizer's state, the other way round. Its settings are those of the configuration.
+
+    Raises UserError if it is that of other weights, which the optimizer would not notice.
+    """
+    shapes = {str(index): weights.shape for index, weights in enumerate(optimizer.param_groups[0]["params"])}
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, field = name.split("/")
+        if value.ndim and value.shape != shapes.get(index):
+            raise UserError(
+                f"checkpoint {url} cannot be gone on from: an earlier version of this program wrote it; train anew with another name="
+            )
         state.setdefault(int(index), {})[field] = value
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import pickle
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -184,6 +185,19 @@ def test_after_damage_the_checkpoint_just_written_is_kept(storage: Storage) -> N
     assert resumed.resume(storage) == 1
     resumed.advance(storage, 1, keep=1)
     assert Training(2).resume(storage) == 2
+
+
+def test_a_checkpoint_of_an_optimizer_of_other_tensors_is_refused_by_name(storage: Storage) -> None:
+    before, after = Training(0), Training(0)
+    before.parts["optimizer"] = before.optimizer = torch.optim.Adam(
+        before.model.parameters(), fused=True
+    )  # one state for each weight
+    before.advance(storage, 1)
+    [key] = storage.list("checkpoints/")
+    with pytest.raises(
+        UserError, match=rf"^checkpoint {re.escape(storage.url)}/{key} cannot be gone on from: an earlier version"
+    ):
+        after.resume(storage)
 
 
 def test_what_is_not_a_checkpoint_is_neither_read_nor_deleted(storage: Storage) -> None:
