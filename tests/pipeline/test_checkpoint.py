@@ -189,9 +189,8 @@ def test_after_damage_the_checkpoint_just_written_is_kept(storage: Storage) -> N
 
 def test_a_checkpoint_of_an_optimizer_of_other_tensors_is_refused_by_name(storage: Storage) -> None:
     before, after = Training(0), Training(0)
-    before.parts["optimizer"] = before.optimizer = torch.optim.Adam(
-        before.model.parameters(), fused=True
-    )  # one state for each weight
+    before.optimizer = torch.optim.Adam(before.model.parameters(), fused=True)  # with a state for each weight
+    before.parts["optimizer"] = before.optimizer
     before.advance(storage, 1)
     [key] = storage.list("checkpoints/")
     with pytest.raises(

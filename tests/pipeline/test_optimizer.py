@@ -68,13 +68,19 @@ def test_its_steps_are_those_of_pytorchs_own_optimizer(algorithm: Algorithm) -> 
     training, plain = Training(algorithm), Training(algorithm)
     kinds = {Algorithm.adam: torch.optim.Adam, Algorithm.adamax: torch.optim.Adamax}
     learning_rate = plain.optimizer.param_groups[0]["lr"]
-    plain.optimizer = kinds[algorithm]([plain.weights], learning_rate)
+    plain.optimizer = kinds[algorithm](plain.model.parameters(), learning_rate)
     for number in range(20):
         training.step(number)
         plain.gradients(number)
         plain.optimizer.step()
-    for one, other in zip(training.tensors(), plain.tensors(), strict=True):
-        torch.testing.assert_close(one, other)
+    state = training.optimizer.state[training.weights]
+    for weights, expected in zip(training.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(weights, expected)
+        begin, moments = weights.storage_offset(), plain.optimizer.state[expected]
+        assert moments.keys() == state.keys()
+        for name, moment in moments.items():
+            own = state[name][begin : begin + weights.numel()].view_as(weights) if moment.ndim else state[name]
+            torch.testing.assert_close(own, moment)
 
 
 def test_any_value_that_is_not_finite_skips_the_step() -> None:
