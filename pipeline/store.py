@@ -253,7 +253,9 @@ def _free_ports(first: int, count: int) -> list[int]:
 
 
 def _ending_with_parent(command: list[str]) -> list[str]:
-    """The command, made to get SIGTERM when the thread that starts it ends, even by SIGKILL of its process (on Linux).
+    """The command, made to get SIGKILL when the thread that starts it ends, even by SIGKILL of its process (on Linux).
+
+    It may hang on a gentler signal (see STOP_SECONDS), and nobody is left to follow up.
 
     A Python of its own asks the kernel for it and becomes the command; ``preexec_fn`` would do it between fork and exec,
     which may deadlock in a process with threads.
@@ -261,7 +263,7 @@ def _ending_with_parent(command: list[str]) -> list[str]:
     if sys.platform != "linux":
         return command
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-    become = f"import ctypes, os, sys; ctypes.CDLL(None).prctl({set_parent_death_signal}, {signal.SIGTERM.value}); "
+    become = f"import ctypes, os, sys; ctypes.CDLL(None).prctl({set_parent_death_signal}, {signal.SIGKILL.value}); "
     return [sys.executable, "-ISc", become + "os.execv(sys.argv[1], sys.argv[1:])", *command]
 
 

@@ -126,7 +126,7 @@ def serve(folder: Path) -> "subprocess.Popen[str]":
 def test_serving_ends_cleanly_on_sigterm(tmp_path: Path) -> None:
     with serve(tmp_path) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
     wait_until_gone(tmp_path)
 
 
