@@ -60,8 +60,8 @@ def _verify(storage: Storage, contents: Manifest, config: DataConfig) -> dict[st
 
 
 def verify_shard(storage: Storage, contents: Manifest, split: str, number: int) -> tuple[str, int, str | None]:
-    """A shard's name, how many bytes were read, and what is wrong with it, if anything is."""
-    shard, reader = contents.shards(split)[number], Reader(storage, contents, split)
+    """A shard's name, how many bytes were read, and what is wrong with it, if anything is, with a record that shows it."""
+    shard, reader, altered = contents.shards(split)[number], Reader(storage, contents, split), ""
     try:
         place, key = reader.place(shard)
         passing = Counted(place.stream(key))
@@ -69,8 +69,7 @@ def verify_shard(storage: Storage, contents: Manifest, split: str, number: int) 
             pass
         passing.finish()
         if (passing.size, passing.sha256) != (shard.size, shard.sha256):
-            found = f"it has {passing.size} bytes and sha256 {passing.sha256}, not {shard.size} and {shard.sha256}"
-            return shard.name, passing.size, found
+            altered = f"it has {passing.size} bytes and sha256 {passing.sha256}, not {shard.size} and {shard.sha256}"
         if int(Index.load(storage, shard).starts[-1]) != shard.num_samples:
             return shard.name, passing.size, "its index holds another number of samples"
         step = max(1, (16 << 20) // reader.image_bytes)  # decoded, a part at a time
@@ -78,8 +77,8 @@ def verify_shard(storage: Storage, contents: Manifest, split: str, number: int) 
             stop = min(start + step, shard.num_samples)
             reader.fill(Rows.of(stop - start, contents.image_shape), np.array([[number, start, stop]]))
     except (UserError, tar.BadTar) as error:
-        return shard.name, 0, str(error)
-    return shard.name, passing.size, None
+        return shard.name, 0, "; ".join(filter(None, [altered, str(error)]))
+    return shard.name, passing.size, altered or None
 
 
 def format_report(action: str, result: dict[str, Any]) -> str:

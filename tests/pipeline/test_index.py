@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.foreign import samples
 from pipeline.images import BadImage, array, decode, encode, measure
 from pipeline.loader import EvalLoader, TrainLoader
+from pipeline.manifest import Index
 from pipeline.pieces import Pieces
 from pipeline.receipts import Receipts
 from pipeline.sources import open_source
@@ -122,11 +124,15 @@ def test_other_peoples_shards_become_a_data_set_where_they_lie(storage: Storage,
     content = bytearray(storage.read("shards/000001.tar"))
     content[-2000] ^= 1  # in the zeros behind the last member, which no reader ever looks at
     storage.write("shards/000001.tar", bytes(content))
+    content = bytearray(storage.read("shards/000002.tar"))
+    content[int(Index.load(place, contents.shards("valid")[0]).offset[3]) + 10] ^= 1  # in its fourth image
+    storage.write("shards/000002.tar", bytes(content))
     storage.delete(["shards/000003.tar"])
     damaged = data.run("verify", checking)["damaged"]
-    assert [item["shard"].rpartition("/")[2] for item in damaged] == ["000001.tar", "000003.tar"]
-    assert "sha256" in damaged[0]["reason"]
-    assert "there is no" in damaged[1]["reason"]
+    assert [item["shard"].rpartition("/")[2] for item in damaged] == ["000001.tar", "000002.tar", "000003.tar"]
+    assert re.fullmatch(r"it has \d+ bytes and sha256 \w{64}, not \d+ and \w{64}", damaged[0]["reason"])
+    assert re.search(r"and \w{64}; .*000002.tar is damaged: record 3 \(byte \d+, ", damaged[1]["reason"])
+    assert "there is no" in damaged[2]["reason"]
 
 
 @pytest.fixture
@@ -352,7 +358,7 @@ def test_an_index_that_was_forged_stays_within_its_shard_or_is_refused(others: d
     content = json.dumps(altered(COLUMNS | others, data)).encode()
     shard = replace(SHARD, index_sha256=hashlib.sha256(content).hexdigest())
     try:
-        loaded = manifest.Index.load(Fixed(content), shard)
+        loaded = Index.load(Fixed(content), shard)
     except UserError:
         return
     assert loaded.starts[-1] == shard.num_samples
