@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.config import Dataset
+from pipeline.config import DatasetOptions
 from pipeline.errors import DamagedData
 from pipeline.pieces import Counted
 from pipeline.storage import PARTIAL, PIECE, Storage
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 NUM_LOCKS = 256  # one shard is fetched by one process at a time; those that share a lock wait for each other
 
 
-def open_cache(dataset: Dataset) -> "ShardCache | None":
+def open_cache(dataset: DatasetOptions) -> "ShardCache | None":
     """The cache that the configuration asks for."""
     return ShardCache(Path(dataset.cache), int(dataset.cache_gb * 1e9)) if dataset.cache else None
 

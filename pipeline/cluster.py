@@ -11,7 +11,7 @@ import ray
 import ray.util
 from ray.exceptions import RayTaskError
 
-from pipeline.config import Cluster, Storage
+from pipeline.config import ClusterOptions, StorageOptions
 from pipeline.errors import UserError
 
 WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "THP_MEM_ALLOC_ENABLE": "1"}
@@ -21,7 +21,7 @@ pages of 2 MB: with those of 4 kB, some per cent of a step on a CPU are spent on
 IN_FLIGHT = 256  # tasks that wait for a worker at once; more would only burden Ray
 
 
-def connect(cluster: Cluster, storage: Storage) -> None:
+def connect(cluster: ClusterOptions, storage: StorageOptions) -> None:
     """Connect this process to Ray, once; later calls do nothing.
 
     Inside a job, or with ``cluster.address``, it joins the cluster that is there; else it starts one on this machine that ends
@@ -99,7 +99,7 @@ def _has_token() -> bool:
     return in_environment or Path("~/.ray/auth_token").expanduser().exists()
 
 
-def check_capacity(cluster: Cluster) -> None:
+def check_capacity(cluster: ClusterOptions) -> None:
     """Raise UserError if no node of the cluster could ever hold one worker, or a fixed cluster not all of them."""
     places = num_places(cluster)
     if places < cluster.min_workers:
@@ -110,12 +110,12 @@ def check_capacity(cluster: Cluster) -> None:
         )
 
 
-def resources(cluster: Cluster) -> dict[str, float]:
+def resources(cluster: ClusterOptions) -> dict[str, float]:
     """What one worker holds, by Ray's names."""
     return {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if cluster.use_gpu else {})
 
 
-def num_places(cluster: Cluster) -> int:
+def num_places(cluster: ClusterOptions) -> int:
     """How many workers the cluster has room for, node by node."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(min(int(node.get(name, 0) // count) for name, count in resources(cluster).items()) for node in nodes)

@@ -58,7 +58,7 @@ def _check(condition: bool, sentence: str) -> None:
 
 
 @dataclass
-class Storage:
+class StorageOptions:
     root: str = option("where everything is kept: a folder, or s3://bucket/prefix", "vlae-store")
     endpoint_url: str | None = option("the S3 server's address, if not Amazon's; AWS_ENDPOINT_URL does the same", None)
 
@@ -97,7 +97,7 @@ class Binarization(Enum):
 
 
 @dataclass
-class Dataset:
+class DatasetOptions:
     name: str = option("the name of the data set")
     source: Source = option(
         "what path holds: mnist (fetched), idx (IDX files), folder (images, one sub-folder per class), npz (arrays), tar (a "
@@ -127,7 +127,7 @@ class Dataset:
 
 
 @dataclass
-class Cluster:
+class ClusterOptions:
     address: str | None = option("a running Ray cluster's address, auto for one on this machine; none starts one", None)
     num_workers: Any = option(
         "workers of one training run; [MIN,MAX] goes on with what is there of them, as hosts go and come", 1
@@ -166,7 +166,7 @@ class ActivationName(Enum):
 
 
 @dataclass
-class Model:
+class ModelOptions:
     window: str = option(f"the decoder's receptive field: {vlae.window.NOTATION}")
     latents: int = option("size of the code z, or how many maps it has")
     code: Code = option("vector, or maps: z keeps the place of things, at the size at which the encoder ends", Code.vector)
@@ -227,7 +227,7 @@ class Algorithm(Enum):
 
 
 @dataclass
-class Optim:
+class OptimOptions:
     algorithm: Algorithm = option("adam, or adamax, which is Adam with the largest recent gradient for a scale")
     learning_rate: float = option("the step size at its highest")
     warmup_steps: int = option("steps over which it rises from zero")
@@ -258,7 +258,7 @@ class FreeBits(Enum):
 
 
 @dataclass
-class Train:
+class TrainOptions:
     images: int = option("how many images the run sees in all, repeats included")
     global_batch: int = option("images of one step, over all workers")
     num_streams: int = option("canonical streams the data is dealt to; any number of workers up to it gives the same run")
@@ -337,7 +337,7 @@ class Stopping(Enum):
 
 
 @dataclass
-class Search:
+class SearchOptions:
     space: dict[str, Any] = option(
         "what is tried: options of model, optim and train, each with its values, as search.space.model.window=[3x1,5x2]", {}
     )
@@ -403,7 +403,7 @@ class Search:
 
 
 @dataclass
-class Registry:
+class RegistryOptions:
     uri: str = option("MLflow's server, or a SQLite file, for runs and registered models", "sqlite:///vlae-registry.db")
     artifacts: str = option(
         "where a SQLite file's registry keeps the files of model versions; a server has a place of its own",
@@ -412,7 +412,7 @@ class Registry:
 
 
 @dataclass
-class Bounds:
+class BoundOptions:
     samples: int = option("k, the number of importance samples of the IWAE bound", 64)
     num_images: int | None = option("evaluate only the first so many images; none is all", None)
     pictures: int = option("how many images the pictures show", 40)
@@ -492,10 +492,10 @@ def _check_images(options: "ShardOptions | IndexOptions", name: str) -> None:
 class IndexConfig:
     """Make the manifest of WebDataset shards that someone else wrote, where they lie."""
 
-    storage: Storage = section(Storage, "where things are kept")
-    dataset: Dataset = section(Dataset, "the data set that they become")
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    dataset: DatasetOptions = section(DatasetOptions, "the data set that they become")
     index: IndexOptions = section(IndexOptions, "the shards, and how they are read")
-    cluster: Cluster = section(Cluster, "where it runs")
+    cluster: ClusterOptions = section(ClusterOptions, "where it runs")
 
 
 @dataclass
@@ -504,9 +504,9 @@ class DataConfig:
 
     output: str = option("where the report goes", "outputs/data")
     pictures: int = option("how many images of each split the contact sheet shows", 50)
-    storage: Storage = section(Storage, "where things are kept")
-    dataset: Dataset = section(Dataset, "the data set")
-    cluster: Cluster = section(Cluster, "where it runs")
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    dataset: DatasetOptions = section(DatasetOptions, "the data set")
+    cluster: ClusterOptions = section(ClusterOptions, "where it runs")
 
     def check(self) -> None:
         _check(self.pictures >= 1, f"pictures is {self.pictures}; it must be at least 1")
@@ -516,10 +516,10 @@ class DataConfig:
 class ShardConfig:
     """Put images into WebDataset shards with a manifest."""
 
-    storage: Storage = section(Storage, "where things are kept")
-    dataset: Dataset = section(Dataset, "the images")
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    dataset: DatasetOptions = section(DatasetOptions, "the images")
     shard: ShardOptions = section(ShardOptions, "how they are written")
-    cluster: Cluster = section(Cluster, "where it runs")
+    cluster: ClusterOptions = section(ClusterOptions, "where it runs")
 
 
 @dataclass
@@ -527,13 +527,13 @@ class TrainConfig:
     """Train one model; the same command again resumes an interrupted run."""
 
     name: str | None = option("the run's name; by default one made from the data set and the configuration", None)
-    storage: Storage = section(Storage, "where things are kept")
-    dataset: Dataset = section(Dataset, "the images")
-    model: Model = section(Model, "the VLAE")
-    optim: Optim = section(Optim, "how its weights are moved")
-    train: Train = section(Train, "the run")
-    cluster: Cluster = section(Cluster, "where it runs")
-    registry: Registry = section(Registry, "where MLflow keeps account of it")
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    dataset: DatasetOptions = section(DatasetOptions, "the images")
+    model: ModelOptions = section(ModelOptions, "the VLAE")
+    optim: OptimOptions = section(OptimOptions, "how its weights are moved")
+    train: TrainOptions = section(TrainOptions, "the run")
+    cluster: ClusterOptions = section(ClusterOptions, "where it runs")
+    registry: RegistryOptions = section(RegistryOptions, "where MLflow keeps account of it")
 
     def check(self) -> None:
         _check(
@@ -581,7 +581,7 @@ SAME_FOR_ALL = re.compile(r"train\.(images|global_batch|num_streams|keep_checkpo
 class TuneConfig(TrainConfig):
     """Search over the decoder's window, the latent size and the prior's depth, or others; register the best models."""
 
-    search: Search = section(Search, "what is searched, and how")
+    search: SearchOptions = section(SearchOptions, "what is searched, and how")
     register_best: int = option("how many of the best models are registered", 1)
     model_name: str = option("their name in the registry", "vlae-${dataset.name}")
 
@@ -652,9 +652,9 @@ class EvaluateConfig:
         "training images that the probes of labelled data are fitted on, and as many validation images choose; 0 for no probe",
         10_000,
     )
-    bounds: Bounds = section(Bounds, "what is measured")
-    storage: Storage = section(Storage, "where things are kept")
-    registry: Registry = section(Registry, "where models:/ looks")
+    bounds: BoundOptions = section(BoundOptions, "what is measured")
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
 
     def check(self) -> None:
         _check(self.probe_images >= 0, f"probe_images is {self.probe_images}; it must be at least 0")
@@ -670,9 +670,9 @@ class EncodeConfig:
     output: str = option("where the codes go", "outputs/encode")
     images_per_part: int = option("the most images in one Parquet file, which one task encodes", 10_000)
     seed: int = option("decides binarization and the sample that the rate is measured with", 0)
-    storage: Storage = section(Storage, "where things are kept")
-    registry: Registry = section(Registry, "where models:/ looks")
-    cluster: Cluster = section(Cluster, "where it runs")
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
+    cluster: ClusterOptions = section(ClusterOptions, "where it runs")
 
     def check(self) -> None:
         _check(self.images_per_part >= 1, f"images_per_part is {self.images_per_part}; it must be at least 1")
@@ -686,8 +686,8 @@ class SampleConfig:
     num_images: int = option("how many", 40)
     seed: int = option("decides which", 0)
     output: str = option("where the picture goes", "outputs/sample")
-    storage: Storage = section(Storage, "where things are kept")
-    registry: Registry = section(Registry, "where models:/ looks")
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
 
     def check(self) -> None:
         _check(self.num_images >= 1, f"num_images is {self.num_images}; it must be at least 1")
@@ -703,8 +703,8 @@ class ReconstructConfig:
     num_images: int = option("how many of its first images", 40)
     seed: int = option("decides binarization and all noise", 0)
     output: str = option("where the picture goes", "outputs/reconstruct")
-    storage: Storage = section(Storage, "where things are kept")
-    registry: Registry = section(Registry, "where models:/ looks")
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
 
     def check(self) -> None:
         _check(self.num_images >= 1, f"num_images is {self.num_images}; it must be at least 1")
@@ -723,9 +723,9 @@ class RegistryConfig:
     split: str = option("the part of the data set that models are compared on", "valid")
     dataset_url: str | None = option("another data set's folder to compare on; by default that of the version's training", None)
     output: str = option("where the result goes", "outputs/registry")
-    bounds: Bounds = section(Bounds, "how models are evaluated")
-    storage: Storage = section(Storage, "where things are kept")
-    registry: Registry = section(Registry, "which registry")
+    bounds: BoundOptions = section(BoundOptions, "how models are evaluated")
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    registry: RegistryOptions = section(RegistryOptions, "which registry")
 
 
 @dataclass
@@ -739,7 +739,7 @@ class PlanConfig:
     num_workers: list[int] = option("numbers of workers, each with a row of its own", [1, 2, 4, 8])
     local_batch: int = option("images of each worker in a step", 16)
     output: str = option("where the result goes", "outputs/plan")
-    model: Model = section(Model, "the VLAE")
+    model: ModelOptions = section(ModelOptions, "the VLAE")
 
     def check(self) -> None:
         for name in ("num_images", "image_size", "channels", "local_batch"):
@@ -763,7 +763,7 @@ class TheoryConfig:
 
 
 @dataclass
-class StoreConfig:
+class ServeStoreConfig:
     """Run an S3 server on this machine."""
 
     folder: str = option("where its data is kept", "vlae-objects")
@@ -779,7 +779,7 @@ class DemoConfig(TuneConfig):
     """The main job from start to end on real images: store, shards, search, registry, evaluation."""
 
     folder: str = option("where everything is kept", "demo")
-    bounds: Bounds = section(Bounds, "the final evaluation, on test images")
+    bounds: BoundOptions = section(BoundOptions, "the final evaluation, on test images")
 
 
 COMMANDS: dict[str, type] = {
@@ -795,7 +795,7 @@ COMMANDS: dict[str, type] = {
     "sample": SampleConfig,
     "registry": RegistryConfig,
     "theory": TheoryConfig,
-    "serve-store": StoreConfig,
+    "serve-store": ServeStoreConfig,
     "demo": DemoConfig,
 }
 

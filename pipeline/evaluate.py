@@ -12,7 +12,7 @@ from tqdm import tqdm
 import vlae
 from pipeline import config as options
 from pipeline import pictures, reconstruct, sample
-from pipeline.config import Bounds, EvaluateConfig, to_dict
+from pipeline.config import BoundOptions, EvaluateConfig, to_dict
 from pipeline.information import Information
 from pipeline.loader import Batch, EvalLoader, binarize
 from pipeline.loop import keep_freed_memory
@@ -81,7 +81,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def of_run(
-    folder: Storage, bounds: Bounds, storage: options.Storage, registry: options.Registry, probe_images: int = 10_000
+    folder: Storage, bounds: BoundOptions, storage: options.StorageOptions, registry: options.RegistryOptions, probe_images: int = 10_000
 ) -> dict[str, Any]:
     """Evaluate the model of a finished run on validation images, as what is registered has to be; not again if that was done.
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Algorithm, Optim
+from pipeline.config import Algorithm, OptimOptions
 from pipeline.errors import UserError
 
 
-def make(optim: Optim, weights: nn.Parameter) -> torch.optim.Optimizer:
+def make(optim: OptimOptions, weights: nn.Parameter) -> torch.optim.Optimizer:
     """The optimizer of a model's weights, as ``vlae.flatten`` returns them.
 
     Its attribute ``found_inf``, 1.0 on the device, has ``step`` change nothing at all.

@@ -46,7 +46,7 @@ def run(action: str, config: RegistryConfig) -> dict[str, Any]:
 
 
 def register(
-    registry: Registry, name: str, runs: Iterable[Storage], bounds: options.Bounds, storage: options.Storage
+    registry: Registry, name: str, runs: Iterable[Storage], bounds: options.BoundOptions, storage: options.StorageOptions
 ) -> list[dict[str, Any]]:
     """Evaluate the models of finished runs on validation images and make each a version of ``name``, the last the newest.
 

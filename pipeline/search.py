@@ -13,7 +13,7 @@ import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from pipeline.config import Sampler, Search, Stopping
+from pipeline.config import Sampler, SearchOptions, Stopping
 from pipeline.goals import Goals
 
 Row = Mapping[str, Any]
@@ -25,7 +25,7 @@ ATTEMPTS = 32
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def propose(search: Search, seed: int, rows: Sequence[Row]) -> Point | None:
+def propose(search: SearchOptions, seed: int, rows: Sequence[Row]) -> Point | None:
     """The point of the space to try next, or none if all were tried: a repeat would teach nothing, since trials are deterministic.
 
     The same rows lead to the same point.
@@ -46,7 +46,7 @@ def propose(search: Search, seed: int, rows: Sequence[Row]) -> Point | None:
     return draw.choice(untried)
 
 
-def known(search: Search, goals: Goals, rows: Iterable[Row], seed: int = 0) -> optuna.Study:
+def known(search: SearchOptions, goals: Goals, rows: Iterable[Row], seed: int = 0) -> optuna.Study:
     """Optuna's view of the trials, judged by ``goals``."""
     study = optuna.create_study(
         directions=["maximize" if each.maximize else "minimize" for each in goals.objectives],
@@ -58,7 +58,7 @@ def known(search: Search, goals: Goals, rows: Iterable[Row], seed: int = 0) -> o
     return study
 
 
-def _as_optuna_sees(search: Search, goals: Goals, row: Row) -> FrozenTrial:
+def _as_optuna_sees(search: SearchOptions, goals: Goals, row: Row) -> FrozenTrial:
     """A trial that finished is complete; one that was stopped is pruned, and compared with others at the same number of images."""
     values = row.get("values") or {}
     complete = all(each.name in values for each in goals.objectives)
@@ -76,7 +76,7 @@ def _as_optuna_sees(search: Search, goals: Goals, row: Row) -> FrozenTrial:
     )
 
 
-def lags(search: Search, budget: int, row: Row, rows: Iterable[Row]) -> bool:
+def lags(search: SearchOptions, budget: int, row: Row, rows: Iterable[Row]) -> bool:
     """Whether a trial is to be stopped at its newest validation, of a run of ``budget`` images.
 
     ``asha`` (asynchronous successive halving, Li et al., 2018) looks at rungs, each at ``reduction`` times the images of the one before: a
@@ -97,7 +97,7 @@ def lags(search: Search, budget: int, row: Row, rows: Iterable[Row]) -> bool:
     return len(others) >= reduction - 1 and better > len(others) / reduction
 
 
-def _rungs(search: Search, budget: int, images: int) -> list[float]:
+def _rungs(search: SearchOptions, budget: int, images: int) -> list[float]:
     """The numbers of images, the newest validation's the last, at which trials are compared."""
     grace = search.grace_fraction * budget
     if search.stopping is Stopping.median:

@@ -44,7 +44,7 @@ Labels = npt.NDArray[np.int64]
 SPLITS = ("train", "valid", "test")
 
 
-def open_source(dataset: config.Dataset, options: config.ShardOptions, endpoint_url: str | None = None) -> "ImageSource":
+def open_source(dataset: config.DatasetOptions, options: config.ShardOptions, endpoint_url: str | None = None) -> "ImageSource":
     """The source that the configuration names. Raises ``UserError`` if it is not there or cannot be used."""
     kind, path = dataset.source, Path(dataset.path).expanduser().absolute() if dataset.path else None
     if kind is config.Source.mnist:

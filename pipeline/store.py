@@ -28,7 +28,7 @@ from boto3.session import Session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from pipeline.config import StoreConfig
+from pipeline.config import ServeStoreConfig
 from pipeline.errors import UserError
 from pipeline.storage import atomic_file
 
@@ -184,7 +184,7 @@ class ObjectStore:
             raise UserError(f"cannot read the S3 server's credentials in {path}; delete it to get new ones") from None
 
 
-def run(config: StoreConfig, command: list[str]) -> int:
+def run(config: ServeStoreConfig, command: list[str]) -> int:
     """Run the server until it is interrupted, or as long as ``command`` runs with the server's environment.
 
     Returns the exit code: the command's, or 0.

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import vlae
 from pipeline import optimizer, pictures, schedule
-from pipeline.config import Algorithm, Optim, TheoryConfig, Train, to_dict
+from pipeline.config import Algorithm, OptimOptions, TheoryConfig, TrainOptions, to_dict
 from pipeline.errors import UserError
 from pipeline.loop import TRAINING_FILE, keep_freed_memory, publish
 from pipeline.measure import with_error
@@ -36,7 +36,7 @@ LATENTS = {"factorized": 32, "covering": 8, "full": 8}
 """The factorized decoder has to say much more."""
 FLOW_DEPTH = 2
 BATCH = 32
-OPTIM = Optim(
+OPTIM = OptimOptions(
     algorithm=Algorithm.adam, learning_rate=2e-3, warmup_steps=100, decay_fraction=0.5, clip_norm=200.0, ema_decay=0.999
 )
 FREE_NATS, FREE_FRACTION = 3.5, 0.4
@@ -197,7 +197,7 @@ def train(config: TheoryConfig, name: str, progress: Callable[[int, float], obje
     ``progress`` is called about once a second with the images since the last call and their mean code length in nats.
     Raises UserError if the gradients do not stay finite.
     """
-    plan = Train(
+    plan = TrainOptions(
         images=config.images,
         global_batch=BATCH,
         num_streams=1,

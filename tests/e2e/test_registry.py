@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import tracking
-from pipeline.config import Storage as StorageOptions
+from pipeline.config import StorageOptions as StorageOptions
 from pipeline.storage import open_storage
 from pipeline.tracking import Tracking, training_run
 from pipeline.versions import Registry, open_model

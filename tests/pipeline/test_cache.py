@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import cache as cache_module
 from pipeline.cache import ShardCache, open_cache
-from pipeline.config import Dataset
+from pipeline.config import DatasetOptions
 from pipeline.errors import DamagedData, UserError
 from pipeline.loader import EvalLoader, TrainLoader
 from pipeline.manifest import Manifest
@@ -144,8 +144,8 @@ def test_the_room_of_a_fetch_under_way_is_not_given_away(tmp_path: Path, caplog:
 
 
 def test_the_configuration_names_a_cache(tmp_path: Path) -> None:
-    assert open_cache(Dataset(name="x")) is None
-    assert open_cache(Dataset(name="x", cache=str(tmp_path), cache_gb=0.5)) == ShardCache(tmp_path, 500_000_000)
+    assert open_cache(DatasetOptions(name="x")) is None
+    assert open_cache(DatasetOptions(name="x", cache=str(tmp_path), cache_gb=0.5)) == ShardCache(tmp_path, 500_000_000)
     assert cache_module.NUM_LOCKS < 1000  # three digits in their names
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline import config
-from pipeline.config import Dataset, ShardOptions
+from pipeline.config import DatasetOptions, ShardOptions
 from pipeline.errors import UserError
 from pipeline.images import BadImage, decode, encode
 from pipeline.sources import ImageSource, open_source
@@ -32,7 +32,7 @@ def pixels(number: int) -> np.ndarray:
 
 
 def opened(kind: str, path: Path, **options: Any) -> ImageSource:
-    return open_source(Dataset(name="x", source=config.Source[kind], path=str(path)), ShardOptions(channels=3, **options))
+    return open_source(DatasetOptions(name="x", source=config.Source[kind], path=str(path)), ShardOptions(channels=3, **options))
 
 
 def content(source: ImageSource) -> dict[str, dict[int, int]]:

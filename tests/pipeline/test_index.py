@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from pipeline import data, index, manifest, tar
 from pipeline.cache import ShardCache
-from pipeline.config import Cluster, DataConfig, Dataset, IndexConfig, IndexOptions, ShardOptions, Source
-from pipeline.config import Storage as StorageOptions
+from pipeline.config import ClusterOptions, DataConfig, DatasetOptions, IndexConfig, IndexOptions, ShardOptions, Source
+from pipeline.config import StorageOptions as StorageOptions
 from pipeline.errors import UserError
 from pipeline.foreign import samples
 from pipeline.images import BadImage, array, decode, encode, measure
@@ -76,9 +76,9 @@ def config_for(root: Storage, address: str, **options: Any) -> IndexConfig:
     patterns = {"train": f"{address}/{{000000..000001}}.tar", "valid": f"{address}/000002.tar", "test": f"{address}/000003.tar"}
     return IndexConfig(
         storage=StorageOptions(root=root.url),
-        dataset=Dataset(name="foreign", url=f"{root.url}/manifest"),
+        dataset=DatasetOptions(name="foreign", url=f"{root.url}/manifest"),
         index=IndexOptions(**(patterns | options)),
-        cluster=Cluster(),
+        cluster=ClusterOptions(),
     )
 
 
@@ -114,7 +114,7 @@ def test_other_peoples_shards_become_a_data_set_where_they_lie(storage: Storage,
         index.run(config_for(storage, f"{storage.url}/shards", channels=1))
 
     checking = DataConfig(
-        output=str(tmp_path / "out"), pictures=5, storage=config.storage, dataset=config.dataset, cluster=Cluster()
+        output=str(tmp_path / "out"), pictures=5, storage=config.storage, dataset=config.dataset, cluster=ClusterOptions()
     )
     seen = data.run("inspect", checking)
     assert seen["classes"]["train"] == {str(n): len([i for i in range(40) if i % 7 == n]) for n in range(7)}
@@ -162,7 +162,7 @@ def test_shards_on_the_web_are_resized_as_they_are_read(web: str, tmp_path: Path
 
 
 def test_a_shard_on_the_web_is_written_anew(web: str) -> None:
-    dataset = Dataset(name="x", source=Source.webdataset, path=f"{web}/000001.tar")
+    dataset = DatasetOptions(name="x", source=Source.webdataset, path=f"{web}/000001.tar")
     source = open_source(dataset, ShardOptions(channels=3, valid_fraction=0.3, test_fraction=0.3))
     found = [source.read(split, 0, count)[0][:, 0, 0, 0] for split, count in source.splits.items()]
     assert sorted(np.concatenate(found).tolist()) == list(range(20, 40))

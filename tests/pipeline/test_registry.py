@@ -258,26 +258,26 @@ ATTACKS = {
 def test_a_replaced_file_of_a_version_is_refused_by_its_name(attack: str, uri: str, tmp_path: Path) -> None:
     file, change = ATTACKS[attack]
     name, mark = re.sub(r"\W", "-", attack), tmp_path / "executed"
-    options = config.Registry(uri=uri, artifacts=str(tmp_path / "registry"))
+    options = config.RegistryOptions(uri=uri, artifacts=str(tmp_path / "registry"))
     kept = Registry(options)
     kept.register(name, prepare_run(open_storage(str(tmp_path)), 0))
     (path,) = (tmp_path / "registry").rglob(file)
     path.write_bytes(change(path.read_bytes(), mark))
     reference = f"models:/{name}/1"
     with pytest.raises(UserError, match=rf"{file} is damaged or was replaced: it has sha256 ") as raised:
-        open_model(reference, options, config.Storage())
+        open_model(reference, options, config.StorageOptions())
     assert "\n" not in str(raised.value)
 
     # Whoever can change what the registry says of it, too, is refused by what reads it.
     kept.client.set_model_version_tag(name, "1", f"sha256.{file}", hashlib.sha256(path.read_bytes()).hexdigest())
     with pytest.raises(UserError, match=re.escape(file)) as raised:
-        open_model(reference, options, config.Storage())
+        open_model(reference, options, config.StorageOptions())
     assert "\n" not in str(raised.value)
     assert not mark.exists()
 
 
 def test_a_version_that_names_files_elsewhere_or_lacks_some_is_refused(uri: str, tmp_path: Path) -> None:
-    options = config.Registry(uri=uri, artifacts=str(tmp_path / "registry"))
+    options = config.RegistryOptions(uri=uri, artifacts=str(tmp_path / "registry"))
     kept = Registry(options)
     kept.register("elsewhere", prepare_run(open_storage(str(tmp_path)), 0))
     (path,) = (tmp_path / "registry").rglob("model.json")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from pipeline import config, tune
-from pipeline.config import Sampler, Search
+from pipeline.config import Sampler, SearchOptions
 from pipeline.search import known, lags, propose
 from pipeline.storage import open_storage
 
@@ -24,9 +24,9 @@ PLAIN = config.to_dict(config.load("tune", ["model=tiny"]))
 SPACE = {"window": ["0x0", "3x1", "5x2", "5x3", "7x4"], "latents": [16, 32, 64], "flow_depth": [0, 2, 4]}
 
 
-def options(**values: Any) -> Search:
+def options(**values: Any) -> SearchOptions:
     defaults = {"space": {"model": SPACE}, "num_trials": 20, "constraints": []}
-    return Search(**{**defaults, **values})
+    return SearchOptions(**{**defaults, **values})
 
 
 def finished(point: Point, loss: float, **values: float) -> Row:
@@ -36,7 +36,7 @@ def finished(point: Point, loss: float, **values: float) -> Row:
     }  # fmt: skip
 
 
-def run_search(search: Search, seed: int, outcome: Callable[[Point], Row], stop: int = 1000) -> list[Row]:
+def run_search(search: SearchOptions, seed: int, outcome: Callable[[Point], Row], stop: int = 1000) -> list[Row]:
     """Run trials one after the other until none is left."""
     rows: list[Row] = []
     while len(rows) < stop and (point := propose(search, seed, rows)):
@@ -177,7 +177,7 @@ def trial(*losses: float, every: int = 100, **values: Sequence[float]) -> Row:
     return {"curve": curve}
 
 
-def stopped(search: Search, row: Row, others: list[Row]) -> bool:
+def stopped(search: SearchOptions, row: Row, others: list[Row]) -> bool:
     return lags(search, BUDGET, row, [*others, row])
 
 

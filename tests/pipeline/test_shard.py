@@ -15,8 +15,8 @@ import ray
 import webdataset
 
 from pipeline import manifest, shard
-from pipeline.config import Cluster, Dataset, Encoding, ShardConfig, ShardOptions, Source
-from pipeline.config import Storage as StorageOptions
+from pipeline.config import ClusterOptions, DatasetOptions, Encoding, ShardConfig, ShardOptions, Source
+from pipeline.config import StorageOptions as StorageOptions
 from pipeline.errors import UserError
 from pipeline.loader import EvalLoader
 from pipeline.storage import Storage, open_storage
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 def config_for(storage: Storage, source: Source, path: Path, **options: Any) -> ShardConfig:
     return ShardConfig(
         storage=StorageOptions(root=storage.url),
-        dataset=Dataset(name="small", source=source, path=str(path), url=storage.url),
+        dataset=DatasetOptions(name="small", source=source, path=str(path), url=storage.url),
         shard=ShardOptions(**({"samples_per_shard": 20, "block_size": 8} | options)),
-        cluster=Cluster(),
+        cluster=ClusterOptions(),
     )
 
 

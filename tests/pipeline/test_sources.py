@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from pipeline import sources
-from pipeline.config import Dataset, ShardOptions, Source
+from pipeline.config import DatasetOptions, ShardOptions, Source
 from pipeline.errors import UserError
 from pipeline.images import BadImage, decode
 from pipeline.sources import FolderSource, IdxSource, MnistSource, SyntheticSource, open_source
@@ -108,7 +108,7 @@ def test_other_arrays_are_not_mnist(tmp_path: Path) -> None:
 
 
 def test_synthetic_images_are_black_and_white_and_labelled_by_their_pattern() -> None:
-    source = open_source(Dataset(name="synthetic", source=Source.synthetic), ShardOptions())
+    source = open_source(DatasetOptions(name="synthetic", source=Source.synthetic), ShardOptions())
     assert source.splits == {"train": 50_000, "valid": 10_000, "test": 10_000}
     assert (source.image_shape, source.num_classes) == ((1, 16, 16), clouds().classes)
     images, labels = source.read("train", 0, 4000)
@@ -143,7 +143,7 @@ def test_a_synthetic_image_is_the_same_in_whatever_block_it_is_read_and_no_two_a
     ]
     assert len({image.tobytes() for part in others for image in part}) == 160
     with pytest.raises(UserError, match=r"leave dataset\.path out"):
-        open_source(Dataset(name="a", source=Source.synthetic, path="/some"), ShardOptions())
+        open_source(DatasetOptions(name="a", source=Source.synthetic, path="/some"), ShardOptions())
 
 
 # --- IDX ---------------------------------------------------------------------------------------------------------------
@@ -311,15 +311,15 @@ def test_the_configuration_names_a_source(tmp_path: Path) -> None:
     write_idx(tmp_path / "idx")
     write_images(tmp_path / "folder", NAMES)
     options = ShardOptions()
-    assert isinstance(open_source(Dataset(name="a", source=Source.mnist), options), MnistSource)
-    assert isinstance(open_source(Dataset(name="a", source=Source.idx, path=str(tmp_path / "idx")), options), IdxSource)
+    assert isinstance(open_source(DatasetOptions(name="a", source=Source.mnist), options), MnistSource)
+    assert isinstance(open_source(DatasetOptions(name="a", source=Source.idx, path=str(tmp_path / "idx")), options), IdxSource)
     assert isinstance(
-        open_source(Dataset(name="a", source=Source.folder, path=str(tmp_path / "folder")), options), FolderSource
+        open_source(DatasetOptions(name="a", source=Source.folder, path=str(tmp_path / "folder")), options), FolderSource
     )
     with pytest.raises(UserError, match=r"dataset\.source=idx needs dataset\.path"):
-        open_source(Dataset(name="a", source=Source.idx), options)
+        open_source(DatasetOptions(name="a", source=Source.idx), options)
     for source in (Source.idx, Source.folder):
         with pytest.raises(UserError, match=r"dataset\.path=/no/such is not a folder"):
-            open_source(Dataset(name="a", source=source, path="/no/such"), options)
+            open_source(DatasetOptions(name="a", source=source, path="/no/such"), options)
     with pytest.raises(UserError, match=r"dataset\.path=/no/such is not a file"):
-        open_source(Dataset(name="a", source=Source.mnist, path="/no/such"), options)
+        open_source(DatasetOptions(name="a", source=Source.mnist, path="/no/such"), options)

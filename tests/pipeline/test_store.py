@@ -14,7 +14,7 @@ import pytest
 from boto3.session import Session
 
 from pipeline import store
-from pipeline.config import StoreConfig
+from pipeline.config import ServeStoreConfig
 from pipeline.errors import UserError
 from pipeline.store import ObjectStore, run
 
@@ -103,7 +103,7 @@ def test_a_command_runs_with_the_environment_and_gives_its_exit_code(tmp_path: P
         "import sys; from pipeline.storage import open_storage; s = open_storage('s3://images/x'); s.write('a', b'1'); "
         "sys.exit(7 if s.read('a') == b'1' else 1)"
     )
-    config = StoreConfig(folder=str(tmp_path), bucket="images", port=0)
+    config = ServeStoreConfig(folder=str(tmp_path), bucket="images", port=0)
     assert run(config, [sys.executable, "-c", code]) == 7
     wait_until_gone(tmp_path)
 

@@ -21,16 +21,16 @@ SETTINGS = config.to_dict(config.load("train", ["model=tiny"]))
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> config.Registry:
+def options(tmp_path_factory: pytest.TempPathFactory) -> config.RegistryOptions:
     """A registry for all tests here, since making its tables takes seconds."""
     folder = tmp_path_factory.mktemp("registry")
-    options = config.Registry(uri=f"sqlite:///{folder / 'registry.db'}", artifacts=str(folder / "artifacts"))
+    options = config.RegistryOptions(uri=f"sqlite:///{folder / 'registry.db'}", artifacts=str(folder / "artifacts"))
     Connection(options)
     return options
 
 
 @pytest.fixture
-def client(options: config.Registry) -> MlflowClient:
+def client(options: config.RegistryOptions) -> MlflowClient:
     return MlflowClient(options.uri, options.uri)
 
 
@@ -63,7 +63,7 @@ def history(client: MlflowClient, run: Run, name: str) -> list[tuple[int, float]
 
 
 def test_a_run_has_its_parameters_manifest_code_version_and_every_row_of_its_metrics(
-    options: config.Registry, client: MlflowClient, storage: Storage
+    options: config.RegistryOptions, client: MlflowClient, storage: Storage
 ) -> None:
     log(storage, range(1, 4))
     with Tracking(options) as tracked:
@@ -80,7 +80,7 @@ def test_a_run_has_its_parameters_manifest_code_version_and_every_row_of_its_met
 
 
 def test_a_resumed_run_goes_on_in_its_mlflow_run_without_a_row_twice(
-    options: config.Registry, client: MlflowClient, tmp_path: Path
+    options: config.RegistryOptions, client: MlflowClient, tmp_path: Path
 ) -> None:
     folder = open_storage(str(tmp_path))
     log(folder, range(1, 7))
@@ -98,7 +98,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run_without_a_row_twice(
 
 
 def test_another_configuration_in_a_folder_of_the_same_name_is_another_run(
-    options: config.Registry, client: MlflowClient, tmp_path: Path
+    options: config.RegistryOptions, client: MlflowClient, tmp_path: Path
 ) -> None:
     folder = open_storage(str(tmp_path))
     for latents in (4, 8, 4):
@@ -107,7 +107,7 @@ def test_another_configuration_in_a_folder_of_the_same_name_is_another_run(
     assert sorted(run.data.params["model.latents"] for run in copies(client, folder)) == ["4", "8"]
 
 
-def test_trials_are_children_of_their_search(options: config.Registry, client: MlflowClient, tmp_path: Path) -> None:
+def test_trials_are_children_of_their_search(options: config.RegistryOptions, client: MlflowClient, tmp_path: Path) -> None:
     folder = open_storage(str(tmp_path))
     search = TrackedRun(folder, "search", "mnist", {"searcher": "optuna"})
     with Tracking(options) as tracked:
@@ -144,7 +144,7 @@ with tracking.Tracking(config.Registry(uri=uri, artifacts=artifacts)) as tracked
 
 
 def test_a_killed_driver_leaves_no_run_running_for_ever(
-    options: config.Registry, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: config.RegistryOptions, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, other = open_storage(str(tmp_path / "killed")), open_storage(str(tmp_path / "other"))
     log(folder, range(1, 5))
@@ -170,7 +170,7 @@ def test_a_registry_that_is_not_there_costs_a_warning_and_is_caught_up_with(
     folder, blocked = open_storage(str(tmp_path / "run")), tmp_path / "file"
     log(folder, range(1, 4))
     blocked.write_text("no folder")
-    options = config.Registry(uri=f"sqlite:///{blocked}/registry.db", artifacts=str(tmp_path / "artifacts"))
+    options = config.RegistryOptions(uri=f"sqlite:///{blocked}/registry.db", artifacts=str(tmp_path / "artifacts"))
     with caplog.at_level(logging.WARNING), Tracking(options) as tracked:
         tracked.follow(a_run(folder))
         while not caplog.messages:

@@ -29,13 +29,13 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def models(database: str, storage: Storage) -> Registry:
-    return Registry(config.Registry(uri=database, artifacts=f"{storage.url}/registry"))
+    return Registry(config.RegistryOptions(uri=database, artifacts=f"{storage.url}/registry"))
 
 
 @pytest.fixture
 def local(database: str, tmp_path: Path) -> Registry:
     """A registry with artifacts in a folder."""
-    return Registry(config.Registry(uri=database, artifacts=str(tmp_path / "registry")))
+    return Registry(config.RegistryOptions(uri=database, artifacts=str(tmp_path / "registry")))
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_a_run_without_a_model_or_its_evaluation_is_refused_and_leaves_no_versio
 def test_files_that_cannot_be_stored_are_said_in_a_sentence_and_leave_no_version(
     database: str, tmp_path: Path, name: str
 ) -> None:
-    nowhere = Registry(config.Registry(uri=database, artifacts="s3://there-is-no-such-bucket/registry"))
+    nowhere = Registry(config.RegistryOptions(uri=database, artifacts="s3://there-is-no-such-bucket/registry"))
     with pytest.raises(UserError, match=r"did not do as asked: .*there-is-no-such-bucket") as raised:
         nowhere.register(name, prepare_run(open_storage(str(tmp_path)), 0))
     sentence_of(raised)
@@ -245,7 +245,7 @@ def test_an_alias_that_cannot_be_given_is_refused_in_one_sentence(
 
 def test_a_registry_that_is_none_is_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the registry at ftp://x does not answer: .*; check registry\.uri") as raised:
-        Registry(config.Registry(uri="ftp://x", artifacts=str(tmp_path)))
+        Registry(config.RegistryOptions(uri="ftp://x", artifacts=str(tmp_path)))
     assert "\n" not in str(raised.value)
 
 
@@ -259,7 +259,7 @@ def test_a_server_that_does_not_answer_is_given_up_on(listening: bool, tmp_path:
             server.listen()
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(UserError, match=rf"^the registry at {uri} does not answer: .*; check registry\.uri$") as raised:
-            Registry(config.Registry(uri=uri, artifacts=str(tmp_path)))
+            Registry(config.RegistryOptions(uri=uri, artifacts=str(tmp_path)))
     sentence_of(raised)
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
@@ -269,7 +269,7 @@ def test_a_server_that_does_not_answer_is_given_up_on(listening: bool, tmp_path:
 def test_a_database_that_cannot_be_opened_is_refused_in_one_sentence(path: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no database" * 100)
     with pytest.raises(UserError) as raised:
-        Registry(config.Registry(uri=f"sqlite:///{tmp_path / path}", artifacts=str(tmp_path)))
+        Registry(config.RegistryOptions(uri=f"sqlite:///{tmp_path / path}", artifacts=str(tmp_path)))
     sentence_of(raised)
 
 
