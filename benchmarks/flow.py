@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.loop import keep_freed_memory
+from pipeline.machine import keep_freed_memory
 from vlae.made import MapMADE
 from vlae.prior import AutoregressiveFlow, _scale_and_shift, _turned
 
@@ -47,9 +47,13 @@ def convolution(made: MapMADE, x: Tensor) -> Tensor:
     """``made.forward`` with each layer as a masked convolution over two rows of three, channels last."""
     x = x.unflatten(-1, made.shape).contiguous(memory_format=torch.channels_last)
     for layer in (*made.hidden, made.head):
-        taps = F.pad((layer.weight * layer.mask).unflatten(1, (5, -1)), (0, 0, 0, 1)).unflatten(1, (2, 3))
+        taps = F.pad((layer.weight * layer.mask).unflatten(1, (5, -1)), (0, 0, 0, 1)).unflatten(
+            1, (2, 3)
+        )
         kernel = taps.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-        x = F.conv2d(F.pad(F.relu(x) if layer is not made.hidden[0] else x, (1, 1, 1, 0)), kernel, layer.bias)
+        x = F.conv2d(
+            F.pad(F.relu(x) if layer is not made.hidden[0] else x, (1, 1, 1, 0)), kernel, layer.bias
+        )
     return x.unflatten(1, (made.shape[0], made.outputs)).transpose(1, 2).flatten(2)
 
 
@@ -85,7 +89,10 @@ def main() -> None:
             difference = (checked.sample(noise) - expected).abs().max().item()
             assert difference < 1e-3, f"the two ways differ by {difference}"
             times = seconds(
-                {"incremental": lambda f=flow, z=noise: f.sample(z), "one_pass": lambda f=flow, z=noise: f.inverse(z)}
+                {
+                    "incremental": lambda f=flow, z=noise: f.sample(z),
+                    "one_pass": lambda f=flow, z=noise: f.inverse(z),
+                }
             )
         times["naive"] = naive
         row = {"latents": latents, "depth": depth, "hidden": hidden} | {
@@ -105,7 +112,9 @@ def main() -> None:
         }
     )
     form = {f"{name}_ms": round(1e3 * t, 1) for name, t in forms.items()}
-    print(json.dumps({"batch": BATCH, "inversion": results, "map_layer_forward_and_backward": form}))
+    print(
+        json.dumps({"batch": BATCH, "inversion": results, "map_layer_forward_and_backward": form})
+    )
 
 
 if __name__ == "__main__":

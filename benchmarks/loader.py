@@ -36,8 +36,8 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_sample_images
 
-from pipeline.sources import MnistSource
-from pipeline.store import ObjectStore
+from pipeline.data.sources.mnist import MnistSource
+from pipeline.storage.server import ObjectStore
 
 PEERS = ("webdataset", "streaming", "litdata")
 EPOCHS = 4
@@ -56,12 +56,25 @@ def data_sets() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         for left in range(0, 640 - 63, 12)
     ]
     colour = np.stack(pieces).transpose(0, 3, 1, 2)
-    return {"grey28": (grey.transpose(0, 3, 1, 2), labels), "colour64": (colour, np.arange(len(colour)) % 10)}
+    return {
+        "grey28": (grey.transpose(0, 3, 1, 2), labels),
+        "colour64": (colour, np.arange(len(colour)) % 10),
+    }
 
 
-def child(python: str, action: str, loader: str, folder: Path, prefix: str, epochs: int = 0) -> dict[str, float]:
+def child(
+    python: str, action: str, loader: str, folder: Path, prefix: str, epochs: int = 0
+) -> dict[str, float]:
     folder.mkdir()
-    command = [python, str(Path(__file__).with_name("peers.py")), action, loader, str(folder), prefix, str(epochs)]
+    command = [
+        python,
+        str(Path(__file__).with_name("peers.py")),
+        action,
+        loader,
+        str(folder),
+        prefix,
+        str(epochs),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     if done.returncode:
         sys.exit(f"{loader} failed:\n{done.stderr[-3000:]}")
@@ -72,7 +85,9 @@ def child(python: str, action: str, loader: str, folder: Path, prefix: str, epoc
 
 def first_and_later(python: str, loader: str, folder: Path, prefix: str) -> list[dict[str, float]]:
     """Images, seconds of processor time and of wall time of the first epoch, and of a later one."""
-    one, all_of_them = (child(python, "read", loader, folder / loader, prefix, epochs) for epochs in (1, EPOCHS))
+    one, all_of_them = (
+        child(python, "read", loader, folder / loader, prefix, epochs) for epochs in (1, EPOCHS)
+    )
     return [one, {name: (all_of_them[name] - one[name]) / (EPOCHS - 1) for name in one}]
 
 
@@ -81,8 +96,15 @@ Speeds = dict[str, list[list[float]]]  # by loader, for each round: of the first
 
 def ratios(speed: Speeds, ours: str, others: tuple[str, ...]) -> list[float]:
     """The speed of ours over that of the fastest of others: the median over the rounds, for each epoch."""
-    turns = list(zip(speed[ours], *(speed[other] for other in others if other in speed), strict=True))
-    return [round(statistics.median(own[n] / max(other[n] for other in rest) for own, *rest in turns), 2) for n in (0, 1)]
+    turns = list(
+        zip(speed[ours], *(speed[other] for other in others if other in speed), strict=True)
+    )
+    return [
+        round(
+            statistics.median(own[n] / max(other[n] for other in rest) for own, *rest in turns), 2
+        )
+        for n in (0, 1)
+    ]
 
 
 def main() -> None:
@@ -90,18 +112,28 @@ def main() -> None:
     parser.add_argument("--peers", default=sys.executable)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    loaders = [name for name in LOADERS if options.peers != sys.executable or name not in ("streaming", "litdata")]
+    loaders = [
+        name
+        for name in LOADERS
+        if options.peers != sys.executable or name not in ("streaming", "litdata")
+    ]
     summary: dict[str, dict[str, object]] = {
         name: {} for name in ("ratio_to_best_peer", "ratio_to_hand_loop", "ratio_to_ceiling")
     }
     with tempfile.TemporaryDirectory() as name, ObjectStore(f"{name}/store", "benchmark") as store:
-        os.environ.update(store.environment() | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"})
+        os.environ.update(
+            store.environment()
+            | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        )
         for data, (images, labels) in data_sets().items():
             folder = Path(name, data)
             folder.mkdir()
             np.save(folder / "images.npy", images)
             np.save(folder / "labels.npy", labels)
-            python = {loader: options.peers if loader in (*PEERS, "hand_loop") else sys.executable for loader in loaders}
+            python = {
+                loader: options.peers if loader in (*PEERS, "hand_loop") else sys.executable
+                for loader in loaders
+            }
             for loader in ("ours", *PEERS):
                 if loader in loaders:
                     child(python[loader], "write", loader, folder / loader, f"{data}/{loader}")
@@ -109,16 +141,28 @@ def main() -> None:
             for _ in range(options.rounds):
                 for loader in loaders:
                     epochs = first_and_later(python[loader], loader, folder, f"{data}/{loader}")
-                    assert all(epoch["images"] > len(images) - 129 for epoch in epochs), (loader, epochs)
-                    cpu, wall = ([epoch["images"] / epoch[clock] for epoch in epochs] for clock in ("cpu", "wall"))
+                    assert all(epoch["images"] > len(images) - 129 for epoch in epochs), (
+                        loader,
+                        epochs,
+                    )
+                    cpu, wall = (
+                        [epoch["images"] / epoch[clock] for epoch in epochs]
+                        for clock in ("cpu", "wall")
+                    )
                     speed[loader].append(cpu)
                     texts = (f"{first:>11,.0f} {second:>11,.0f}" for first, second in (cpu, wall))
-                    print(f"{data:<9}{loader:<14} images/s by epoch, of processor time and of wall time:", *texts, flush=True)
+                    print(
+                        f"{data:<9}{loader:<14} images/s by epoch, of processor time and of wall time:",
+                        *texts,
+                        flush=True,
+                    )
             summary["ratio_to_best_peer"][data] = ratios(speed, "ours", PEERS)
             summary["ratio_to_hand_loop"][data] = ratios(speed, "ours", ("hand_loop",))
             summary["ratio_to_ceiling"][data] = ratios(speed, "ours_uncached", ("raw_get",))
             summary[data] = {
-                loader: [round(statistics.median(turn[epoch] for turn in turns)) for epoch in (0, 1)]
+                loader: [
+                    round(statistics.median(turn[epoch] for turn in turns)) for epoch in (0, 1)
+                ]
                 for loader, turns in speed.items()
             }
     print(json.dumps(summary))

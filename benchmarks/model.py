@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config import load
-from pipeline.loop import keep_freed_memory
+from pipeline.commands import load
+from pipeline.machine import keep_freed_memory
 
 BATCH, LATENTS = 16, 32
 
@@ -41,7 +41,9 @@ class TextbookVAE(nn.Module):
             nn.ELU(),
             nn.ConvTranspose2d(channels, channels, 4, 2, 1),
         )
-        self.masked = nn.ModuleList(nn.Conv2d(channels + (n == 0), channels, 3, padding=1) for n in range(masked))
+        self.masked = nn.ModuleList(
+            nn.Conv2d(channels + (n == 0), channels, 3, padding=1) for n in range(masked)
+        )
         self.mask: Tensor
         self.register_buffer("mask", torch.tensor([[1.0, 1, 1], [1, 1, 0], [0, 0, 0]]))
         self.head = nn.Conv2d(channels, 1, 1)
@@ -56,7 +58,9 @@ class TextbookVAE(nn.Module):
             seen = torch.cat([h, F.pad(x, (1, 0))[..., :-1]], 1) if number == 0 else h
             h = F.elu(F.conv2d(seen, layer.weight * self.mask, layer.bias, padding=1))
         distortion = F.binary_cross_entropy_with_logits(self.head(h), x, reduction="sum") / len(x)
-        return distortion + (0.5 * (mean.square() + (2 * log_scale).exp() - 1) - log_scale).sum() / len(x)
+        return distortion + (
+            0.5 * (mean.square() + (2 * log_scale).exp() - 1) - log_scale
+        ).sum() / len(x)
 
 
 class Ours(nn.Module):
@@ -96,7 +100,9 @@ class Trainer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--no-compile", action="store_true")
     arguments = parser.parse_args()
@@ -104,7 +110,10 @@ def main() -> None:
     keep_freed_memory()
     trainers = {name: Trainer(make, latents, False) for name, (make, latents) in MODELS.items()}
     if not arguments.no_compile:
-        trainers |= {f"{name}, compiled": Trainer(make, latents, True) for name, (make, latents) in MODELS.items()}
+        trainers |= {
+            f"{name}, compiled": Trainer(make, latents, True)
+            for name, (make, latents) in MODELS.items()
+        }
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     generator = torch.Generator().manual_seed(0)
     for number in range(5 + arguments.rounds):
@@ -116,7 +125,9 @@ def main() -> None:
     rates = {name: round(BATCH / statistics.median(values), 1) for name, values in seconds.items()}
     for name, rate in rates.items():
         parameters = sum(p.numel() for p in trainers[name].model.parameters())
-        print(f"{name:<36}{rate:>8.0f} images/s{parameters:>12,} parameters   {rate / rates['fast']:>5.2f} x fast")
+        print(
+            f"{name:<36}{rate:>8.0f} images/s{parameters:>12,} parameters   {rate / rates['fast']:>5.2f} x fast"
+        )
     print(json.dumps({"batch": BATCH, "rounds": arguments.rounds, "images_per_s": rates}))
 
 

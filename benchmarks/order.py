@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import manifest
-from pipeline.manifest import Manifest, PagedShards, Shard
-from pipeline.order import Order
+from pipeline.data import manifest
+from pipeline.data.manifest import Manifest, PagedShards, Shard
+from pipeline.data.order import Order
 from pipeline.storage import open_storage
 
 SHARDS, RANKS, SAMPLES = 10**6, 4096, 10**10
@@ -39,7 +39,9 @@ def shards() -> Iterator[Shard]:
     for number, size in enumerate(sizes.tolist()):
         digests = random.bytes(64).hex()
         name = f"train/{number:07d}"
-        yield Shard(f"{name}.tar", size * 12_500, digests[:64], size, f"{name}.index.json", digests[64:])
+        yield Shard(
+            f"{name}.tar", size * 12_500, digests[:64], size, f"{name}.index.json", digests[64:]
+        )
 
 
 def peak_kib() -> int:
@@ -53,7 +55,9 @@ def start(folder: str, step: int, rank: int) -> None:
     before = peak_kib()
     begin, begin_cpu = time.perf_counter(), time.process_time()
     contents = manifest.load(open_storage(folder))
-    order = Order(contents.shard_samples("train"), 0, BATCH, RANKS, GROUP // int(np.prod(IMAGE_SHAPE)))
+    order = Order(
+        contents.shard_samples("train"), 0, BATCH, RANKS, GROUP // int(np.prod(IMAGE_SHAPE))
+    )
     epoch, within = divmod(step, order.steps_per_epoch)
     circle = order.circle(epoch)
     group = order.group(epoch, circle, rank, within * order.stream_batch // order.group_length)
@@ -90,8 +94,12 @@ def main() -> None:
             (10**8, 5),
         ):
             command = [sys.executable, __file__, folder, str(step), str(rank)]
-            found.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
-            print(f"step {step:>12,} rank {rank:>4}: {found[-1]['seconds']:.2f} s, {found[-1]['mb']:.0f} MB")
+            found.append(
+                json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+            )
+            print(
+                f"step {step:>12,} rank {rank:>4}: {found[-1]['seconds']:.2f} s, {found[-1]['mb']:.0f} MB"
+            )
         assert {each["samples"] for each in found} == {SAMPLES}
         pages = sum(path.stat().st_size for path in Path(folder, "pages").iterdir())
     seconds = [each["seconds"] for each in found]

@@ -32,21 +32,26 @@ def upload(folder: Path, prefix: str) -> None:
 
 
 def keys(prefix: str) -> list[str]:
-    return [item["Key"] for item in boto3.client("s3").list_objects_v2(Bucket="benchmark", Prefix=f"{prefix}/")["Contents"]]
+    return [
+        item["Key"]
+        for item in boto3.client("s3").list_objects_v2(Bucket="benchmark", Prefix=f"{prefix}/")[
+            "Contents"
+        ]
+    ]
 
 
 # --- ours --------------------------------------------------------------------------------------------------------------
 
 
 def ours_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str) -> None:
-    from pipeline.config import Encoding
-    from pipeline.manifest import Manifest
-    from pipeline.shard import _write
+    from pipeline.config.sections import Encoding
+    from pipeline.data.manifest import Manifest
+    from pipeline.data.writer import write_images
     from pipeline.storage import open_storage
 
     storage = open_storage(f"s3://benchmark/{prefix}")
     shards = tuple(
-        _write(storage, f"train/{n:05d}.tar", start, images[start : start + SHARD].transpose(0, 2, 3, 1),
+        write_images(storage, f"train/{n:05d}.tar", start, images[start : start + SHARD].transpose(0, 2, 3, 1),
                labels[start : start + SHARD], 250, Encoding.npy)
         for n, start in enumerate(range(0, len(images), SHARD))
     )  # fmt: skip
@@ -54,9 +59,9 @@ def ours_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str
 
 
 def ours(folder: Path, prefix: str, epochs: int, cached: bool = True) -> Epoch:
-    from pipeline import manifest
-    from pipeline.cache import ShardCache
-    from pipeline.loader import TrainLoader
+    from pipeline.data import manifest
+    from pipeline.data.cache import ShardCache
+    from pipeline.data.loader import TrainLoader
     from pipeline.storage import open_storage
 
     storage = open_storage(f"s3://benchmark/{prefix}")
@@ -65,9 +70,19 @@ def ours(folder: Path, prefix: str, epochs: int, cached: bool = True) -> Epoch:
     cache = ShardCache(folder / "cache", 10**10) if cached else None
 
     batches = iter(
-        TrainLoader(storage, contents, seed=0, global_batch=BATCH, num_streams=8, num_steps=epochs * steps, cache=cache)
+        TrainLoader(
+            storage,
+            contents,
+            seed=0,
+            global_batch=BATCH,
+            num_streams=8,
+            num_steps=epochs * steps,
+            cache=cache,
+        )
     )
-    return lambda number: ((batch.images, batch.labels) for batch in itertools.islice(batches, steps))
+    return lambda number: (
+        (batch.images, batch.labels) for batch in itertools.islice(batches, steps)
+    )
 
 
 def ours_uncached(folder: Path, prefix: str, epochs: int) -> Epoch:
@@ -87,8 +102,16 @@ def webdataset_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefi
             for index in range(start, min(start + SHARD, len(images))):
                 file = io.BytesIO()
                 pixels = images[index].transpose(1, 2, 0)
-                Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
-                writer.write({"__key__": f"{index:06d}", "png": file.getvalue(), "cls": str(labels[index]).encode()})
+                Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(
+                    file, "PNG"
+                )
+                writer.write(
+                    {
+                        "__key__": f"{index:06d}",
+                        "png": file.getvalue(),
+                        "cls": str(labels[index]).encode(),
+                    }
+                )
     upload(folder / "wds", prefix)
 
 
@@ -99,14 +122,18 @@ def webdataset(folder: Path, prefix: str, epochs: int) -> Epoch:
     from_s3(wds)
 
     def tensor(pixels: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+        return torch.from_numpy(
+            pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()
+        )
 
     def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         mode = "l8" if "grey" in prefix else "rgb8"
         urls = [f"s3://benchmark/{key}" for key in keys(prefix)]
         cache = str(folder / "cache")
         os.makedirs(cache, exist_ok=True)
-        data = wds.WebDataset(urls, shardshuffle=len(urls), seed=number, empty_check=False, cache_dir=cache)
+        data = wds.WebDataset(
+            urls, shardshuffle=len(urls), seed=number, empty_check=False, cache_dir=cache
+        )
         data = data.shuffle(1000).decode(mode).to_tuple("png", "cls").map_tuple(tensor, int)
         return iter(wds.WebLoader(data.batched(BATCH), batch_size=None, num_workers=0))
 
@@ -120,10 +147,16 @@ def hand_loop(folder: Path, prefix: str, epochs: int) -> Epoch:
     from_s3(wds)
 
     def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        urls = [f"s3://benchmark/{key}" for key in keys(prefix.replace("hand_loop", "ours")) if key.endswith(".tar")]
+        urls = [
+            f"s3://benchmark/{key}"
+            for key in keys(prefix.replace("hand_loop", "ours"))
+            if key.endswith(".tar")
+        ]
         cache = str(folder / "cache")
         os.makedirs(cache, exist_ok=True)
-        data = wds.WebDataset(urls, shardshuffle=len(urls), seed=number, empty_check=False, cache_dir=cache)
+        data = wds.WebDataset(
+            urls, shardshuffle=len(urls), seed=number, empty_check=False, cache_dir=cache
+        )
         generator, held = np.random.default_rng(number), list[Any]()
         for pair in data.shuffle(20).decode().to_tuple("images.npy", "labels.npy"):
             held.append(pair)
@@ -133,7 +166,9 @@ def hand_loop(folder: Path, prefix: str, epochs: int) -> Epoch:
         if held:
             yield from batches(held, generator)
 
-    def batches(held: list[Any], generator: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(
+        held: list[Any], generator: np.random.Generator
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         images, labels = (np.concatenate(column) for column in zip(*held, strict=True))
         order = generator.permutation(len(labels))
         for start in range(0, len(order), BATCH):
@@ -161,7 +196,9 @@ def streaming_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix
     from streaming import MDSWriter
 
     shape = ",".join(map(str, images.shape[1:]))
-    with MDSWriter(out=str(folder / "mds"), columns={"x": f"ndarray:uint8:{shape}", "y": "int"}) as writer:
+    with MDSWriter(
+        out=str(folder / "mds"), columns={"x": f"ndarray:uint8:{shape}", "y": "int"}
+    ) as writer:
         for image, label in zip(images, labels, strict=True):
             writer.write({"x": image, "y": int(label)})
     upload(folder / "mds", prefix)
@@ -171,7 +208,12 @@ def streaming(folder: Path, prefix: str, epochs: int) -> Epoch:
     from streaming import StreamingDataLoader, StreamingDataset
 
     os.environ["S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL"]
-    data = StreamingDataset(remote=f"s3://benchmark/{prefix}", local=str(folder / "local"), shuffle=True, batch_size=BATCH)
+    data = StreamingDataset(
+        remote=f"s3://benchmark/{prefix}",
+        local=str(folder / "local"),
+        shuffle=True,
+        batch_size=BATCH,
+    )
     loader = StreamingDataLoader(data, batch_size=BATCH, num_workers=0)
     return lambda number: ((batch["x"], batch["y"]) for batch in loader)
 
@@ -182,8 +224,16 @@ def streaming(folder: Path, prefix: str, epochs: int) -> Epoch:
 def litdata_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str) -> None:
     import litdata
 
-    pairs = [(torch.from_numpy(image), int(label)) for image, label in zip(images, labels, strict=True)]
-    litdata.optimize(identity, pairs, str(folder / "lit"), chunk_bytes="4MB" if len(images) > 10_000 else "16MB", num_workers=1)
+    pairs = [
+        (torch.from_numpy(image), int(label)) for image, label in zip(images, labels, strict=True)
+    ]
+    litdata.optimize(
+        identity,
+        pairs,
+        str(folder / "lit"),
+        chunk_bytes="4MB" if len(images) > 10_000 else "16MB",
+        num_workers=1,
+    )
     upload(folder / "lit", prefix)
 
 
@@ -198,7 +248,11 @@ def litdata(folder: Path, prefix: str, epochs: int) -> Epoch:
     downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # there is no option for it
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
     data = lit.StreamingDataset(
-        f"s3://benchmark/{prefix}", cache_dir=str(folder / "local"), shuffle=True, storage_options=options, seed=0
+        f"s3://benchmark/{prefix}",
+        cache_dir=str(folder / "local"),
+        shuffle=True,
+        storage_options=options,
+        seed=0,
     )
     loader = lit.StreamingDataLoader(data, batch_size=BATCH, num_workers=0, shuffle=True)
     return lambda number: iter(loader)
@@ -235,10 +289,19 @@ def memory(folder: Path, prefix: str, epochs: int) -> Epoch:
 
 
 def main() -> None:
-    action, name, folder, prefix, epochs = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+    action, name, folder, prefix, epochs = (
+        sys.argv[1],
+        sys.argv[2],
+        Path(sys.argv[3]),
+        sys.argv[4],
+        int(sys.argv[5]),
+    )
     random.seed(0)
     if action == "write":
-        images, labels = np.load(folder.parent / "images.npy"), np.load(folder.parent / "labels.npy")
+        images, labels = (
+            np.load(folder.parent / "images.npy"),
+            np.load(folder.parent / "labels.npy"),
+        )
         globals()[f"{name}_write"](images, labels, folder, prefix)
         return
     epoch = globals()[name](folder, prefix, epochs)

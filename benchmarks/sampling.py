@@ -55,7 +55,10 @@ def by_patches(model: vlae.VLAE, noise: Tensor, uniform: Tensor) -> Tensor:
     decoder = model.decoder
     assert decoder.context is not None
     _, height, width = decoder.image_shape
-    condition, thresholds = decoder.condition(model.prior.sample(noise)), uniform.permute(0, 2, 3, 1)
+    condition, thresholds = (
+        decoder.condition(model.prior.sample(noise)),
+        uniform.permute(0, 2, 3, 1),
+    )
     front, x = decoder.context.front(len(noise), height, width), torch.zeros_like(uniform)
     for row in range(height):
         for column in range(width):
@@ -98,7 +101,9 @@ def timed(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()

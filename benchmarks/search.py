@@ -14,8 +14,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, shard, tune
-from pipeline.metrics import read_rows
+from pipeline import commands
+from pipeline.commands import shard, tune
+from pipeline.runs import read_rows
 from pipeline.storage import open_storage
 
 GRID = [
@@ -29,9 +30,18 @@ WITHIN = 0.5
 
 def search(folder: str, name: str, images: int, *overrides: str) -> list[dict[str, Any]]:
     """Search the grid; returns all that is known of its trials."""
-    options = [f"storage.root={folder}", f"registry.uri=sqlite:///{folder}/registry.db", f"name={name}"]
-    budget = [f"train.images={images}", f"train.valid_every={images // 9}", "train.valid_images=500", "train.report_seconds=2"]
-    result = tune.run(config.load("tune", [*options, *budget, *GRID, *overrides]))
+    options = [
+        f"storage.root={folder}",
+        f"registry.uri=sqlite:///{folder}/registry.db",
+        f"name={name}",
+    ]
+    budget = [
+        f"train.images={images}",
+        f"train.valid_every={images // 9}",
+        "train.valid_images=500",
+        "train.report_seconds=2",
+    ]
+    result = tune.run(commands.load("tune", [*options, *budget, *GRID, *overrides]))
     storage = open_storage(result["url"])
     return [storage.read_json(key) for key in sorted(storage.list("trials/"))]
 
@@ -44,11 +54,16 @@ def where_time_went(folder: str, rows: list[dict[str, Any]]) -> dict[str, float]
     seconds = max(row["search_seconds"] for row in rows)
     steps = loops = 0.0
     for row in rows:
-        log = [entry for entry in read_rows(open_storage(f"{folder}/runs/{row['run']}")) if "train/step_ms" in entry]
+        log = [
+            entry
+            for entry in read_rows(open_storage(f"{folder}/runs/{row['run']}"))
+            if "train/step_ms" in entry
+        ]
         steps += statistics.median(entry["train/step_ms"] for entry in log) * log[-1]["step"] / 1000
         ends = [0, *(entry["step"] for entry in log)]
         loops += sum(
-            entry["train/step_ms"] * (end - start) / 1000 for entry, start, end in zip(log, ends, ends[1:], strict=False)
+            entry["train/step_ms"] * (end - start) / 1000
+            for entry, start, end in zip(log, ends, ends[1:], strict=False)
         )
     trials = sum(row["seconds"] for row in rows)
     parts = {
@@ -62,23 +77,39 @@ def where_time_went(folder: str, rows: list[dict[str, Any]]) -> dict[str, float]
 
 def images_until(rows: list[dict[str, Any]], nll: float) -> int | None:
     """How many images all trials together had seen when one had run to its end and was at least as good; none if none was."""
-    ends = [row["curve"][-1]["seconds"] for row in rows if row["status"] == "finished" and row["values"]["nll"] <= nll]
+    ends = [
+        row["curve"][-1]["seconds"]
+        for row in rows
+        if row["status"] == "finished" and row["values"]["nll"] <= nll
+    ]
     if not ends:
         return None
-    return sum(max([entry["images"] for entry in row["curve"] if entry["seconds"] <= min(ends)], default=0) for row in rows)
+    return sum(
+        max([entry["images"] for entry in row["curve"] if entry["seconds"] <= min(ends)], default=0)
+        for row in rows
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", default="search-benchmark", help="where everything is kept")
-    parser.add_argument("--images", type=int, default=36_000, help="images of a trial that runs to its end")
+    parser.add_argument(
+        "--images", type=int, default=36_000, help="images of a trial that runs to its end"
+    )
     arguments = parser.parse_args()
     folder = str(Path(arguments.folder).absolute())
     if not (Path(folder) / "datasets/mnist/manifest.json").exists():
-        shard.run(config.load("shard", [f"storage.root={folder}"]))
+        shard.run(commands.load("shard", [f"storage.root={folder}"]))
     grid = search(folder, "grid", arguments.images, "search.sampler=grid", "search.stopping=none")
     halved = search(
-        folder, "asha", arguments.images, "search.sampler=tpe", "search.stopping=asha", "search.grace_fraction=0.111"
+        folder,
+        "asha",
+        arguments.images,
+        "search.sampler=tpe",
+        "search.stopping=asha",
+        "search.grace_fraction=0.111",
     )
     shares = where_time_went(folder, grid)
     best = min(row["values"]["nll"] for row in grid)

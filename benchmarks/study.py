@@ -25,7 +25,8 @@ SEEDS = range(3)
 def models() -> dict[str, list[str]]:
     """The study's models, by name: the overrides that make each. The standard one has an AF prior of depth 2 and window 5x2."""
     return {f"window {window}": [f"model.window={window}"] for window in WINDOWS} | {
-        f"window 5x2, {prior}": ["model.window=5x2", *overrides] for prior, overrides in PRIORS.items()
+        f"window 5x2, {prior}": ["model.window=5x2", *overrides]
+        for prior, overrides in PRIORS.items()
     }
 
 
@@ -34,33 +35,50 @@ def run(folder: str, name: str, seed: int, samples: int, num_images: int) -> dic
     import torch
 
     torch.set_num_threads(1)
-    from pipeline import config, evaluate, loop
+    from pipeline import commands, runs
+    from pipeline.commands import evaluate
+    from pipeline.training import loop
 
     slug = name.replace(" ", "-").replace(",", "").replace("(", "").replace(")", "")
-    options = [f"storage.root={folder}", f"name={slug}-{seed}", f"train.seed={seed}", "experiment=study", *models()[name]]
-    typed = config.load("train", options)
-    storage = loop.run_storage(typed)
+    options = [
+        f"storage.root={folder}",
+        f"name={slug}-{seed}",
+        f"train.seed={seed}",
+        "experiment=study",
+        *models()[name],
+    ]
+    typed = commands.load("train", options)
+    storage = runs.run_storage(typed)
     if not storage.exists("model/model.safetensors"):
         loop.fit(typed)
     output = f"{folder}/evaluations/{typed.run_name}"
     bounds = [f"bounds.samples={samples}", f"bounds.num_images={num_images}"]
     if not (Path(output) / "result.json").exists():
-        evaluate.run(config.load("evaluate", [f"model={storage.url}", f"output={output}", *bounds]))
+        evaluate.run(
+            commands.load("evaluate", [f"model={storage.url}", f"output={output}", *bounds])
+        )
     return dict(json.loads((Path(output) / "result.json").read_text())["test"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", default="study", help="where everything is kept")
-    parser.add_argument("--jobs", type=int, default=2, help="models trained at once, each on one core")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="models trained at once, each on one core"
+    )
     parser.add_argument("--samples", type=int, default=128, help="k of the IWAE bound")
-    parser.add_argument("--images", type=int, default=1000, help="test images that the bound is measured on")
+    parser.add_argument(
+        "--images", type=int, default=1000, help="test images that the bound is measured on"
+    )
     arguments = parser.parse_args()
-    from pipeline import config, shard
+    from pipeline import commands
+    from pipeline.commands import shard
 
     folder = str(Path(arguments.folder).absolute())
     if not (Path(folder) / "datasets/mnist/manifest.json").exists():
-        shard.run(config.load("shard", [f"storage.root={folder}"]))
+        shard.run(commands.load("shard", [f"storage.root={folder}"]))
     rows: dict[str, list[dict[str, Any]]] = {}
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         jobs = {
@@ -70,13 +88,20 @@ def main() -> None:
         }
         for (name, _), job in jobs.items():
             rows.setdefault(name, []).append(job.result())
-    print(f"{'':<28}{f'IWAE-{arguments.samples}, nats':>22}{'rate, bits':>18}{'linear probe, %':>20}")
+    print(
+        f"{'':<28}{f'IWAE-{arguments.samples}, nats':>22}{'rate, bits':>18}{'linear probe, %':>20}"
+    )
     table = {}
     for name, results in rows.items():
         columns = {key: [result[key] for result in results] for key in ("iwae_nats", "rate_bits")}
         columns["probe"] = [100 * result["probe"]["linear"]["accuracy"] for result in results]
-        table[name] = {key: [round(value, 3) for value in values] for key, values in columns.items()}
-        shown = [f"{statistics.mean(values):>10.2f} +- {statistics.stdev(values):.2f}" for values in columns.values()]
+        table[name] = {
+            key: [round(value, 3) for value in values] for key, values in columns.items()
+        }
+        shown = [
+            f"{statistics.mean(values):>10.2f} +- {statistics.stdev(values):.2f}"
+            for values in columns.values()
+        ]
         print(f"{name:<28}" + "".join(f"{text:>20}" for text in shown))
     print(json.dumps({"images": arguments.images, "samples": arguments.samples, "models": table}))
 

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.metrics import read_rows
+from pipeline.runs import read_rows
 from pipeline.storage import open_storage
 
 VLAE = str(Path(sys.executable).with_name("vlae"))
@@ -71,12 +71,20 @@ class Run:
     def __init__(self, folder: Path, name: str, *options: str) -> None:
         self.storage = open_storage(f"{folder}/runs/{name}")
         self.log = folder / "runs" / name / "metrics.jsonl"
-        fixed = [f"storage.root={folder}", f"registry.uri=sqlite:///{folder}/registry.db", f"name={name}"]
+        fixed = [
+            f"storage.root={folder}",
+            f"registry.uri=sqlite:///{folder}/registry.db",
+            f"name={name}",
+        ]
         fixed += ["model=fast", "train.valid_every=1000000000", "train.report_seconds=1"]
         self.started = time.time()
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         self.process = subprocess.Popen(
-            [VLAE, "train", *fixed, *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            [VLAE, "train", *fixed, *options],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def wait_for_report(self, since: float) -> float:
@@ -107,20 +115,27 @@ class Run:
         rows = [row for row in read_rows(self.storage) if "train/images_per_s" in row][3:]
         if len(rows) < 3:
             raise SystemExit("the runs are too short to be measured; give more --images")
-        speed, waited = ([row[f"train/{name}"] for row in rows] for name in ("images_per_s", "data_wait"))
+        speed, waited = (
+            [row[f"train/{name}"] for row in rows] for name in ("images_per_s", "data_wait")
+        )
         return statistics.median(speed), statistics.fmean(waited)
 
 
 def bare_loops(count: int, images: int) -> list[float]:
     """Images per second of each of so many bare loops that run at the same time."""
     loops = [
-        subprocess.Popen([sys.executable, "-c", BARE, str(images)], stdout=subprocess.PIPE, text=True) for _ in range(count)
+        subprocess.Popen(
+            [sys.executable, "-c", BARE, str(images)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(count)
     ]
     return [float(each.communicate()[0]) for each in loops]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=20_000, help="that each run sees")
     arguments = parser.parse_args()
@@ -137,7 +152,11 @@ def main() -> None:
             bare = statistics.fmean(before + after)
             one, shared, two = (
                 Run(
-                    folder, f"{workers}-{batch}-{number}", size, f"cluster.num_workers={workers}", f"train.global_batch={batch}"
+                    folder,
+                    f"{workers}-{batch}-{number}",
+                    size,
+                    f"cluster.num_workers={workers}",
+                    f"train.global_batch={batch}",
                 ).figures()[0]
                 for workers, batch in ((1, 64), (2, 64), (2, 128))
             )

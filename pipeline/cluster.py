@@ -11,75 +11,95 @@ import ray
 import ray.util
 from ray.exceptions import RayTaskError
 
-from pipeline.config import ClusterOptions, StorageOptions
+from pipeline.config.sections import ClusterOptions, StorageOptions
 from pipeline.errors import UserError
+from pipeline.machine import WORKER_ENVIRONMENT
 
-WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "THP_MEM_ALLOC_ENABLE": "1"}
-"""Workers train in a thread of their own, and glibc gives such a thread's freed memory back to the kernel at every step, whatever
-``loop.keep_freed_memory`` asks of it: only the main arena keeps it. So they have no other. And PyTorch puts the host's large tensors on
-pages of 2 MB: with those of 4 kB, some per cent of a step on a CPU are spent on looking up pages."""
-IN_FLIGHT = 256  # tasks that wait for a worker at once; more would only burden Ray
+IN_FLIGHT = 256
+"""Tasks that wait for a worker at once; more would only burden Ray."""
 
 
 def connect(cluster: ClusterOptions, storage: StorageOptions) -> None:
     """Connect this process to Ray, once; later calls do nothing.
 
-    Inside a job, or with ``cluster.address``, it joins the cluster that is there; else it starts one on this machine that ends
-    with this process. Ray's token authentication is used unless RAY_AUTH_MODE says otherwise.
-    Raises UserError if the cluster does not answer, or if one machine cannot hold the workers asked for.
+    Inside a job, or with ``cluster.address``, it joins the cluster that is there; else it starts
+    one on this machine that ends with this process. Ray's token authentication is used unless
+    RAY_AUTH_MODE says otherwise. Raises UserError if the cluster does not answer, or if one machine
+    cannot hold the workers asked for.
     """
     if ray.is_initialized():
         return
-    # Ray Train's report() waits for the controller's next look at its workers: 2 s unless told otherwise.
+    # Ray Train's report() waits for the controller's next look at its workers: 2 s unless told
+    # otherwise.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # A worker that does not answer for so long is lost, and the run restarted: its host may be cut off. Ray's own default is 10 minutes.
+    # A worker that does not answer for so long is lost, and the run restarted: its host may be cut
+    # off. Ray's own default is 10 minutes.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "30")
-    # Ray warns at every start that a later version will not hide GPUs from tasks that asked for none.
+    # Ray warns at every start that a later version will not hide GPUs from tasks that asked for
+    # none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if storage.endpoint_url:
         os.environ["AWS_ENDPOINT_URL"] = storage.endpoint_url
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    env_vars = WORKER_ENVIRONMENT | {name: os.environ[name] for name in ("AWS_ENDPOINT_URL",) if name in os.environ}
+    env_vars = WORKER_ENVIRONMENT | {
+        name: os.environ[name] for name in ("AWS_ENDPOINT_URL",) if name in os.environ
+    }
     if address:
         if _has_token():
-            # A cluster that Ray starts here makes and uses a token by itself; a driver that joins one has to be told to.
+            # A cluster that Ray starts here makes and uses a token by itself; a driver that joins
+            # one has to be told to.
             os.environ.setdefault("RAY_AUTH_MODE", "token")
     else:
-        # Ray Train frees the resources of a stopped trial by a helper that looks for its cluster by itself, and does not find it if
-        # another Ray runs on this machine: its trials would wait for cores forever. So every process is told the address.
+        # Ray Train frees the resources of a stopped trial by a helper that looks for its cluster by
+        # itself, and does not find it if another Ray runs on this machine: its trials would wait
+        # for cores forever. So every process is told the address.
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         os.environ["RAY_GCS_SERVER_PORT"] = str(port)
-        # A process that looks for hosts about to be taken away has nothing to find here, and workers no core to spare for it.
+        # A process that looks for hosts about to be taken away has nothing to find here, and
+        # workers no core to spare for it.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         env_vars["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        # A submitted job has an environment from `ray job submit`, and Ray refuses to be told a name twice.
+        # A submitted job has an environment from `ray job submit`, and Ray refuses to be told a
+        # name twice.
         env_vars = {name: value for name, value in env_vars.items() if name not in os.environ}
     try:
-        ray.init(address or "local", log_to_driver=False, logging_level="warning", runtime_env={"env_vars": env_vars})
+        ray.init(
+            address or "local",
+            log_to_driver=False,
+            logging_level="warning",
+            runtime_env={"env_vars": env_vars},
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         if not address:
             raise UserError(f"Ray does not start on this machine: {reason}") from error
         raise UserError(
-            f"no Ray cluster answers at {address}: {reason}; start one with `ray start --head`, or leave out cluster.address to use "
-            "this machine alone"
+            f"no Ray cluster answers at {address}: {reason}; start one with `ray start --head`, or"
+            " leave out cluster.address to use this machine alone"
         ) from error
     check_capacity(cluster)
 
 
-def in_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], use_gpu: bool = False) -> Iterator[Any]:
-    """Call ``function`` with each tuple of arguments, in Ray tasks, and give the results as they come, in any order.
+def in_tasks(
+    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], use_gpu: bool = False
+) -> Iterator[Any]:
+    """Call ``function`` with each tuple of arguments, in Ray tasks, and give the results as they
+    come, in any order.
 
-    The arguments are made as tasks are free to take them; those from ``ray.put`` reach the function as what was put. Each task has a core,
-    and with ``use_gpu`` a GPU. A task's ``UserError`` is raised here as it was there.
+    The arguments are made as tasks are free to take them; those from ``ray.put`` reach the function
+    as what was put. Each task has a core, and with ``use_gpu`` a GPU. A task's ``UserError`` is
+    raised here as it was there.
     """
     task = ray.remote(num_gpus=1 if use_gpu else 0)(function)
     remaining, pending = iter(calls), list[Any]()
     while True:
-        pending += [task.remote(*arguments) for arguments in itertools.islice(remaining, IN_FLIGHT - len(pending))]
+        pending += [
+            task.remote(*arguments)
+            for arguments in itertools.islice(remaining, IN_FLIGHT - len(pending))
+        ]
         if not pending:
             return
         ready, pending = ray.wait(pending)
@@ -100,13 +120,15 @@ def _has_token() -> bool:
 
 
 def check_capacity(cluster: ClusterOptions) -> None:
-    """Raise UserError if no node of the cluster could ever hold one worker, or a fixed cluster not all of them."""
+    """Raise UserError if no node of the cluster could ever hold one worker, or a fixed cluster not
+    all of them.
+    """
     places = num_places(cluster)
     if places < cluster.min_workers:
         wanted = " and ".join(f"{count:g} {name}" for name, count in resources(cluster).items())
         raise UserError(
-            f"cluster.num_workers={cluster.min_workers} workers of {wanted} each do not fit: the cluster has room for {places}; "
-            "use fewer or smaller workers, or a larger cluster"
+            f"cluster.num_workers={cluster.min_workers} workers of {wanted} each do not fit: the"
+            f" cluster has room for {places}; use fewer or smaller workers, or a larger cluster"
         )
 
 
@@ -118,4 +140,7 @@ def resources(cluster: ClusterOptions) -> dict[str, float]:
 def num_places(cluster: ClusterOptions) -> int:
     """How many workers the cluster has room for, node by node."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(min(int(node.get(name, 0) // count) for name, count in resources(cluster).items()) for node in nodes)
+    return sum(
+        min(int(node.get(name, 0) // count) for name, count in resources(cluster).items())
+        for node in nodes
+    )

@@ -2,7 +2,8 @@
 
 
 class UserError(Exception):
-    """Something the user can mend: one sentence that names the file, key or object, and says what to do.
+    """Something the user can mend: one sentence that names the file, key or object, and says what
+    to do.
 
     The command line prints it and exits with code 2.
     """
@@ -13,7 +14,8 @@ class DamagedData(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A command was told to stop by a signal, and has put its work where it can go on from: one sentence, and the signal's number.
+    """A command was told to stop by a signal, and has put its work where it can go on from: one
+    sentence, and the signal's number.
 
     The command line prints it and exits with 128 + that number, as shells do.
     """

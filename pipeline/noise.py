@@ -1,21 +1,26 @@
-r"""Random numbers as a pure function of a key and a counter: no state to save, the same for every number of workers.
+r"""Random numbers as a pure function of a key and a counter: no state to save, the same for every
+number of workers.
 
-Row ``i`` of what a function here returns depends on ``key`` and ``ids[i]`` alone. So what is drawn for position ``p`` of
-the global batch at step ``s`` is ``uniform((seed, Purpose.BINARIZATION), ids=[s * global_batch + p], ...)``, whichever rank
-asks, in whatever company, and after any number of restarts.
+Row ``i`` of what a function here returns depends on ``key`` and ``ids[i]`` alone. So what is drawn
+for position ``p`` of the global batch at step ``s`` is ``uniform((seed, Purpose.BINARIZATION),
+ids=[s * global_batch + p], ...)``, whichever rank asks, in whatever company, and after any number
+of restarts.
 
-How: row ``i`` is a SplitMix64 sequence (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators",
-OOPSLA 2014): with :math:`m` the 64-bit finaliser (D. Stafford's variant 13, a bijection in which every input bit moves
-every output bit with probability close to one half),
+How: row ``i`` is a SplitMix64 sequence (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom
+number generators", OOPSLA 2014): with :math:`m` the 64-bit finaliser (D. Stafford's variant 13, a
+bijection in which every input bit moves every output bit with probability close to one half),
 
-.. math:: s_i = m(k + \gamma\,\mathrm{id}_i), \quad g_i = m(s_i + \gamma) \mathbin{|} 1, \quad b_{ij} = m(s_i + (j+1)\, g_i)
+.. math:: s_i = m(k + \gamma\,\mathrm{id}_i), \quad g_i = m(s_i + \gamma) \mathbin{|} 1, \quad
+b_{ij} = m(s_i + (j+1)\, g_i)
 
-with :math:`k` a hash of the key and :math:`\gamma` the odd integer next to :math:`2^{64}/\phi`. :math:`m` and the sum are
-bijections, so different ids have different :math:`s_i`: no two rows are the same. Each row has its own increment
-:math:`g_i`, so two rows that meet in one number (which over :math:`10^9` rows of a thousand must happen) part again at
-the next; with one increment for all they would go on together. SplitMix64 passes BigCrush. It is no cipher, and need not be.
+with :math:`k` a hash of the key and :math:`\gamma` the odd integer next to :math:`2^{64}/\phi`.
+:math:`m` and the sum are bijections, so different ids have different :math:`s_i`: no two rows are
+the same. Each row has its own increment :math:`g_i`, so two rows that meet in one number (which
+over :math:`10^9` rows of a thousand must happen) part again at the next; with one increment for all
+they would go on together. SplitMix64 passes BigCrush. It is no cipher, and need not be.
 
-The integers are exact everywhere; ``normal`` rests on the platform's logarithm and cosine, whose last bit may differ.
+The integers are exact everywhere; ``normal`` rests on the platform's logarithm and cosine, whose
+last bit may differ.
 """
 
 from enum import IntEnum
@@ -25,11 +30,15 @@ import numpy.typing as npt
 
 GAMMA = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
-CHUNK = 1 << 16  # numbers that are made at once: they stay in the processor's cache, and temporary arrays small
+CHUNK = (
+    1 << 16
+)  # numbers that are made at once: they stay in the processor's cache, and temporary arrays small
 
 
 class Purpose(IntEnum):
-    """The second element of a key, after the seed: what the numbers are for, so that no two uses draw the same ones."""
+    """The second element of a key, after the seed: what the numbers are for, so that no two uses
+    draw the same ones.
+    """
 
     BINARIZATION = 1
     POSTERIOR = 2
@@ -45,7 +54,8 @@ class Purpose(IntEnum):
 def bits(key: tuple[int, ...], ids: npt.NDArray[np.integer], size: int) -> npt.NDArray[np.uint64]:
     """Random 64-bit integers, shape ``(len(ids), size)``.
 
-    ``key`` is any number of integers, ``ids`` of shape ``(n,)`` counts rows; only their value modulo 2^64 matters.
+    ``key`` is any number of integers, ``ids`` of shape ``(n,)`` counts rows; only their value
+    modulo 2^64 matters.
     """
     gamma = np.uint64(GAMMA)
     starts = _mix(np.uint64(_hash(key)) + gamma * ids.astype(np.uint64))  # (n,)
@@ -54,20 +64,32 @@ def bits(key: tuple[int, ...], ids: npt.NDArray[np.integer], size: int) -> npt.N
     return _mix(starts[:, None] + steps * increments[:, None])  # (n, size)
 
 
-def uniform(key: tuple[int, ...], ids: npt.NDArray[np.integer], size: int) -> npt.NDArray[np.float32]:
-    """Uniform in [0, 1), multiples of 2^-24 (all that a float32 can hold), shape ``(len(ids), size)``."""
+def uniform(
+    key: tuple[int, ...], ids: npt.NDArray[np.integer], size: int
+) -> npt.NDArray[np.float32]:
+    """Uniform in [0, 1), multiples of 2^-24 (all that a float32 can hold), shape ``(len(ids),
+    size)``.
+    """
     # Through int32, which processors turn into float32 many times faster than uint64.
-    return (bits(key, ids, size) >> np.uint64(40)).astype(np.int32).astype(np.float32) * np.float32(2.0**-24)
+    return (bits(key, ids, size) >> np.uint64(40)).astype(np.int32).astype(np.float32) * np.float32(
+        2.0**-24
+    )
 
 
-def normal(key: tuple[int, ...], ids: npt.NDArray[np.integer], size: int) -> npt.NDArray[np.float32]:
-    """Standard normal, shape ``(len(ids), size)``; never infinite: the largest possible absolute value is 8.6.
+def normal(
+    key: tuple[int, ...], ids: npt.NDArray[np.integer], size: int
+) -> npt.NDArray[np.float32]:
+    """Standard normal, shape ``(len(ids), size)``; never infinite: the largest possible absolute
+    value is 8.6.
 
-    Box-Muller in float64 on two 53-bit uniforms: one in (0, 1] for the radius, whose logarithm is therefore finite, one for
-    the angle. A key used here must not be used for ``uniform``: both would rest on the same bits.
+    Box-Muller in float64 on two 53-bit uniforms: one in (0, 1] for the radius, whose logarithm is
+    therefore finite, one for the angle. A key used here must not be used for ``uniform``: both
+    would rest on the same bits.
     """
     half = (size + 1) // 2
-    uniforms = (bits(key, ids, 2 * half) >> np.uint64(11)).astype(np.int64) * 2.0**-53  # (n, 2 * half), in [0, 1)
+    uniforms = (bits(key, ids, 2 * half) >> np.uint64(11)).astype(
+        np.int64
+    ) * 2.0**-53  # (n, 2 * half), in [0, 1)
     radius = np.sqrt(-2.0 * np.log(1.0 - uniforms[:, :half]))
     angle = 2.0 * np.pi * uniforms[:, half:]
     both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)  # (n, 2 * half)
@@ -75,16 +97,22 @@ def normal(key: tuple[int, ...], ids: npt.NDArray[np.integer], size: int) -> npt
 
 
 def permutation(key: tuple[int, ...], size: int) -> npt.NDArray[np.int64]:
-    """A random order of ``range(size)``: that of random 64-bit numbers, ties by index; shape ``(size,)``."""
+    """A random order of ``range(size)``: that of random 64-bit numbers, ties by index; shape
+    ``(size,)``.
+    """
     values = np.empty(size, dtype=np.uint64)
     for start in range(0, size, CHUNK):
-        values[start : start + CHUNK] = bits(key, np.arange(start, min(start + CHUNK, size)), 1)[:, 0]
+        values[start : start + CHUNK] = bits(key, np.arange(start, min(start + CHUNK, size)), 1)[
+            :, 0
+        ]
     return np.argsort(values, kind="stable")
 
 
 def below(key: tuple[int, ...], limit: int) -> int:
     """One random integer in ``range(limit)``."""
-    return int(bits(key, np.zeros(1, dtype=np.uint64), 1)[0, 0]) % limit  # biased by at most limit / 2^64
+    return (
+        int(bits(key, np.zeros(1, dtype=np.uint64), 1)[0, 0]) % limit
+    )  # biased by at most limit / 2^64
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -11,15 +11,28 @@ from typing import Any, Self
 
 import aiohttp
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 OPTIONS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--remote-debugging-port=0", "--window-size=1200,900", "about:blank",
-]  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--remote-debugging-port=0",
+    "--window-size=1200,900",
+    "about:blank",
+]
 
 
 class Page:
-    """One page of a browser of its own. A context manager; ``events`` holds what the browser told of it, as the protocol names it."""
+    """One page of a browser of its own. A context manager; ``events`` holds what the browser told
+    of it, as the protocol names it.
+    """
 
     def __init__(self, folder: Path) -> None:
         """``folder``: where the browser keeps its profile."""
@@ -27,22 +40,33 @@ class Page:
 
     async def __aenter__(self) -> Self:
         assert CHROMIUM
-        self.process = subprocess.Popen([CHROMIUM, f"--user-data-dir={self.folder}", *OPTIONS], stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [CHROMIUM, f"--user-data-dir={self.folder}", *OPTIONS], stderr=subprocess.DEVNULL
+        )
         told, give_up = self.folder / "DevToolsActivePort", time.monotonic() + 60
         while not (told.exists() and "\n" in told.read_text()):
             assert self.process.poll() is None
             assert time.monotonic() < give_up, "the browser does not start"
             await asyncio.sleep(0.1)
         self.client = aiohttp.ClientSession()
-        async with self.client.get(f"http://127.0.0.1:{told.read_text().splitlines()[0]}/json") as answer:
-            address = next(each["webSocketDebuggerUrl"] for each in await answer.json() if each["type"] == "page")
+        async with self.client.get(
+            f"http://127.0.0.1:{told.read_text().splitlines()[0]}/json"
+        ) as answer:
+            address = next(
+                each["webSocketDebuggerUrl"]
+                for each in await answer.json()
+                if each["type"] == "page"
+            )
         self.socket = await self.client.ws_connect(address, max_msg_size=0)
         for domain in ("Page", "Runtime", "Log", "Network"):
             await self.call(f"{domain}.enable")
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await self.client.close()
         self.process.terminate()
@@ -72,9 +96,16 @@ class Page:
         return answer["result"].get("value")
 
     async def mouse(self, kind: str, selector: str) -> None:
-        """Move the mouse to the middle of an element ("mouseMoved"), or press and release it there ("click")."""
-        box = f"(b => [b.x + b.width / 2, b.y + b.height / 2])(document.querySelector({selector!r}).getBoundingClientRect())"
-        await self.evaluate(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
+        """Move the mouse to the middle of an element ("mouseMoved"), or press and release it there
+        ("click").
+        """
+        box = (
+            "(b => [b.x + b.width / 2, b.y + b.height /"
+            f" 2])(document.querySelector({selector!r}).getBoundingClientRect())"
+        )
+        await self.evaluate(
+            f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})"
+        )
         x, y = await self.evaluate(box)
         for each in ("mousePressed", "mouseReleased") if kind == "click" else (kind,):
             button = {"button": "left", "clickCount": 1} if kind == "click" else {}
@@ -85,10 +116,15 @@ class Page:
         return [
             event
             for event in self.events
-            if event["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+            if event["method"]
+            in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         ]
 
     def requested(self) -> list[str]:
         """The addresses of all that was loaded, but for what the page itself holds."""
-        urls = [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        urls = [
+            event["params"]["request"]["url"]
+            for event in self.events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
         return [url for url in urls if not url.startswith(("data:", "about:"))]

@@ -1,4 +1,6 @@
-"""What the tests share: one thread, the real S3 server, a storage on it and one in a folder, and a Ray cluster."""
+"""What the tests share: one thread, the real S3 server, a storage on it and one in a folder, and a
+Ray cluster.
+"""
 
 import os
 import secrets
@@ -15,10 +17,12 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from pipeline.storage import Storage, open_storage
-from pipeline.store import ObjectStore
+from pipeline.storage import open_storage
+from pipeline.storage.base import Storage
+from pipeline.storage.server import ObjectStore
 
-# Ray reads the token once, when a process first needs it: it has to be there before anything imports Ray.
+# Ray reads the token once, when a process first needs it: it has to be there before anything
+# imports Ray.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
@@ -30,8 +34,13 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """A running S3 server with the bucket ``tests``; the environment leads every client of this session to it."""
-    with ObjectStore(tmp_path_factory.mktemp("objects"), "tests") as store, pytest.MonkeyPatch.context() as patch:
+    """A running S3 server with the bucket ``tests``; the environment leads every client of this
+    session to it.
+    """
+    with (
+        ObjectStore(tmp_path_factory.mktemp("objects"), "tests") as store,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         for name, value in store.environment().items():
             patch.setenv(name, value)
         yield store
@@ -47,23 +56,40 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(object_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def ray_cluster(
+    object_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """A Ray cluster started with ``ray start --head``, with a token; gives the address for jobs.
 
-    It starts after the S3 server, whose environment its workers inherit. RAY_ADDRESS leads every process of this session to it.
+    It starts after the S3 server, whose environment its workers inherit. RAY_ADDRESS leads every
+    process of this session to it.
     """
     gcs, dashboard, agent = free_ports(3)
     log = tmp_path_factory.mktemp("ray") / "head.log"
-    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2"]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command = [
+        Path(sys.executable).with_name("ray"),
+        "start",
+        "--head",
+        "--block",
+        f"--port={gcs}",
+        "--num-cpus=2",
+    ]
+    command += [
+        "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+    ]
     command += [f"--dashboard-agent-listen-port={agent}"]
-    # A folder of its own, with a short name for its sockets: in the one that they share, a Ray started after it is taken for it by jobs.
+    # A folder of its own, with a short name for its sockets: in the one that they share, a Ray
+    # started after it is taken for it by jobs.
     with (
         pytest.MonkeyPatch.context() as patch,
         log.open("w") as file,
         TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
     ):
-        head = subprocess.Popen([*command, f"--temp-dir={folder}"], stdout=file, stderr=subprocess.STDOUT)
+        head = subprocess.Popen(
+            [*command, f"--temp-dir={folder}"], stdout=file, stderr=subprocess.STDOUT
+        )
         try:
             wait_for(lambda: answers(gcs) and answers(dashboard) and answers(agent), head, log)
             patch.setenv("RAY_ADDRESS", f"127.0.0.1:{gcs}")
@@ -92,7 +118,9 @@ def answers(port: int) -> bool:
 
 
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait up to two minutes for a condition; fails with the process's log if it ends, or time is up."""
+    """Wait up to two minutes for a condition; fails with the process's log if it ends, or time is
+    up.
+    """
     give_up = time.monotonic() + 120
     while not condition():
         if process.poll() is not None or time.monotonic() > give_up:

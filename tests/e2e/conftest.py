@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.store import ObjectStore
+from pipeline.storage.server import ObjectStore
 
 VLAE = str(Path(sys.executable).with_name("vlae"))
-TINY = ["model=tiny", "train=short", "train.images=4000", "train.valid_every=1000", "train.valid_images=200"]
+TINY = [
+    "model=tiny",
+    "train=short",
+    "train.images=4000",
+    "train.valid_every=1000",
+    "train.valid_images=200",
+]
 """A model and a run of seconds."""
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -32,11 +38,26 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(root: str, workplace: Path) -> Run:
-    """Run ``vlae`` with the module's storage, in its working directory; fails the test if the exit code is not ``code``."""
+    """Run ``vlae`` with the module's storage, in its working directory; fails the test if the exit
+    code is not ``code``.
+    """
 
-    def run(*arguments: str, code: int = 0, standalone: bool = False) -> subprocess.CompletedProcess[str]:
-        environment = {name: value for name, value in os.environ.items() if not (standalone and name == "RAY_ADDRESS")}
-        done = subprocess.run([VLAE, *arguments], cwd=workplace, env=environment, capture_output=True, text=True, timeout=900)
+    def run(
+        *arguments: str, code: int = 0, standalone: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not (standalone and name == "RAY_ADDRESS")
+        }
+        done = subprocess.run(
+            [VLAE, *arguments],
+            cwd=workplace,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
         assert done.returncode == code, f"vlae {' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
         return done
 

@@ -6,27 +6,31 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import hosts
-from tests.hosts import Laptop
+from tests.faults import namespaces
+from tests.faults.namespaces import Laptop
 
-if reason := hosts.lacking():
+if reason := namespaces.lacking():
     pytest.skip(reason, allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Network]:
-    with hosts.network(tmp_path_factory.mktemp("hosts"), 2) as network:
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[namespaces.Network]:
+    with namespaces.network(tmp_path_factory.mktemp("hosts"), 2) as network:
         yield network
 
 
 @pytest.fixture(scope="module")
-def laptop(network: hosts.Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
-    with hosts.ray_up(network, tmp_path_factory.mktemp("laptop")) as laptop:
+def laptop(
+    network: namespaces.Network, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Laptop]:
+    with namespaces.ray_up(network, tmp_path_factory.mktemp("laptop")) as laptop:
         yield laptop
 
 
-def test_ray_up_makes_one_cluster_of_all_hosts_without_their_hands(laptop: Laptop, network: hosts.Network) -> None:
-    while hosts.num_hosts(laptop) < 2:  # pytest's time limit ends what does not come
+def test_ray_up_makes_one_cluster_of_all_hosts_without_their_hands(
+    laptop: Laptop, network: namespaces.Network
+) -> None:
+    while namespaces.num_hosts(laptop) < 2:  # pytest's time limit ends what does not come
         time.sleep(1)
     for host in network.hosts:
         token = host.home / ".ray/auth_token"
@@ -36,8 +40,19 @@ def test_ray_up_makes_one_cluster_of_all_hosts_without_their_hands(laptop: Lapto
 
 
 def test_a_job_is_submitted_watched_and_stopped(laptop: Laptop) -> None:
-    laptop.ray("job", "submit", "--submission-id", "long", "--working-dir", ".", "--no-wait", "--",
-               "python", "-c", "import pipeline.order, time; print('it runs', flush=True); time.sleep(1000)")  # fmt: skip
+    laptop.ray(
+        "job",
+        "submit",
+        "--submission-id",
+        "long",
+        "--working-dir",
+        ".",
+        "--no-wait",
+        "--",
+        "python",
+        "-c",
+        "import pipeline.order, time; print('it runs', flush=True); time.sleep(1000)",
+    )
     while "it runs" not in laptop.ray("job", "logs", "long"):
         time.sleep(0.5)
     assert "RUNNING" in laptop.ray("job", "status", "long")

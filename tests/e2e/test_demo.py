@@ -7,7 +7,9 @@ from pathlib import Path
 from tests.e2e.conftest import TINY, Run
 
 
-def test_the_demo_goes_from_images_to_a_registered_model_and_reuses_what_exists(run: Run, workplace: Path) -> None:
+def test_the_demo_goes_from_images_to_a_registered_model_and_reuses_what_exists(
+    run: Run, workplace: Path
+) -> None:
     command = ["demo", *TINY, "search.space.model.window=[3x1]", "search.space.model.latents=[2,4]"]
     command += [
         "search.space.model.flow_depth=[0]",

@@ -7,9 +7,10 @@ import subprocess
 import time
 from pathlib import Path
 
-from pipeline import config, loop
-from pipeline.metrics import read_rows
+from pipeline import commands
+from pipeline.runs import read_rows
 from pipeline.storage import open_storage
+from pipeline.training import loop
 from tests.e2e.conftest import TINY, VLAE, Run
 
 
@@ -18,13 +19,16 @@ def test_a_run_that_is_killed_and_then_told_to_stop_goes_on_each_time_and_ends_a
 ) -> None:
     run("shard", f"storage.root={root}", standalone=True)
     options = [f"storage.root={root}", *TINY, "train.images=24000", "train.valid_every=24000"]
-    # The first checkpoint is that of step 10 of 1500, and the next follows within a second: there is most of the run to kill it in.
+    # The first checkpoint is that of step 10 of 1500, and the next follows within a second: there
+    # is most of the run to kill it in.
     options += ["train.report_seconds=0.5", "train.checkpoint_seconds=0"]
     storage = open_storage(f"{root}/runs/killed")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
     def newest() -> int:
-        return int(max(storage.list("checkpoints/"), default="checkpoints/0").split("/")[1].split("-")[0])
+        return int(
+            max(storage.list("checkpoints/"), default="checkpoints/0").split("/")[1].split("-")[0]
+        )
 
     def logged() -> list[dict[str, float]]:
         """What the log has up to the newest checkpoint."""
@@ -32,14 +36,20 @@ def test_a_run_that_is_killed_and_then_told_to_stop_goes_on_each_time_and_ends_a
         return [row for row in read_rows(storage) if row["step"] <= step]
 
     def start_and_wait(log: Path) -> "subprocess.Popen[bytes]":
-        """Start the run, and wait until it is further than it was, and has logged something that a resumed run keeps."""
+        """Start the run, and wait until it is further than it was, and has logged something that a
+        resumed run keeps.
+        """
         before = newest()
         with log.open("w") as file:
             command = [VLAE, "train", "name=killed", *options]
-            process = subprocess.Popen(command, cwd=workplace, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, cwd=workplace, env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
         # However long a busy machine takes to start Ray; pytest's time limit ends what hangs.
         while newest() <= before or not logged():
-            assert process.poll() is None, f"the run ended before it could be interrupted:\n{log.read_text()}"
+            assert process.poll() is None, (
+                f"the run ended before it could be interrupted:\n{log.read_text()}"
+            )
             time.sleep(0.1)
         return process
 
@@ -51,10 +61,15 @@ def test_a_run_that_is_killed_and_then_told_to_stop_goes_on_each_time_and_ends_a
     process = start_and_wait(log)
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
-    assert f"run killed is stopped, its state saved after step {newest()} of 1500; the same command goes on" in log.read_text()
+    assert (
+        f"run killed is stopped, its state saved after step {newest()} of 1500; the same command"
+        " goes on" in log.read_text()
+    )
 
     run("train", "name=killed", *options, standalone=True)
-    loop.fit(config.load("train", ["name=whole", *options]))  # without Ray, which changes nothing and takes long to start
+    loop.fit(
+        commands.load("train", ["name=whole", *options])
+    )  # without Ray, which changes nothing and takes long to start
     rows = read_rows(storage)
     assert rows[: len(kept)] == kept, "the log starts afresh: the checkpoint was not used"
     steps = [row["step"] for row in rows if "train/code_length" in row]
@@ -66,7 +81,9 @@ def test_a_run_that_is_killed_and_then_told_to_stop_goes_on_each_time_and_ends_a
 
 def descendants(pid: int) -> dict[int, str]:
     """All processes below one, and their command lines."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
     lines = [line.split(maxsplit=2) for line in listed.splitlines()]
     commands = {int(line[0]): line[2] for line in lines if len(line) > 2}
     parents = {int(line[0]): int(line[1]) for line in lines}
@@ -77,9 +94,11 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def kill_with_descendants(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL for a process and all below it, the driver, its Ray and the workers, as when the machine's power is cut.
+    """SIGKILL for a process and all below it, the driver, its Ray and the workers, as when the
+    machine's power is cut.
 
-    Left alone, the workers would train on until they notice that their driver is gone: several seconds on a busy machine.
+    Left alone, the workers would train on until they notice that their driver is gone: several
+    seconds on a busy machine.
     """
     for pid in (process.pid, *descendants(process.pid)):
         with contextlib.suppress(ProcessLookupError):  # it ended with its parent

@@ -1,4 +1,6 @@
-"""The main job on real MNIST, over the real S3 server, Ray and MLflow; the tests build on each other, in order."""
+"""The main job on real MNIST, over the real S3 server, Ray and MLflow; the tests build on each
+other, in order.
+"""
 
 import json
 import math
@@ -13,19 +15,25 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline import config
 from pipeline.cluster import connect
+from pipeline.config import sections
 from pipeline.storage import open_storage
-from pipeline.store import ObjectStore
+from pipeline.storage.server import ObjectStore
 from tests.e2e.conftest import TINY, Run
 
 REPOSITORY = Path(__file__).parents[2]
 
 SEARCH = [
-    "search.space.model.window=[3x1,5x2]", "search.space.model.latents=[2,4]", "search.space.model.flow_depth=[0,1]",
-    "search.objectives=[min rate_bits,min distortion_nats]", "search.constraints=[]", "search.samples=2",
-    "search.num_images=100", "search.probe_images=200", "register_best=2",
-]  # fmt: skip
+    "search.space.model.window=[3x1,5x2]",
+    "search.space.model.latents=[2,4]",
+    "search.space.model.flow_depth=[0,1]",
+    "search.objectives=[min rate_bits,min distortion_nats]",
+    "search.constraints=[]",
+    "search.samples=2",
+    "search.num_images=100",
+    "search.probe_images=200",
+    "register_best=2",
+]
 """A search of seconds for the least rate and distortion."""
 FEW = ["bounds.samples=4", "bounds.num_images=200"]
 """An evaluation of seconds."""
@@ -61,7 +69,9 @@ def test_sharding_again_does_nothing_and_says_so(run: Run, root: str, data: str)
     assert open_storage(data).sizes().keys() == before.keys()
 
 
-def test_two_workers_train_a_model_and_a_finished_run_is_not_trained_again(run: Run, root: str, data: str) -> None:
+def test_two_workers_train_a_model_and_a_finished_run_is_not_trained_again(
+    run: Run, root: str, data: str
+) -> None:
     command = ["train", f"storage.root={root}", "name=two", *TINY, "cluster.num_workers=2"]
     done = run(*command)
     result = result_of(done)
@@ -70,7 +80,12 @@ def test_two_workers_train_a_model_and_a_finished_run_is_not_trained_again(run: 
     keys = storage.list()
     assert any(key.startswith("tensorboard/events.out.tfevents") for key in keys)
     assert len([key for key in keys if key.startswith("checkpoints/")]) <= 2
-    assert {"model/model.safetensors", "model/model.json", "model/training.json", "metrics.jsonl"} <= set(keys)
+    assert {
+        "model/model.safetensors",
+        "model/model.json",
+        "model/training.json",
+        "metrics.jsonl",
+    } <= set(keys)
     again = run(*command)
     assert "was finished already" in again.stdout
     assert result_of(again)["valid"] == result["valid"]
@@ -92,7 +107,13 @@ def test_damaged_data_ends_a_run_with_the_name_of_the_shard(run: Run, root: str,
         damaged.write(key, bytes(content))
     # Were it tried again, it would not end before its time is up.
     done = run(
-        "train", f"storage.root={root}", "dataset.name=damaged", "name=damaged", *TINY, "cluster.max_failures=1000", code=2
+        "train",
+        f"storage.root={root}",
+        "dataset.name=damaged",
+        "name=damaged",
+        *TINY,
+        "cluster.max_failures=1000",
+        code=2,
     )
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("error: ")
@@ -100,12 +121,21 @@ def test_damaged_data_ends_a_run_with_the_name_of_the_shard(run: Run, root: str,
     assert "checksum" in error
 
 
-def test_a_search_registers_its_best_models(searched: dict[str, object], run: Run, root: str) -> None:
+def test_a_search_registers_its_best_models(
+    searched: dict[str, object], run: Run, root: str
+) -> None:
     trials = searched["trials"]
     assert isinstance(trials, list)
-    assert len({(row["model.window"], row["model.latents"], row["model.flow_depth"]) for row in trials}) == 3
+    assert (
+        len(
+            {(row["model.window"], row["model.latents"], row["model.flow_depth"]) for row in trials}
+        )
+        == 3
+    )
     finished = [row for row in trials if row["status"] == "finished"]
-    assert {"nll", "rate_bits", "distortion_nats", "probe_accuracy", "images_per_s"} <= finished[0].keys()
+    assert {"nll", "rate_bits", "distortion_nats", "probe_accuracy", "images_per_s"} <= finished[
+        0
+    ].keys()
     assert all(row["front"] == 1 and row["feasible"] for row in finished[:1])
     registered = searched["registered"]
     assert isinstance(registered, list)
@@ -113,13 +143,17 @@ def test_a_search_registers_its_best_models(searched: dict[str, object], run: Ru
     assert registered[0]["version"] == 1, "in a new registry the best is the champion"
 
 
-def test_the_same_search_again_is_not_searched_again(searched: dict[str, object], run: Run, root: str) -> None:
+def test_the_same_search_again_is_not_searched_again(
+    searched: dict[str, object], run: Run, root: str
+) -> None:
     done = run("tune", f"storage.root={root}", *TINY, *SEARCH, "search.num_trials=3")
     assert "was finished already" in done.stdout
     assert result_of(done)["trials"] == searched["trials"]
 
 
-def test_the_same_search_with_more_trials_goes_on(searched: dict[str, object], run: Run, root: str) -> None:
+def test_the_same_search_with_more_trials_goes_on(
+    searched: dict[str, object], run: Run, root: str
+) -> None:
     done = run("tune", f"storage.root={root}", *TINY, *SEARCH, "search.num_trials=4")
     assert "trial 4/4" in done.stdout
     assert "trial 3/4" not in done.stdout
@@ -129,22 +163,36 @@ def test_the_same_search_with_more_trials_goes_on(searched: dict[str, object], r
     assert len({row["run"] for row in trials}) == 4
     # A new trial can beat those that were there, but changes nothing else of them.
     known = [{key: value for key, value in row.items() if key != "front"} for row in trials]
-    assert all({key: value for key, value in row.items() if key != "front"} in known for row in before)
+    assert all(
+        {key: value for key, value in row.items() if key != "front"} in known for row in before
+    )
 
 
 def test_trials_of_several_workers_do_not_block_each_other(run: Run, root: str, data: str) -> None:
     """Each wants both cores of the cluster, and two are let run at once."""
     done = run(
-        "tune", f"storage.root={root}", *TINY, *SEARCH, "name=wide", "train.images=1600", "train.valid_every=800", "cluster.num_workers=2",
-        "search.num_trials=2", "search.max_concurrent=2", "search.stopping=none", "register_best=1",
-    )  # fmt: skip
+        "tune",
+        f"storage.root={root}",
+        *TINY,
+        *SEARCH,
+        "name=wide",
+        "train.images=1600",
+        "train.valid_every=800",
+        "cluster.num_workers=2",
+        "search.num_trials=2",
+        "search.max_concurrent=2",
+        "search.stopping=none",
+        "register_best=1",
+    )
     trials = result_of(done)["trials"]
     assert isinstance(trials, list)
     assert [(row["status"], row["images"]) for row in trials] == [("finished", 1600)] * 2
     assert all("probe_accuracy" in row for row in trials)
 
 
-def test_a_registered_model_is_listed_shown_and_promoted(searched: dict[str, object], run: Run) -> None:
+def test_a_registered_model_is_listed_shown_and_promoted(
+    searched: dict[str, object], run: Run
+) -> None:
     assert "vlae-mnist" in run("registry", "list").stdout
     version = searched["registered"][0]["version"]  # type: ignore[index]
     done = run("registry", "promote", "name=vlae-mnist", f"version={version}", *FEW, "--yes")
@@ -167,9 +215,18 @@ import pipeline.evaluate, mlflow
 sys.addaudithook(lambda event, arguments: refuse() if event == "pickle.find_class" else None)
 main("evaluate", sys.argv[1:])
 """
-    arguments = ["model=models:/vlae-mnist@champion", f"storage.root={root}", "bounds.samples=8", "bounds.num_images=200"]
+    arguments = [
+        "model=models:/vlae-mnist@champion",
+        f"storage.root={root}",
+        "bounds.samples=8",
+        "bounds.num_images=200",
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=workplace, capture_output=True, text=True, timeout=900
+        [sys.executable, "-c", script, *arguments],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     result = result_of(done)
@@ -187,21 +244,50 @@ main("evaluate", sys.argv[1:])
 
 def ray_job(address: str, action: str, *arguments: str) -> str:
     """What ``ray job`` prints."""
-    command = [str(Path(sys.executable).with_name("ray")), "job", action, "--address", address, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=dict(os.environ))
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        "job",
+        action,
+        "--address",
+        address,
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=900, env=dict(os.environ)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def submit(address: str, store: ObjectStore, root: str, name: str, *options: str, wait: bool = True) -> str:
+def submit(
+    address: str, store: ObjectStore, root: str, name: str, *options: str, wait: bool = True
+) -> str:
     """Submit a run as a job of its name; returns what that prints."""
     environment = json.dumps({"env_vars": store.environment()})
-    asked = ["--working-dir", str(REPOSITORY), "--submission-id", name, "--runtime-env-json", environment]
-    run = [sys.executable, "-m", "pipeline.train", f"storage.root={root}", f"name={name}", *TINY, *options]
+    asked = [
+        "--working-dir",
+        str(REPOSITORY),
+        "--submission-id",
+        name,
+        "--runtime-env-json",
+        environment,
+    ]
+    run = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "train",
+        f"storage.root={root}",
+        f"name={name}",
+        *TINY,
+        *options,
+    ]
     return ray_job(address, "submit", *asked, *([] if wait else ["--no-wait"]), "--", *run)
 
 
-def test_a_job_is_submitted_to_a_running_cluster(data: str, root: str, object_store: ObjectStore, ray_cluster: str) -> None:
+def test_a_job_is_submitted_to_a_running_cluster(
+    data: str, root: str, object_store: ObjectStore, ray_cluster: str
+) -> None:
     printed = submit(ray_cluster, object_store, root, "job")
     assert f"result: {root}/runs/job/result.json" in printed
     assert "succeeded" in printed
@@ -212,14 +298,21 @@ def test_a_running_job_is_seen_at_rays_metrics_endpoint(
     data: str, root: str, object_store: ObjectStore, ray_cluster: str
 ) -> None:
     submit(ray_cluster, object_store, root, "watched", "train.images=40_000_000", wait=False)
-    connect(config.ClusterOptions(), config.StorageOptions())
+    connect(sections.ClusterOptions(), sections.StorageOptions())
     (port,) = {node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]}
     shown = dict[str, float]()
-    while not {"images_per_s", "code_length", "rate"} <= shown.keys():  # pytest's time limit ends it
-        assert "RUNNING" in (status := ray_job(ray_cluster, "status", "watched")) or "PENDING" in status, status
+    while (
+        not {"images_per_s", "code_length", "rate"} <= shown.keys()
+    ):  # pytest's time limit ends it
+        assert (
+            "RUNNING" in (status := ray_job(ray_cluster, "status", "watched"))
+            or "PENDING" in status
+        ), status
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-        lines = re.findall(r'^ray_vlae_train_(\w+)\{[^}]*run="watched"[^}]*\} (\S+)$', text, re.MULTILINE)
+        lines = re.findall(
+            r'^ray_vlae_train_(\w+)\{[^}]*run="watched"[^}]*\} (\S+)$', text, re.MULTILINE
+        )
         shown = {name: float(value) for name, value in lines}
         time.sleep(1)
     assert shown["images_per_s"] > 0

@@ -1,4 +1,6 @@
-"""A team's registry: MLflow's server on a real PostgreSQL, its files in S3, and people who have no key for S3."""
+"""A team's registry: MLflow's server on a real PostgreSQL, its files in S3, and people who have no
+key for S3.
+"""
 
 import os
 from collections.abc import Iterator
@@ -6,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import tracking
-from pipeline.config import StorageOptions as StorageOptions
+from pipeline.config.sections import StorageOptions as StorageOptions
+from pipeline.registry import tracking
+from pipeline.registry.models import open_model
+from pipeline.registry.tracking import Tracking, training_run
+from pipeline.registry.versions import Registry
 from pipeline.storage import open_storage
-from pipeline.tracking import Tracking, training_run
-from pipeline.versions import Registry, open_model
-from tests import registry_faults
+from tests.faults import registry as registry_faults
 from tests.pipeline.models import prepare_run
-from tests.pipeline.test_tracking import SETTINGS, log
+from tests.pipeline.registry.test_tracking import SETTINGS, log
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +28,15 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[registry_faults.T
             yield team
 
 
-def test_a_run_that_two_people_register_at_once_is_one_version(team: registry_faults.Team, tmp_path: Path) -> None:
+def test_a_run_that_two_people_register_at_once_is_one_version(
+    team: registry_faults.Team, tmp_path: Path
+) -> None:
     registry_faults.plays(registry_faults.at_once(0, 0), team, "at-once", tmp_path)
 
 
-def test_files_go_to_s3_and_back_by_the_server_alone(team: registry_faults.Team, tmp_path: Path) -> None:
+def test_files_go_to_s3_and_back_by_the_server_alone(
+    team: registry_faults.Team, tmp_path: Path
+) -> None:
     registry = Registry(team.options)
     registry.register("keyless", prepare_run(open_storage(str(tmp_path)), 0))
     version = registry.client.get_model_version("keyless", "1")
@@ -40,7 +47,9 @@ def test_files_go_to_s3_and_back_by_the_server_alone(team: registry_faults.Team,
             patch.setenv(name, value)
         kept = {Path(key).name for key in team.objects.list(folder)}
     assert {"model.safetensors", "model.json", "README.md", "samples.png"} <= kept
-    assert open_model("models:/keyless@champion", team.options, StorageOptions()).network.latents == 4
+    assert (
+        open_model("models:/keyless@champion", team.options, StorageOptions()).network.latents == 4
+    )
 
 
 def test_a_run_that_is_trained_while_the_server_is_away_is_caught_up_with(

@@ -1,4 +1,6 @@
-"""A search outlives Ctrl-C and the death of its driver and of its trials, and its mistakes are not tried again."""
+"""A search outlives Ctrl-C and the death of its driver and of its trials, and its mistakes are not
+tried again.
+"""
 
 import json
 import os
@@ -11,18 +13,33 @@ from typing import Any
 
 import pytest
 
-from pipeline.metrics import read_rows
-from pipeline.storage import Storage, open_storage
+from pipeline.runs import read_rows
+from pipeline.storage import open_storage
+from pipeline.storage.base import Storage
 from tests.e2e.conftest import TINY, VLAE, Run
 from tests.e2e.test_interruption import descendants, kill_with_descendants
 
 SEARCH = [
-    "tune", "name=fated", *TINY, "train.images=8000", "train.valid_every=1000", "train.report_seconds=0.5",
-    "train.checkpoint_seconds=0", "search.space.model.window=[3x1]", "search.space.model.latents=[2,4]",
-    "search.space.model.flow_depth=[0]", "search.space.optim.learning_rate=[0.003,1e30]", "search.sampler=grid",
-    "search.stopping=none", "search.constraints=[]", "search.num_trials=4", "search.max_concurrent=1", "search.samples=2",
-    "search.num_images=100", "search.probe_images=200",
-]  # fmt: skip
+    "tune",
+    "name=fated",
+    *TINY,
+    "train.images=8000",
+    "train.valid_every=1000",
+    "train.report_seconds=0.5",
+    "train.checkpoint_seconds=0",
+    "search.space.model.window=[3x1]",
+    "search.space.model.latents=[2,4]",
+    "search.space.model.flow_depth=[0]",
+    "search.space.optim.learning_rate=[0.003,1e30]",
+    "search.sampler=grid",
+    "search.stopping=none",
+    "search.constraints=[]",
+    "search.num_trials=4",
+    "search.max_concurrent=1",
+    "search.samples=2",
+    "search.num_images=100",
+    "search.probe_images=200",
+]
 """The second and the fourth trial fail: no number stays finite at their learning rate."""
 
 
@@ -80,7 +97,11 @@ def test_a_search_that_is_interrupted_and_whose_driver_and_then_a_trial_are_kill
 
     process, log = start(workplace, root)
     wait_until(lambda: len(kept()) > len(rows_before), process, log)
-    (trial,) = [pid for pid, command in descendants(process.pid).items() if command.startswith("ray::") and "train" in command]
+    (trial,) = [
+        pid
+        for pid, command in descendants(process.pid).items()
+        if command.startswith("ray::") and "train" in command
+    ]
     os.kill(trial, signal.SIGKILL)
     assert process.wait() == 0, log.read_text()
 
@@ -90,9 +111,14 @@ def test_a_search_that_is_interrupted_and_whose_driver_and_then_a_trial_are_kill
     assert "trial 1/4" not in output
     assert "trial 2/4" not in output
     assert [row["failures"] for row in after] == [0, 0, 1, 0]
-    assert "trial 3/4  window 3x1, latents 4, flow_depth 0, learning_rate 0.003: lost; it is tried again" in output
+    assert (
+        "trial 3/4  window 3x1, latents 4, flow_depth 0, learning_rate 0.003: lost; it is tried"
+        " again" in output
+    )
     rows = read_rows(third)
-    assert rows[: len(rows_before)] == rows_before, "the trial starts afresh: its checkpoint was not used"
+    assert rows[: len(rows_before)] == rows_before, (
+        "the trial starts afresh: its checkpoint was not used"
+    )
     steps = [row["step"] for row in rows if "train/code_length" in row]
     assert steps == sorted(set(steps))
     images = [entry["images"] for entry in after[2]["curve"]]
@@ -103,8 +129,17 @@ def test_a_search_that_is_interrupted_and_whose_driver_and_then_a_trial_are_kill
 
 
 def test_a_search_under_a_used_name_with_other_options_is_refused(run: Run, root: str) -> None:
-    done = run(*SEARCH, f"storage.root={root}", "search.samples=3", "search.objectives=[max rate_bits]", code=2)
-    assert "was started with another search.objectives, search.samples; give this one another name=" in done.stderr
+    done = run(
+        *SEARCH,
+        f"storage.root={root}",
+        "search.samples=3",
+        "search.objectives=[max rate_bits]",
+        code=2,
+    )
+    assert (
+        "was started with another search.objectives, search.samples; give this one another name="
+        in done.stderr
+    )
     assert len(done.stderr.strip().splitlines()) == 1
 
 

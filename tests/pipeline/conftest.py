@@ -5,17 +5,19 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from pipeline.manifest import Manifest
-from pipeline.shard import write_shard
-from pipeline.sources import Images, ImageSource, Labels
-from pipeline.storage import Storage
+from pipeline.data.manifest import Manifest
+from pipeline.data.sources.base import Images, ImageSource, Labels
+from pipeline.data.writer import write_shard
+from pipeline.storage.base import Storage
 
 SHARDS = {"train": (7, 12, 1, 20, 10), "valid": (9,), "test": (4, 5)}
 BLOCK_SIZE = 4
 
 
 class NumberedImages(ImageSource):
-    """RGB images of 2 x 3 pixels; every sub-pixel of sample n is (n + its place) mod 256, its label n mod 10."""
+    """RGB images of 2 x 3 pixels; every sub-pixel of sample n is (n + its place) mod 256, its label
+    n mod 10.
+    """
 
     description: ClassVar[dict[str, Any]] = {"source": "numbered"}
     image_shape = (3, 2, 3)
@@ -35,7 +37,15 @@ def write(storage: Storage) -> Manifest:
     for split, sizes in SHARDS.items():
         ends = np.cumsum(sizes).tolist()
         splits[split] = tuple(
-            write_shard(storage, NumberedImages(), split, f"{split}/{number:05d}.tar", end - size, end, BLOCK_SIZE)
+            write_shard(
+                storage,
+                NumberedImages(),
+                split,
+                f"{split}/{number:05d}.tar",
+                end - size,
+                end,
+                BLOCK_SIZE,
+            )
             for number, (size, end) in enumerate(zip(sizes, ends, strict=True))
         )
     manifest = Manifest("numbered", (3, 2, 3), 10, BLOCK_SIZE, splits)

@@ -36,7 +36,9 @@ def write_idx(
     return arrays
 
 
-def write_images(folder: Path, names: list[str], size: tuple[int, int] = (6, 4), mode: str = "RGB") -> None:
+def write_images(
+    folder: Path, names: list[str], size: tuple[int, int] = (6, 4), mode: str = "RGB"
+) -> None:
     """Image files of one colour each, ``size`` being width and height."""
     for number, name in enumerate(names):
         path = folder / name

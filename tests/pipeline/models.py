@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 import vlae
-from pipeline import config, loop, pictures
-from pipeline.storage import Storage
+from pipeline import commands, runs
+from pipeline.config import options
+from pipeline.evaluation import pictures
+from pipeline.storage.base import Storage
 
-MODEL = config.to_dict(config.load("train", ["model=tiny"]))["model"]
+MODEL = options.to_dict(commands.load("train", ["model=tiny"]))["model"]
 FIGURES = {
     "elbo_nats": 90.5,
     "elbo_nats_se": 0.5,
@@ -32,9 +34,9 @@ def prepare_run(storage: Storage, seed: int, **figures: float) -> Storage:
     """A finished and evaluated run's folder; its figures are made up."""
     torch.manual_seed(seed)
     run = storage.child(f"runs/{seed}")
-    settings = config.to_dict(config.load("train", ["model=tiny", f"name=run-{seed}"]))
+    settings = options.to_dict(commands.load("train", ["model=tiny", f"name=run-{seed}"]))
     training = {"config": settings, "manifest": "0" * 64, "valid": FIGURES}
-    loop.publish(run, vlae.build(image_shape=(1, 8, 8), **MODEL), training)
+    runs.publish(run, vlae.build(image_shape=(1, 8, 8), **MODEL), training)
     drawn = {
         "reconstructions": pictures.reconstructions(torch.rand(2, 1, 8, 8), []),
         "samples": pictures.samples(torch.rand(2, 1, 8, 8)),

@@ -1,14 +1,18 @@
-"""A data set of small pictures that a model can learn from in seconds, and the configuration of a run on it."""
+"""A data set of small pictures that a model can learn from in seconds, and the configuration of a
+run on it.
+"""
 
 from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline import config
-from pipeline.manifest import Manifest
-from pipeline.shard import write_shard
-from pipeline.sources import Images, ImageSource, Labels
-from pipeline.storage import Storage, open_storage
+from pipeline import commands
+from pipeline.config import run
+from pipeline.data.manifest import Manifest
+from pipeline.data.sources.base import Images, ImageSource, Labels
+from pipeline.data.writer import write_shard
+from pipeline.storage import open_storage
+from pipeline.storage.base import Storage
 
 SIZE = 8
 SHARDS = {"train": (50, 46), "valid": (20,), "test": (7, 6)}
@@ -31,7 +35,9 @@ TINY = [
 
 
 class Strokes(ImageSource):
-    """Grey pictures of 8 x 8: a horizontal or a vertical bar (its label), somewhere, on a darker ground."""
+    """Grey pictures of 8 x 8: a horizontal or a vertical bar (its label), somewhere, on a darker
+    ground.
+    """
 
     description: ClassVar[dict[str, Any]] = {"source": "strokes"}
     image_shape = (1, SIZE, SIZE)
@@ -65,9 +71,9 @@ def write(storage: Storage) -> Manifest:
     return manifest
 
 
-def train_config(root: str, *overrides: str) -> config.TrainConfig:
+def train_config(root: str, *overrides: str) -> run.TrainConfig:
     """A run on the data set below ``root``, which need not be there."""
-    return config.load("train", [*TINY, f"storage.root={root}", *overrides])
+    return commands.load("train", [*TINY, f"storage.root={root}", *overrides])
 
 
 def data_storage(root: str) -> Storage:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import WORKER_ENVIRONMENT
+from pipeline.machine import WORKER_ENVIRONMENT
 
 ENVIRONMENT = """
 import json, os
@@ -50,8 +50,14 @@ print(json.dumps({"faults": faults, "huge_kilobytes": huge}))
 
 def last_line(code: str, **environment: str) -> Any:
     """What a Python of its own, without this one's Ray, prints last."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", *WORKER_ENVIRONMENT)}
-    done = subprocess.run([sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True)
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RAY_ADDRESS", *WORKER_ENVIRONMENT)
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -69,6 +75,8 @@ def test_with_it_a_thread_that_trains_keeps_the_memory_of_a_step_for_the_next() 
 
 def test_with_it_large_tensors_lie_on_large_pages_which_are_kept_likewise() -> None:
     found = last_line(FAULTS, **WORKER_ENVIRONMENT)
-    assert statistics.median(found["faults"][4:]) < 100, "later steps, too, take new memory from the kernel"
+    assert statistics.median(found["faults"][4:]) < 100, (
+        "later steps, too, take new memory from the kernel"
+    )
     if "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         assert found["huge_kilobytes"] > 10_000, "the arrays of a step lie on small pages"

@@ -39,7 +39,7 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return value
 
 
-# --- ray up ------------------------------------------------------------------------------------------------------------
+# --- ray up ---------------------------------------------------------------------------------------
 
 
 def check_cluster(config: Any) -> None:
@@ -86,7 +86,7 @@ def test_the_clouds_differ_from_plain_hosts_only_in_how_hosts_are_made() -> None
             assert other[key] == local[key], f"{name}: {key}"
 
 
-# --- Kubernetes --------------------------------------------------------------------------------------------------------
+# --- Kubernetes -----------------------------------------------------------------------------------
 
 
 def groups(manifest: Any) -> list[Any]:
@@ -95,7 +95,9 @@ def groups(manifest: Any) -> list[Any]:
 
 
 def check_manifest(manifest: Any) -> None:
-    """Hold a manifest to KubeRay's schema and its pods to Kubernetes' own types, unknown fields refused."""
+    """Hold a manifest to KubeRay's schema and its pods to Kubernetes' own types, unknown fields
+    refused.
+    """
     jsonschema.validate(manifest, SCHEMA)
     strict = {"strict": True, "extra": "forbid", "by_alias": True, "by_name": False}
     V1ObjectMeta.model_validate(manifest["metadata"], **strict)
@@ -146,7 +148,10 @@ def test_pods_want_a_token_and_run_without_privileges(name: str) -> None:
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["automountServiceAccountToken"] is False
         for container in pod["containers"]:
-            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
             assert container["resources"]["limits"] == container["resources"]["requests"]
 
 
@@ -171,17 +176,21 @@ def test_the_image_is_pinned_does_not_run_as_root_and_copies_what_is_there() -> 
     assert set(json.loads(packages[1])) <= set(copied)
 
 
-# --- storage -----------------------------------------------------------------------------------------------------------
+# --- storage --------------------------------------------------------------------------------------
 
 PERMISSIONS = {
     "get_object": {"s3:GetObject"},
     "head_object": {"s3:GetObject"},
     "put_object": {"s3:PutObject"},
     "upload_file": {"s3:PutObject", "s3:AbortMultipartUpload"},
-    "list_objects_v2": {"s3:ListBucket"},  # without it, an object that is not there looks like one that is forbidden
+    "list_objects_v2": {
+        "s3:ListBucket"
+    },  # without it, an object that is not there looks like one that is forbidden
     "delete_objects": {"s3:DeleteObject"},
 }
-"""What S3 asks of a caller, by the methods of boto3's client, after its service authorization reference."""
+"""What S3 asks of a caller, by the methods of boto3's client, after its service authorization
+reference.
+"""
 
 
 def methods_called() -> set[str]:
@@ -191,7 +200,11 @@ def methods_called() -> set[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             of = ast.unparse(node.func.value)
             if of in ("self._s3", "client"):
-                found.add(ast.literal_eval(node.args[0]) if node.func.attr == "get_paginator" else node.func.attr)
+                found.add(
+                    ast.literal_eval(node.args[0])
+                    if node.func.attr == "get_paginator"
+                    else node.func.attr
+                )
     return found
 
 
@@ -208,11 +221,15 @@ def test_the_s3_policy_allows_what_the_code_does_and_nothing_else() -> None:
 def test_no_file_of_infra_holds_a_secret() -> None:
     for path in INFRA.iterdir():
         text = path.read_text()
-        assert not re.search(r"(SECRET_ACCESS_KEY|RAY_AUTH_TOKEN|PASSWORD)\w*['\"]?\s*[:=]\s*\S", text), path
-        assert not re.search(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|BEGIN .*PRIVATE KEY|\b[0-9a-f]{40,}\b", text), path
+        assert not re.search(
+            r"(SECRET_ACCESS_KEY|RAY_AUTH_TOKEN|PASSWORD)\w*['\"]?\s*[:=]\s*\S", text
+        ), path
+        assert not re.search(
+            r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|BEGIN .*PRIVATE KEY|\b[0-9a-f]{40,}\b", text
+        ), path
 
 
-# --- jobs --------------------------------------------------------------------------------------------------------------
+# --- jobs -----------------------------------------------------------------------------------------
 
 
 def test_ray_takes_what_goes_with_a_job() -> None:
@@ -224,12 +241,23 @@ def test_ray_takes_what_goes_with_a_job() -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of this checkout in which people have worked: there is a virtual environment, a history, a demo and a cache."""
+    """A copy of this checkout in which people have worked: there is a virtual environment, a
+    history, a demo and a cache.
+    """
     copied = tmp_path / "checkout"
     shutil.copytree(
-        ROOT, copied, symlinks=True, ignore=shutil.ignore_patterns(".venv", ".git", "demo", "outputs", "__pycache__")
+        ROOT,
+        copied,
+        symlinks=True,
+        ignore=shutil.ignore_patterns(".venv", ".git", "demo", "outputs", "__pycache__"),
     )
-    for place in (".venv/torch.so", ".git/pack", "demo/model", "vlae-store/shard.tar", "vlae/__pycache__/made.pyc"):
+    for place in (
+        ".venv/torch.so",
+        ".git/pack",
+        "demo/model",
+        "vlae-store/shard.tar",
+        "vlae/__pycache__/made.pyc",
+    ):
         (copied / place).parent.mkdir(parents=True, exist_ok=True)
         (copied / place).write_bytes(bytes(1_000_000))
     return copied
@@ -237,10 +265,17 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_a_job_uploads_the_code_and_its_configuration_only(checkout: Path, tmp_path: Path) -> None:
     package = tmp_path / "package.zip"
-    create_package(str(checkout), package, include_gitignore=True)  # what `ray job submit --working-dir` calls
+    create_package(
+        str(checkout), package, include_gitignore=True
+    )  # what `ray job submit --working-dir` calls
     with zipfile.ZipFile(package) as file:
         files = {item.filename: item.file_size for item in file.infolist() if not item.is_dir()}
-    assert {name.partition("/")[0] for name in files if "/" in name} == {"vlae", "pipeline", "configs", "infra"}
+    assert {name.partition("/")[0] for name in files if "/" in name} == {
+        "vlae",
+        "pipeline",
+        "configs",
+        "infra",
+    }
     assert "pipeline/train.py" in files
     assert not any("__pycache__" in name for name in files)
     assert sum(files.values()) < 1_000_000

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from pipeline.noise import below, bits, normal, permutation, uniform
 
 KEY = (3, 7)
-EXPECTED_BITS = [[13955315004847907548, 225536546052956454], [1882079410597750710, 11826663142632199982]]
+EXPECTED_BITS = [
+    [13955315004847907548, 225536546052956454],
+    [1882079410597750710, 11826663142632199982],
+]
 EXPECTED_PERMUTATION = [3, 6, 2, 4, 0, 5, 7, 1]
 EXPECTED_NORMAL = [0.4774277, -0.0564683, 1.6116751]
 
@@ -27,7 +30,9 @@ def test_a_row_depends_on_its_id_alone(ids: list[int], size: int) -> None:
 
 
 def test_the_numbers_never_change() -> None:
-    """Runs resume, and static binarization is reproduced, across versions: these are fixed for good."""
+    """Runs resume, and static binarization is reproduced, across versions: these are fixed for
+    good.
+    """
     assert bits((1, 2), np.array([5, 6]), 2).tolist() == EXPECTED_BITS
     assert permutation((1, 2), 8).tolist() == EXPECTED_PERMUTATION
     np.testing.assert_allclose(normal((1, 2), np.array([5]), 3)[0], EXPECTED_NORMAL, rtol=1e-6)
@@ -70,7 +75,9 @@ def test_every_bit_is_even() -> None:
 
 
 def test_no_two_rows_share_a_number() -> None:
-    drawn = bits(KEY, np.arange(100_000), 10)  # 10^6 of 2^64 numbers: one pair in common would be a 1 in 37 million event
+    drawn = bits(
+        KEY, np.arange(100_000), 10
+    )  # 10^6 of 2^64 numbers: one pair in common would be a 1 in 37 million event
     assert len(np.unique(drawn)) == drawn.size
 
 

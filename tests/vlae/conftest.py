@@ -33,7 +33,9 @@ def randomize() -> Callable[..., None]:
         with torch.no_grad():
             for parameter in module.parameters():
                 scale = gain / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 0.25 * gain
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+                parameter.copy_(
+                    scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                )
 
     return randomize
 
@@ -42,14 +44,18 @@ def randomize() -> Callable[..., None]:
 def small_arguments() -> Callable[..., dict[str, Any]]:
     """The arguments of ``vlae.build`` for a small model."""
 
-    def small_arguments(image_shape: tuple[int, int, int], window: str, **widths: int) -> dict[str, Any]:
+    def small_arguments(
+        image_shape: tuple[int, int, int], window: str, **widths: int
+    ) -> dict[str, Any]:
         return {"image_shape": image_shape, "window": window, **SMALL, **widths}
 
     return small_arguments
 
 
 @pytest.fixture(scope="session")
-def make_model(randomize: Callable[..., None], small_arguments: Callable[..., dict[str, Any]]) -> Callable[..., vlae.VLAE]:
+def make_model(
+    randomize: Callable[..., None], small_arguments: Callable[..., dict[str, Any]]
+) -> Callable[..., vlae.VLAE]:
     """A small model with random weights, in double precision unless asked otherwise."""
 
     def make_model(

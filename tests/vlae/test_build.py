@@ -66,7 +66,9 @@ def test_saved_models_give_the_same_bits_in_a_fresh_process_that_unpickles_nothi
 
     repository = Path(vlae.__file__).parents[1]
     command = [sys.executable, "-c", FRESH_PROCESS, str(tmp_path)]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=repository, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
 
     for window, model in models.items():
@@ -75,7 +77,9 @@ def test_saved_models_give_the_same_bits_in_a_fresh_process_that_unpickles_nothi
             bound = model(x, noise)
         assert torch.equal(outputs["distortion"], bound.distortion)
         assert torch.equal(outputs["rate"], bound.rate_per_latent)
-        assert torch.equal(outputs["images"], vlae.sample(model, 4, torch.Generator().manual_seed(0)))
+        assert torch.equal(
+            outputs["images"], vlae.sample(model, 4, torch.Generator().manual_seed(0))
+        )
 
 
 def test_a_loaded_model_has_the_saved_weights_and_is_in_evaluation_mode(
@@ -104,7 +108,9 @@ def test_saving_again_replaces_the_model(
     assert str(vlae.load(tmp_path).decoder.window) == "full"
 
 
-def test_a_saved_model_is_json_and_tensors(tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]) -> None:
+def test_a_saved_model_is_json_and_tensors(
+    tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]
+) -> None:
     arguments = small_arguments((1, 5, 6), "3x2")
     vlae.save(vlae.build(**arguments), tmp_path)
     by_kind = {file.suffix: file for file in tmp_path.iterdir()}
@@ -118,7 +124,9 @@ def test_loading_an_empty_folder_says_that_there_is_no_model(tmp_path: Path) -> 
         vlae.load(tmp_path)
 
 
-def test_loading_a_folder_without_weights_says_so(tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]) -> None:
+def test_loading_a_folder_without_weights_says_so(
+    tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]
+) -> None:
     arguments = small_arguments((1, 5, 6), "3x2")
     vlae.save(vlae.build(**arguments), tmp_path)
     (weights,) = tmp_path.glob("*.safetensors")
@@ -127,7 +135,9 @@ def test_loading_a_folder_without_weights_says_so(tmp_path: Path, small_argument
         vlae.load(tmp_path)
 
 
-def test_weights_of_another_model_are_refused(tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]) -> None:
+def test_weights_of_another_model_are_refused(
+    tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]
+) -> None:
     for folder, window in (("one", "3x2"), ("other", "full")):
         arguments = small_arguments((1, 5, 6), window)
         vlae.save(vlae.build(**arguments), tmp_path / folder)
@@ -137,7 +147,9 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, small_arguments: C
         vlae.load(tmp_path / "one")
 
 
-def test_an_unknown_argument_is_an_error_that_names_it(small_arguments: Callable[..., dict[str, Any]]) -> None:
+def test_an_unknown_argument_is_an_error_that_names_it(
+    small_arguments: Callable[..., dict[str, Any]],
+) -> None:
     with pytest.raises(TypeError, match="windows"):
         vlae.build(**small_arguments((1, 5, 6), "3x2"), windows="3x2")  # type: ignore[call-arg]
 
@@ -160,7 +172,13 @@ def test_a_window_that_does_not_parse_is_an_error_that_quotes_it(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("flow_depth", -1), ("latents", 0), ("image_shape", (1, 0, 5)), ("image_shape", (0, 6, 5)), ("image_shape", (28, 28))],
+    [
+        ("flow_depth", -1),
+        ("latents", 0),
+        ("image_shape", (1, 0, 5)),
+        ("image_shape", (0, 6, 5)),
+        ("image_shape", (28, 28)),
+    ],
 )
 def test_sizes_that_make_no_model_are_an_error_that_names_the_argument(
     small_arguments: Callable[..., dict[str, Any]], name: str, value: object
@@ -190,15 +208,34 @@ def assert_runs(arguments: dict[str, Any]) -> None:
 @given(st.sampled_from([1, 3]), st.integers(1, 33), st.integers(1, 33), st.data())
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_a_model_is_built_and_runs_for_any_image_size(
-    small_arguments: Callable[..., dict[str, Any]], channels: int, height: int, width: int, data: st.DataObject
+    small_arguments: Callable[..., dict[str, Any]],
+    channels: int,
+    height: int,
+    width: int,
+    data: st.DataObject,
 ) -> None:
-    window = data.draw(st.sampled_from(["0x0", "full", f"{width}x{height}", f"{width}x0", f"1x{height}"]))
+    window = data.draw(
+        st.sampled_from(["0x0", "full", f"{width}x{height}", f"{width}x0", f"1x{height}"])
+    )
     assert_runs(small_arguments((channels, height, width), window))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
-    ("height", "width"), [(1, 1), (1, 2), (2, 1), (1, 40), (6, 6), (7, 7), (12, 14), (13, 13), (27, 14), (28, 28), (33, 20)]
+    ("height", "width"),
+    [
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        (1, 40),
+        (6, 6),
+        (7, 7),
+        (12, 14),
+        (13, 13),
+        (27, 14),
+        (28, 28),
+        (33, 20),
+    ],
 )
 def test_a_model_is_built_and_runs_where_the_number_of_halvings_changes(
     small_arguments: Callable[..., dict[str, Any]], channels: int, height: int, width: int
@@ -207,7 +244,9 @@ def test_a_model_is_built_and_runs_where_the_number_of_halvings_changes(
         assert_runs(small_arguments((channels, height, width), window))
 
 
-def test_the_global_generator_decides_the_weights(small_arguments: Callable[..., dict[str, Any]]) -> None:
+def test_the_global_generator_decides_the_weights(
+    small_arguments: Callable[..., dict[str, Any]],
+) -> None:
     def weights(seed: int) -> Tensor:
         torch.manual_seed(seed)
         model = vlae.build(**small_arguments((1, 5, 6), "3x2"))

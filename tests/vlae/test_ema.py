@@ -12,7 +12,10 @@ def trajectory(num_steps: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     shapes = {"weight": (2, 3), "bias": (2,)}
     return [
-        {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+        {
+            name: torch.randn(shape, generator=generator, dtype=torch.float64)
+            for name, shape in shapes.items()
+        }
         for _ in range(num_steps + 1)
     ]
 
@@ -29,7 +32,9 @@ def averaged(weights: list[dict[str, Tensor]], decay: float) -> tuple[EMA[nn.Lin
 
 @pytest.mark.parametrize("decay", [0.0, 0.15, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 40])
-def test_the_average_is_the_weighted_sum_of_all_weights_so_far(decay: float, num_steps: int) -> None:
+def test_the_average_is_the_weighted_sum_of_all_weights_so_far(
+    decay: float, num_steps: int
+) -> None:
     weights = trajectory(num_steps)
     # A step's share is what it took in, (1 - decay_t), times what every later step left of it.
     decays = [min(decay, (1 + step) / (10 + step)) for step in range(1, num_steps + 1)]
@@ -88,7 +93,10 @@ def test_an_average_loads_into_the_model_by_its_own_names() -> None:
         # Shapes that would broadcast are wrong too.
         ({"weight": torch.zeros(2, 3), "bias": torch.zeros(1)}, "size|shape"),
         ({"weight": torch.zeros(()), "bias": torch.zeros(2)}, "size|shape"),
-        ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "surplus": torch.zeros(2)}, "surplus"),
+        (
+            {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "surplus": torch.zeros(2)},
+            "surplus",
+        ),
     ],
 )
 def test_weights_of_another_model_are_refused(weights: dict[str, Tensor], named: str) -> None:

@@ -22,14 +22,19 @@ def pair(make_model: Callable[..., VLAE], window: str) -> tuple[VLAE, VLAE, nn.P
 def loss(model: VLAE) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(4, *model.image_shape, generator=generator, dtype=torch.float64).round()
-    return -model(x, torch.randn(4, model.latents, generator=generator, dtype=torch.float64)).elbo.mean()
+    return -model(
+        x, torch.randn(4, model.latents, generator=generator, dtype=torch.float64)
+    ).elbo.mean()
 
 
 @pytest.mark.parametrize("window", ["0x0", "4x2", "full"])
 def test_nothing_changes_for_the_module(make_model: Callable[..., VLAE], window: str) -> None:
     model, other, flat = pair(make_model, window)
     assert other.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(one, two) for one, two in zip(other.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(one, two)
+        for one, two in zip(other.state_dict().values(), model.state_dict().values(), strict=True)
+    )
     for each in (model, other):
         loss(each).backward()
     for one, two in zip(other.parameters(), model.parameters(), strict=True):
@@ -70,7 +75,10 @@ def test_a_flattened_model_is_saved_as_any_other(tmp_path: Path) -> None:
     for number in range(2):
         vlae.save(model, tmp_path / str(number))
         loaded = vlae.load(tmp_path / str(number))
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+        assert all(
+            torch.equal(value, model.state_dict()[name])
+            for name, value in loaded.state_dict().items()
+        )
         sizes.append((tmp_path / str(number) / "model.safetensors").stat().st_size)
         flatten(model)
     assert sizes[0] == sizes[1]

@@ -17,19 +17,29 @@ INTERVAL, FACTOR = SoftFreeBits.INTERVAL, SoftFreeBits.FACTOR
 def a_bound(batch: int, latents: int) -> Bound:
     generator = torch.Generator().manual_seed(latents)
     rates = torch.randn(batch, latents, dtype=torch.float64, generator=generator) + 1
-    return Bound(torch.randn(batch, dtype=torch.float64, generator=generator).requires_grad_(), rates.requires_grad_())
+    return Bound(
+        torch.randn(batch, dtype=torch.float64, generator=generator).requires_grad_(),
+        rates.requires_grad_(),
+    )
 
 
 # --- groups ------------------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4), st.floats(0, 20), st.floats(0.01, 1))
-def test_every_group_has_its_share_of_the_floor(batch: int, groups: int, size: int, free_nats: float, weight: float) -> None:
+@given(
+    st.integers(1, 5), st.integers(1, 6), st.integers(1, 4), st.floats(0, 20), st.floats(0.01, 1)
+)
+def test_every_group_has_its_share_of_the_floor(
+    batch: int, groups: int, size: int, free_nats: float, weight: float
+) -> None:
     bound = a_bound(batch, groups * size)
     rates = group_rates(bound.rate_per_latent, groups).detach()
     assert rates.tolist() == pytest.approx(
-        [bound.rate_per_latent[:, first : first + size].sum(1).mean().item() for first in range(0, groups * size, size)]
+        [
+            bound.rate_per_latent[:, first : first + size].sum(1).mean().item()
+            for first in range(0, groups * size, size)
+        ]
     )
     loss = training_loss(bound, rates, free_nats, weight)
     expected = sum(max(free_nats / groups, rate) for rate in rates.tolist())
@@ -71,7 +81,9 @@ def test_gamma_changes_by_a_tenth_at_a_time_and_never_exceeds_one() -> None:
     assert weights[-1] == 1
 
 
-@pytest.mark.parametrize(("rate", "changes"), [(9.9, True), (10.1, False), (10.4, False), (10.6, True)])
+@pytest.mark.parametrize(
+    ("rate", "changes"), [(9.9, True), (10.1, False), (10.4, False), (10.6, True)]
+)
 def test_gamma_rests_between_the_target_and_five_percent_above(rate: float, changes: bool) -> None:
     soft = SoftFreeBits(target=10.0)
     after(soft, 0.0, 10 * INTERVAL)
@@ -94,7 +106,9 @@ def test_what_is_restored_goes_on_as_if_it_had_not_been_interrupted() -> None:
     whole, restored = SoftFreeBits(10.0), SoftFreeBits(10.0)
     for number, rate in enumerate(rates):
         if number == len(rates) // 3:
-            restored.load_state_dict({name: value.clone() for name, value in whole.state_dict().items()})
+            restored.load_state_dict(
+                {name: value.clone() for name, value in whole.state_dict().items()}
+            )
         if number >= len(rates) // 3:
             restored.update(rate)
         whole.update(rate)
@@ -131,7 +145,10 @@ def test_a_model_is_brought_to_a_rate_above_the_one_it_would_choose() -> None:
         image_shape=(1, SIZE, SIZE), window="3x1", latents=4, flow_depth=0, encoder_channels=8, decoder_channels=8,
         decoder_maps=4, decoder_features=16, decoder_blocks=1,
     )  # fmt: skip
-    optimizer, soft = torch.optim.Adam(model.parameters(), lr=3e-3, fused=True), SoftFreeBits(target)
+    optimizer, soft = (
+        torch.optim.Adam(model.parameters(), lr=3e-3, fused=True),
+        SoftFreeBits(target),
+    )
     generator, rates = torch.Generator().manual_seed(1), []
     for _ in range(1000):
         bound = model(bars(16, generator), torch.randn(16, 4, generator=generator))
@@ -142,4 +159,6 @@ def test_a_model_is_brought_to_a_rate_above_the_one_it_would_choose() -> None:
         soft.update(rate)
         rates.append(rate.item())
     assert sum(rates[-300:]) / 300 == pytest.approx(target, rel=0.1)
-    assert 0 < soft.gamma < 1, "the test is vacuous where the model would choose that rate by itself"
+    assert 0 < soft.gamma < 1, (
+        "the test is vacuous where the model would choose that rate by itself"
+    )

@@ -45,7 +45,9 @@ def test_a_pickle_is_refused_and_not_unpickled(file: str, how: str, folder: Path
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 100, (1 << 62).to_bytes(8, "little") + b"{}", save({})])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 100, (1 << 62).to_bytes(8, "little") + b"{}", save({})]
+)
 def test_weights_that_are_none_are_refused(content: bytes, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.(safetensors|json)"):
@@ -61,7 +63,10 @@ def test_weights_of_another_shape_are_refused_with_the_name_of_the_first(folder:
         {**weights, "aaa": torch.zeros(1)},
     ):
         save_file(changed, folder / "model.safetensors")
-        with pytest.raises(ValueError, match=rf"does not belong to model\.json: (aaa|{re.escape(name)}) has the shape"):
+        with pytest.raises(
+            ValueError,
+            match=rf"does not belong to model\.json: (aaa|{re.escape(name)}) has the shape",
+        ):
             vlae.load(folder)
 
 
@@ -98,7 +103,9 @@ def test_arguments_that_no_model_has_are_refused(changes: dict[str, Any], folder
 
 
 @pytest.mark.parametrize("size", [1 << 14, 1 << 20, 1 << 62])
-def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_made(size: int, folder: Path) -> None:
+def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_made(
+    size: int, folder: Path
+) -> None:
     arguments = json.loads((folder / "model.json").read_text())
     sizes = [name for name, value in arguments.items() if type(value) is int]
     assert {"latents", "flow_hidden", "blocks", "decoder_features"} <= set(sizes)
@@ -106,7 +113,9 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_made(
         if name == "mixtures":  # of the other likelihood, so nothing is made of it
             continue
         (folder / "model.json").write_text(json.dumps(arguments | {name: size}))
-        with pytest.raises(ValueError, match=rf"model\.(json|safetensors)\b.*({name}|does not belong to)"):
+        with pytest.raises(
+            ValueError, match=rf"model\.(json|safetensors)\b.*({name}|does not belong to)"
+        ):
             vlae.load(folder)
 
 

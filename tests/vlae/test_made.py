@@ -40,7 +40,9 @@ def earlier(shape: Shape, num_layers: int | None = None) -> Tensor:
     channels, height, width = shape
     channel, row, column = (
         grid.flatten()
-        for grid in torch.meshgrid(torch.arange(channels), torch.arange(height), torch.arange(width), indexing="ij")
+        for grid in torch.meshgrid(
+            torch.arange(channels), torch.arange(height), torch.arange(width), indexing="ij"
+        )
     )
     position = row * width + column
     own = (position[:, None] == position) & (channel[:, None] > channel)
@@ -51,7 +53,9 @@ def earlier(shape: Shape, num_layers: int | None = None) -> Tensor:
     return own | before
 
 
-def naive_inverse(made: MADE | MapMADE, noise: Tensor, step: Callable[..., Tensor], context: Tensor | None) -> Tensor:
+def naive_inverse(
+    made: MADE | MapMADE, noise: Tensor, step: Callable[..., Tensor], context: Tensor | None
+) -> Tensor:
     """x = step(noise, forward(x)), repeated until the last element has had its turn."""
     x = torch.zeros_like(noise)
     for _ in range(noise.shape[-1]):
@@ -64,7 +68,13 @@ def mix(noise: Tensor, outputs: Tensor) -> Tensor:
     return noise + sum(torch.sin((k + 1) * outputs[..., k, :]) for k in range(outputs.shape[-2]))
 
 
-@given(st.integers(1, 7), st.integers(0, 20), st.integers(1, 3), st.integers(1, 3), st.sampled_from([0, 2]))
+@given(
+    st.integers(1, 7),
+    st.integers(0, 20),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([0, 2]),
+)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_an_output_of_made_has_gradient_exactly_zero_from_itself_and_what_comes_after(
     randomize: Randomize, size: int, extra: int, outputs: int, layers: int, context: int
@@ -77,7 +87,13 @@ def test_an_output_of_made_has_gradient_exactly_zero_from_itself_and_what_comes_
     assert not jacobian[:, :, ~earlier((size, 1, 1))].any()
 
 
-@given(st.integers(1, 7), st.integers(0, 20), st.integers(1, 3), st.integers(1, 3), st.sampled_from([0, 2]))
+@given(
+    st.integers(1, 7),
+    st.integers(0, 20),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([0, 2]),
+)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_an_output_of_made_is_reached_by_all_that_comes_before_and_by_the_context(
     size: int, extra: int, outputs: int, layers: int, context: int
@@ -120,7 +136,9 @@ def test_an_output_over_maps_is_reached_by_exactly_what_its_layers_can_see(
     assert torch.equal(jacobian[0] > 0, expected.expand(outputs, -1, -1))
 
 
-def test_an_output_over_maps_is_reached_by_the_context_at_its_position_and_at_those_it_sees() -> None:
+def test_an_output_over_maps_is_reached_by_the_context_at_its_position_and_at_those_it_sees() -> (
+    None
+):
     made = positive(MapMADE((2, 3, 6), 2, 4, layers=1, context=2))
     x, maps = torch.ones(36, dtype=torch.float64), torch.ones(36, dtype=torch.float64)
     jacobian = jacobians(lambda said: made(x, said), maps[None])
@@ -132,10 +150,20 @@ def test_an_output_over_maps_is_reached_by_the_context_at_its_position_and_at_th
 def test_the_blind_spot_of_maps_is_what_lies_too_far_to_the_right_above() -> None:
     """Row 2, column 4 of 3 rows of 9, three layers: columns 1 to 5 of the row above, and 1 to 6 of the one above that."""
     reached = earlier(BLIND_SPOT, num_layers=3)[2 * 9 + 4].unflatten(0, (3, 9)).int().tolist()
-    assert reached == [[0, 1, 1, 1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0, 0, 0, 0]]
+    assert reached == [
+        [0, 1, 1, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0, 0, 0, 0],
+    ]
 
 
-@given(st.integers(1, 8), st.integers(0, 12), st.integers(1, 3), st.integers(1, 3), st.sampled_from([0, 3]))
+@given(
+    st.integers(1, 8),
+    st.integers(0, 12),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([0, 3]),
+)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_solving_one_after_the_other_is_the_naive_fixed_point(
     randomize: Randomize, size: int, extra: int, outputs: int, layers: int, context: int
@@ -161,8 +189,12 @@ def test_solving_maps_wavefront_by_wavefront_is_the_naive_fixed_point(
     torch.testing.assert_close(made.solve(noise, mix, maps), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("made", "size"), [(MADE(9, 2, 16), 9), (MapMADE((3, 4, 5), 2, 8), 60)], ids=["vector", "maps"])
-def test_solving_takes_no_more_arithmetic_than_a_forward_pass(made: MADE | MapMADE, size: int) -> None:
+@pytest.mark.parametrize(
+    ("made", "size"), [(MADE(9, 2, 16), 9), (MapMADE((3, 4, 5), 2, 8), 60)], ids=["vector", "maps"]
+)
+def test_solving_takes_no_more_arithmetic_than_a_forward_pass(
+    made: MADE | MapMADE, size: int
+) -> None:
     made.double()
     noise = normal(7, size)
     with FlopCounterMode(display=False) as forward:
@@ -172,8 +204,12 @@ def test_solving_takes_no_more_arithmetic_than_a_forward_pass(made: MADE | MapMA
     assert 0 < solve.get_total_flops() <= forward.get_total_flops()
 
 
-@pytest.mark.parametrize("made", [MADE(5, 2, 7, 2, 3), MapMADE((2, 2, 3), 2, 5, 2, 1)], ids=["vector", "maps"])
-def test_gradients_agree_with_finite_differences(randomize: Randomize, made: MADE | MapMADE) -> None:
+@pytest.mark.parametrize(
+    "made", [MADE(5, 2, 7, 2, 3), MapMADE((2, 2, 3), 2, 5, 2, 1)], ids=["vector", "maps"]
+)
+def test_gradients_agree_with_finite_differences(
+    randomize: Randomize, made: MADE | MapMADE
+) -> None:
     made.double()
     randomize(made)
     size, context = (5, 3) if isinstance(made, MADE) else (12, 6)

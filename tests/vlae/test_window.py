@@ -11,19 +11,45 @@ from vlae import Window
 
 BY_HAND = {
     # In each row: first the block above, from the top, then the pixels to the left in the pixel's own row.
-    "7x4": [(row, column) for row in (-4, -3, -2, -1) for column in (-3, -2, -1, 0, 1, 2, 3)] + [(0, -3), (0, -2), (0, -1)],
-    "5x3": [(row, column) for row in (-3, -2, -1) for column in (-2, -1, 0, 1, 2)] + [(0, -2), (0, -1)],
-    "4x2": [(-2, -2), (-2, -1), (-2, 0), (-2, 1), (-1, -2), (-1, -1), (-1, 0), (-1, 1), (0, -2), (0, -1)],
+    "7x4": [(row, column) for row in (-4, -3, -2, -1) for column in (-3, -2, -1, 0, 1, 2, 3)]
+    + [(0, -3), (0, -2), (0, -1)],
+    "5x3": [(row, column) for row in (-3, -2, -1) for column in (-2, -1, 0, 1, 2)]
+    + [(0, -2), (0, -1)],
+    "4x2": [
+        (-2, -2),
+        (-2, -1),
+        (-2, 0),
+        (-2, 1),
+        (-1, -2),
+        (-1, -1),
+        (-1, 0),
+        (-1, 1),
+        (0, -2),
+        (0, -1),
+    ],
     "3x1": [(-1, -1), (-1, 0), (-1, 1), (0, -1)],
     "2x1": [(-1, -1), (-1, 0), (0, -1)],
     "1x1": [(-1, 0)],
     "3x0": [(0, -1)],
     "0x0": [],
-    "7x4-grey": [(row, column) for row in (-4, -3, -2, -1) for column in range(-3, 4)] + [(0, -3), (0, -2), (0, -1)],
+    "7x4-grey": [(row, column) for row in (-4, -3, -2, -1) for column in range(-3, 4)]
+    + [(0, -3), (0, -2), (0, -1)],
     # Cells of two by two above, of one by two to the left.
-    "2x1-down2": [(-2, -2), (-2, -1), (-2, 0), (-2, 1), (-1, -2), (-1, -1), (-1, 0), (-1, 1), (0, -2), (0, -1)],
+    "2x1-down2": [
+        (-2, -2),
+        (-2, -1),
+        (-2, 0),
+        (-2, 1),
+        (-1, -2),
+        (-1, -1),
+        (-1, 0),
+        (-1, 1),
+        (0, -2),
+        (0, -1),
+    ],
     "1x2-down2": [(row, column) for row in (-4, -3, -2, -1) for column in (0, 1)],
-    "3x1-down3": [(row, column) for row in (-3, -2, -1) for column in range(-3, 6)] + [(0, -3), (0, -2), (0, -1)],
+    "3x1-down3": [(row, column) for row in (-3, -2, -1) for column in range(-3, 6)]
+    + [(0, -3), (0, -2), (0, -1)],
 }
 
 
@@ -42,7 +68,9 @@ def test_every_offset_is_earlier_in_raster_order_and_stands_once(width: int, hei
 
 @given(st.integers(1, 40), st.integers(0, 40))
 @settings(deadline=None, derandomize=True, database=None)
-def test_the_block_is_width_by_height_and_its_left_half_is_the_longer(width: int, height: int) -> None:
+def test_the_block_is_width_by_height_and_its_left_half_is_the_longer(
+    width: int, height: int
+) -> None:
     window = Window(width, height)
     assert window.left == math.ceil((width - 1) / 2)
     assert window.right == (math.floor((width - 1) / 2) if height else 0)
@@ -59,7 +87,10 @@ def test_the_cells_of_a_down_sampled_window_are_blocks_that_lie_as_the_pixels_of
     for cell, offset in zip(window.cells, window.offsets, strict=True):
         cells.setdefault(cell, []).append(offset)
     # The first pixel of each cell, in cells, is the offset of a pixel in the plain window.
-    places = {(math.ceil(-row / down) * -1, column // down) for row, column in (offsets[0] for offsets in cells.values())}
+    places = {
+        (math.ceil(-row / down) * -1, column // down)
+        for row, column in (offsets[0] for offsets in cells.values())
+    }
     assert places == set(plain.offsets)
     for offsets in cells.values():
         (row, column), (last_row, last_column) = offsets[0], offsets[-1]

@@ -1,0 +1,73 @@
+"""``vlae encode``: the code of every image of a split, as Parquet."""
+
+from dataclasses import dataclass
+
+from pipeline.commands import Command
+from pipeline.config.evaluation import A_MODEL, ANOTHER_DATA_SET
+from pipeline.config.options import option, require, section
+from pipeline.config.sections import ClusterOptions, RegistryOptions, StorageOptions
+from pipeline.values import JsonObject
+
+
+@dataclass
+class EncodeConfig:
+    """Encode a data set: the code of every image as Parquet, in parallel; the same command again
+    goes on where it was.
+    """
+
+    model: str = option(A_MODEL)
+    split: str = option("the part of the data set: train, valid or test", "train")
+    dataset_url: str | None = option(ANOTHER_DATA_SET, None)
+    output: str = option("where the codes go", "outputs/encode")
+    images_per_part: int = option(
+        "the most images in one Parquet file, which one task encodes", 10_000
+    )
+    seed: int = option("decides binarization and the sample that the rate is measured with", 0)
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
+    cluster: ClusterOptions = section(ClusterOptions, "where it runs")
+
+    def check(self) -> None:
+        require(
+            self.images_per_part >= 1,
+            f"images_per_part is {self.images_per_part}; it must be at least 1",
+        )
+
+
+def run(config: EncodeConfig) -> JsonObject:
+    """Encode a split. Returns what was written; codes that are complete are not made again.
+
+    Raises UserError if the model, the data set or the split does not exist, the images have
+    another shape, or ``config.output`` holds other codes.
+    """
+    from pipeline.cluster import connect
+    from pipeline.evaluation.encoding import encode_split
+    from pipeline.registry.models import open_model
+    from pipeline.runs import open_data
+    from pipeline.storage import open_storage
+
+    model = open_model(config.model, config.registry, config.storage)
+    data, contents = open_data(model, config.dataset_url, config.storage)
+    return encode_split(
+        model,
+        data,
+        contents,
+        open_storage(config.output, config.storage.endpoint_url),
+        config.split,
+        config.seed,
+        config.images_per_part,
+        config.cluster.use_gpu,
+        lambda: connect(config.cluster, config.storage),
+    )
+
+
+def format_result(config: EncodeConfig, result: JsonObject) -> str:
+    """How many codes there are, and where."""
+    how = "were there already" if result["reused"] else "written"
+    return (
+        f"codes of {result['images']:,} {config.split} images {how}: {len(result['parts'])} "
+        f"Parquet files in {result['url']}/codes"
+    )
+
+
+COMMAND = Command(EncodeConfig, run, format_result, lambda config: config.output)

@@ -1,0 +1,39 @@
+"""``vlae index``: a manifest for other people's WebDataset shards, where they lie."""
+
+from dataclasses import dataclass
+
+from pipeline.commands import Command
+from pipeline.config.options import section
+from pipeline.config.sections import ClusterOptions, DatasetOptions, IndexOptions, StorageOptions
+from pipeline.values import JsonObject
+
+
+@dataclass
+class IndexConfig:
+    """Make the manifest of WebDataset shards that someone else wrote, where they lie."""
+
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    dataset: DatasetOptions = section(DatasetOptions, "the data set that they become")
+    index: IndexOptions = section(IndexOptions, "the shards, and how they are read")
+    cluster: ClusterOptions = section(ClusterOptions, "where it runs")
+
+
+def run(config: IndexConfig) -> JsonObject:
+    """Write the manifest, unless it exists. Returns a summary of the data set.
+
+    Raises UserError if a shard cannot be read or is not safe to, or the manifest exists but is of
+    other shards or options.
+    """
+    from pipeline.data.indexing import write_manifest
+
+    return write_manifest(config.dataset, config.index, config.cluster, config.storage)
+
+
+def format_result(config: IndexConfig, result: JsonObject) -> str:
+    """How many images each split has."""
+    counts = ", ".join(f"{split['images']:,} {name}" for name, split in result["splits"].items())
+    how = "was there already" if result["reused"] else "indexed"
+    return f"data set {config.dataset.name} {how}: {counts} images"
+
+
+COMMAND = Command(IndexConfig, run, format_result, lambda config: config.dataset.url)

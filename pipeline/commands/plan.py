@@ -1,0 +1,79 @@
+"""``vlae plan``: what a training run takes, before anything is made or hired."""
+
+from dataclasses import dataclass
+
+from pipeline.commands import Command
+from pipeline.config.options import option, require, section, to_dict
+from pipeline.config.run import ModelOptions
+from pipeline.config.sections import Binarization
+from pipeline.errors import UserError
+from pipeline.values import JsonObject
+
+
+@dataclass
+class PlanConfig:
+    """Say what a training run needs: shards, streams, batches, and memory of each worker."""
+
+    num_images: int = option("training images of the data set", 50_000)
+    image_size: int = option("their height and width in pixels", 28)
+    channels: int = option("1 is grey, 3 is RGB", 1)
+    binarization: Binarization = option("as dataset.binarization", Binarization.dynamic)
+    num_workers: list[int] = option("numbers of workers, each with a row of its own", [1, 2, 4, 8])
+    local_batch: int = option("images of each worker in a step", 16)
+    output: str = option("where the result goes", "outputs/plan")
+    model: ModelOptions = section(ModelOptions, "the VLAE")
+
+    def check(self) -> None:
+        for name in ("num_images", "image_size", "channels", "local_batch"):
+            require(
+                getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1"
+            )
+        require(
+            bool(self.num_workers) and min(self.num_workers) >= 1,
+            "num_workers must hold numbers of at least 1",
+        )
+
+
+def run(config: PlanConfig) -> JsonObject:
+    """A plan for each number of workers.
+
+    Raises UserError if the model does not fit the images, or a plan is impossible.
+    """
+    from pipeline.training.plan import plans
+
+    size = config.image_size
+    try:
+        model = config.model.build((config.channels, size, size), config.binarization)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+    found = plans(model, config.num_images, config.num_workers, config.local_batch)
+    return {"config": to_dict(config), **found}
+
+
+def format_result(config: PlanConfig, result: JsonObject) -> str:
+    """The plans as a Markdown table, with sizes in MB (10^6 bytes)."""
+    counts = {
+        "workers": "num_workers",
+        "`train.num_streams`": "num_streams",
+        "`train.global_batch`": "global_batch",
+        "`shard.samples_per_shard`": "samples_per_shard",
+        "shards": "num_shards",
+        "steps per epoch": "steps_per_epoch",
+        "shuffled together": "group_samples",
+    }
+    sizes = {
+        "loader MB": "loader_bytes",
+        "weights etc. MB": "state_bytes",
+        "activations MB": "activation_bytes",
+        "checkpoint MB": "checkpoint_bytes",
+    }
+    rows = [[*counts, *sizes], ["---:"] * (len(counts) + len(sizes))]
+    for each in result["plans"]:
+        rows.append(
+            [f"{each[name]:,}" for name in counts.values()]
+            + [f"{each[name] / 1e6:,.1f}" for name in sizes.values()]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+COMMAND = Command(PlanConfig, run, format_result, lambda config: config.output)

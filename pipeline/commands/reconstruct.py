@@ -1,0 +1,76 @@
+"""``vlae reconstruct``: images beside what a model makes of their codes. It needs no Ray."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.commands import Command
+from pipeline.config.evaluation import A_MODEL, ANOTHER_DATA_SET
+from pipeline.config.options import option, require, section
+from pipeline.config.sections import RegistryOptions, StorageOptions
+from pipeline.data.batch import binarize
+from pipeline.data.loader import EvalLoader
+from pipeline.evaluation import pictures
+from pipeline.machine import device
+from pipeline.registry.models import open_model
+from pipeline.runs import open_data
+from pipeline.storage import open_storage
+from pipeline.values import JsonObject
+
+
+@dataclass
+class ReconstructConfig:
+    """Draw images of a data set, each above what a model makes of its code."""
+
+    model: str = option(A_MODEL)
+    split: str = option("the part of the data set: train, valid or test", "test")
+    dataset_url: str | None = option(ANOTHER_DATA_SET, None)
+    num_images: int = option("how many of its first images", 40)
+    seed: int = option("decides binarization and all noise", 0)
+    output: str = option("where the picture goes", "outputs/reconstruct")
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
+
+    def check(self) -> None:
+        require(self.num_images >= 1, f"num_images is {self.num_images}; it must be at least 1")
+
+
+def run(config: ReconstructConfig) -> JsonObject:
+    """Draw the first ``config.num_images`` images of a split, each above several decodings of its
+    code, to a PNG. Returns the result.
+    """
+    torch.set_num_threads(1)
+    model = open_model(config.model, config.registry, config.storage)
+    data, contents = open_data(model, config.dataset_url, config.storage)
+    loader = EvalLoader(
+        data,
+        contents,
+        split=config.split,
+        batch_size=config.num_images,
+        num_images=config.num_images,
+    )
+    x = binarize(next(iter(loader)), model.binarization, config.seed)
+    output = open_storage(config.output, config.storage.endpoint_url)
+    output.write(
+        "reconstructions.png",
+        pictures.draw_reconstructions(
+            model.network.to(device()), x.to(device()), torch.Generator().manual_seed(config.seed)
+        ),
+    )
+    result = {
+        "model": config.model,
+        "weights": model.weights,
+        "dataset": {"url": data.url, "manifest": contents.digest},
+        "split": config.split,
+        "seed": config.seed,
+        "pictures": [f"{output.url}/reconstructions.png"],
+    }
+    return result
+
+
+def format_result(config: ReconstructConfig, result: JsonObject) -> str:
+    """The pictures' addresses."""
+    return "\n".join(f"picture: {url}" for url in result["pictures"])
+
+
+COMMAND = Command(ReconstructConfig, run, format_result, lambda config: config.output)

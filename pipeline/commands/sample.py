@@ -1,0 +1,62 @@
+"""``vlae sample``: images drawn from a model. It needs no Ray."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.commands import Command
+from pipeline.config.evaluation import A_MODEL
+from pipeline.config.options import option, require, section
+from pipeline.config.sections import RegistryOptions, StorageOptions
+from pipeline.evaluation import pictures
+from pipeline.machine import device
+from pipeline.registry.models import open_model
+from pipeline.storage import open_storage
+from pipeline.values import JsonObject
+
+
+@dataclass
+class SampleConfig:
+    """Draw images from a model."""
+
+    model: str = option(A_MODEL)
+    num_images: int = option("how many", 40)
+    seed: int = option("decides which", 0)
+    output: str = option("where the picture goes", "outputs/sample")
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
+
+    def check(self) -> None:
+        require(self.num_images >= 1, f"num_images is {self.num_images}; it must be at least 1")
+
+
+def run(config: SampleConfig) -> JsonObject:
+    """Draw ``config.num_images`` images to a PNG. The same seed draws the same images. Returns the
+    result.
+    """
+    torch.set_num_threads(1)
+    model = open_model(config.model, config.registry, config.storage)
+    output = open_storage(config.output, config.storage.endpoint_url)
+    output.write(
+        "samples.png",
+        pictures.draw_samples(
+            model.network.to(device()),
+            config.num_images,
+            torch.Generator().manual_seed(config.seed),
+        ),
+    )
+    result = {
+        "model": config.model,
+        "weights": model.weights,
+        "seed": config.seed,
+        "pictures": [f"{output.url}/samples.png"],
+    }
+    return result
+
+
+def format_result(config: SampleConfig, result: JsonObject) -> str:
+    """The pictures' addresses."""
+    return "\n".join(f"picture: {url}" for url in result["pictures"])
+
+
+COMMAND = Command(SampleConfig, run, format_result, lambda config: config.output)

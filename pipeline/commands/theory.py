@@ -1,0 +1,81 @@
+"""``vlae theory``: the theory held to images whose entropy is known. It needs no Ray."""
+
+from dataclasses import dataclass
+
+from pipeline.commands import Command
+from pipeline.config.options import option, require
+from pipeline.values import JsonObject
+
+DECODERS = ("factorized", "covering", "full")
+
+
+@dataclass
+class TheoryConfig:
+    """Hold the theory to images whose entropy is known: what three decoders leave to the code, in
+    nats.
+    """
+
+    images: int = option("new images that each decoder is trained on", 120_000)
+    num_images: int = option("held-out images that it is measured on", 10_000)
+    seed: int = option("decides the images, the weights' start and all noise", 0)
+    output: str = option("where the figures, the picture and the models go", "outputs/theory")
+
+    def check(self) -> None:
+        require(self.images >= 32, f"images is {self.images}; it must be at least 32, one batch")
+        require(self.num_images >= 2, f"num_images is {self.num_images}; it must be at least 2")
+        require(
+            0 <= self.seed < 1 << 60, f"seed is {self.seed}; it must be at least 0, and below 2^60"
+        )
+
+
+def run(config: TheoryConfig) -> JsonObject:
+    """Train and measure the three decoders and draw the figure.
+
+    Raises UserError if the output cannot be written, or a run's numbers do not stay finite.
+    """
+    from pipeline.training.theory import Experiment, experiment
+
+    return experiment(Experiment(**vars(config)))
+
+
+def format_result(config: TheoryConfig, result: JsonObject) -> str:
+    """The figures as text."""
+    from pipeline.evaluation.measure import with_error
+
+    entropy, information = result["entropy"], result["global_information"]
+    lines = [
+        "nats per image:",
+        f"  entropy H             {with_error(result, 'entropy', 3)}",
+        f"    texture H(x|c)      {result['entropy_given_class']:.3f} (exact)",
+        (
+            f"    global I(c; x)      {with_error(result, 'global_information', 3)}: which of"
+            f" {result['classes']} patterns"
+        ),
+        *(
+            f"  best C without z      {length:.3f} (exact) for the {name} decoder,"
+            f" {100 * (length / entropy - 1):.1f} % above H"
+            for name, length in result["without_z"].items()
+        ),
+        "",
+        (
+            f"  {'decoder':<12}{'window':<8}{'rate R':<18}{'distortion D':<20}{'code length C':<20}C - H"
+        ),
+    ]
+    for name in DECODERS:
+        row = result[name]
+        lines.append(
+            f"  {name:<12}{row['window']:<8}{with_error(row, 'rate', 3):<18}{with_error(row, 'distortion', 3):<20}"
+            f"{with_error(row, 'code_length', 3):<20}{with_error(row, 'excess', 3)}"
+        )
+    lines.append("")
+    for name in DECODERS:
+        row = result[name]
+        lines.append(
+            f"  {name + ':':<12}R is {row['rate'] / information:.2f} of the global information, "
+            f"C - H is {100 * row['excess'] / entropy:.2f} % of H"
+        )
+    made = " (made before)" if result["reused"] else ""
+    return "\n".join([*lines, f"figure{made}: {result['figure']}"])
+
+
+COMMAND = Command(TheoryConfig, run, format_result, lambda config: config.output)

@@ -1,0 +1,174 @@
+"""The configuration: every option of every command, declared once, with its type, default and
+meaning.
+
+YAML files in ``configs/`` only choose values. ``load`` composes them with Hydra, applies the
+command line's ``key=value`` overrides, and checks everything that can be checked without touching
+data, so that a mistake ends before any compute.
+"""
+
+import difflib
+import functools
+import importlib.resources
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import hydra
+from hydra import initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.config.options import Config, check_all, describe, to_dict
+from pipeline.errors import UserError
+
+
+@functools.cache
+def compose(command: str, *chosen: str) -> tuple[DictConfig, Mapping[str, str | None]]:
+    """The values that ``configs/`` gives a command, and which choice of each config group they come
+    from.
+
+    ``chosen`` are choices other than the command's own, such as "model=tiny". Hydra takes 0.1 s for
+    it, so it is asked once in a process. Raises HydraException.
+    """
+    with initialize_config_module("configs", version_base=None):
+        composed = hydra.compose(command, list(chosen), return_hydra_config=True)
+    names = {
+        group: choice
+        for group, choice in composed.hydra.runtime.choices.items()
+        if not group.startswith("hydra/")
+    }
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed, MappingProxyType(names)
+
+
+def choices(command: str) -> Mapping[str, str | None]:
+    """The config groups that a command composes, each with its default choice: {"dataset": "mnist",
+    ...}.
+    """
+    return compose(command)[1]
+
+
+def options_of(group: str) -> list[str]:
+    """The choices that ``configs/`` holds for a group."""
+    files = importlib.resources.files("configs") / group
+    return sorted(
+        file.name.removesuffix(".yaml") for file in files.iterdir() if file.name.endswith(".yaml")
+    )
+
+
+LOCAL_PATHS = (
+    "storage.root",
+    "dataset.path",
+    "dataset.url",
+    "dataset.cache",
+    "dataset_url",
+    "registry.artifacts",
+    "output",
+    "folder",
+)
+
+
+def load(command: str, schema: type[Config], overrides: list[str]) -> Config:
+    """The configuration of a command, of type ``schema``, from its YAML and ``key=value``
+    overrides.
+
+    A key that names a config group chooses a file of it (``model=fast``); any other sets a value
+    (``model.window=7x4``). Raises UserError, in one sentence, on everything that is wrong with it.
+    """
+    groups = choices(command)
+    chosen, values = [], {}
+    for text in overrides:
+        try:
+            key, equals, value = text.partition("=")
+            quoted = (
+                f"{key}='{value}'"
+                if equals and re.search(r"\{[^{}:]*\}.", value) and "'" not in value
+                else text
+            )  # a pattern
+            override = OverridesParser.create().parse_override(quoted)
+        except HydraException:
+            raise UserError(
+                f"{text!r} is not understood; write key=value, and quote a value of odd characters"
+            ) from None
+        key = override.key_or_group
+        if (
+            override.type is not OverrideType.CHANGE
+            or override.package
+            or override.is_sweep_override()
+        ):
+            raise UserError(
+                f"{text!r} is not understood; write plain key=value (to try many values, use vlae"
+                " tune)"
+            )
+        if key in groups:
+            if override.value() is None and groups[key] is None:
+                continue
+            if override.value() not in options_of(key):
+                raise UserError(
+                    f"{text!r}: there is no such {key}; choose one of {', '.join(options_of(key))}"
+                )
+            chosen.append(text)
+        else:
+            values[key] = override.value()
+    try:
+        composed, _ = compose(command, *chosen)
+    except HydraException as error:
+        raise UserError(" ".join(str(error).split())) from None
+    return build(schema, composed, values)
+
+
+def build(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:
+    """A checked configuration from nested values and dotted ``values`` on top of them.
+
+    Used for the command line, and for the samples of a search. Raises UserError as ``load`` does.
+    """
+    known = dict(describe(schema))
+    mappings = tuple(
+        f"{key}." for key, item in known.items() if typing.get_origin(item.type) is dict
+    )
+    key = "the configuration"
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(schema), base)
+        for key, value in values.items():
+            if key not in known and not key.startswith(mappings):
+                raise UserError(unknown_option(key, known))
+            OmegaConf.update(config, key, value, force_add=True)
+        for key in known:
+            parent, _, name = key.rpartition(".")
+            if OmegaConf.is_missing(OmegaConf.select(config, parent) if parent else config, name):
+                raise UserError(f"{key} is needed; give {key}=VALUE")
+        for key in set(LOCAL_PATHS).intersection(known):
+            # A folder means the same to every process, whatever its working directory.
+            path = OmegaConf.select(config, key)
+            if path and "://" not in path:
+                OmegaConf.update(config, key, str(Path(path).expanduser().absolute()))
+        built = typing.cast(Config, OmegaConf.to_object(config))
+        check_all(built)
+        to_dict(built)  # so that what is left to resolve is resolved now or never
+    except (OmegaConfBaseException, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{getattr(error, 'full_key', None) or key}: {reason_of(error)}") from None
+    return built
+
+
+def unknown_option(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, known, 1)
+    return f"{key} is not an option" + (f"; did you mean {near[0]}?" if near else "; see --help")
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong with a value, from OmegaConf's error: its first line, the rest of which repeats
+    the key and the class.
+    """
+    reason = str(error).splitlines()[0]
+    if re.search(
+        r"Optional|NoneType|ListConfig|DictConfig|InterpolationKey|Error|resolver", reason
+    ):
+        return "this is not a kind of value that it takes; see --help"
+    return reason

@@ -1,0 +1,339 @@
+"""The options of a training run: its model, optimizer and course."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import vlae
+from pipeline.config.options import digest, option, require, section, to_dict
+from pipeline.config.sections import (
+    Binarization,
+    ClusterOptions,
+    DatasetOptions,
+    RegistryOptions,
+    StorageOptions,
+)
+from pipeline.errors import UserError
+
+
+class Code(Enum):
+    vector = "vector"
+    maps = "maps"
+
+
+class ActivationName(Enum):
+    relu = "relu"
+    elu = "elu"
+
+
+@dataclass
+class ModelOptions:
+    window: str = option(f"the decoder's receptive field: {vlae.window.NOTATION}")
+    latents: int = option("size of the code z, or how many maps it has")
+    code: Code = option(
+        "vector, or maps: z keeps the place of things, at the size at which the encoder ends",
+        Code.vector,
+    )
+    flow_depth: int = option("steps of the autoregressive-flow prior; 0 is a standard normal prior")
+    posterior_depth: int = option(
+        "steps of an inverse autoregressive flow in the posterior; 0 is a diagonal Gaussian", 0
+    )
+    flow_hidden: int = option("width of each step's MADE, in the prior and the posterior")
+    flow_layers: int = option("hidden layers of each step's MADE", 2)
+    flow_mean_only: bool = option("steps only shift, as the paper's do, and do not scale", False)
+    mixtures: int = option(
+        "components of the likelihood of 256 values, a mixture of discretized logistics", 5
+    )
+    encoder_channels: int = option("width of the encoder; twice that below half the image's size")
+    decoder_channels: int = option(
+        "width of the network that unfolds z; twice that at its smallest"
+    )
+    blocks: int = option(
+        "residual blocks at each size below the image's, in the encoder and the decoder", 1
+    )
+    image_blocks: int = option(
+        "residual blocks at the image's own size, in the encoder and the decoder", 0
+    )
+    decoder_maps: int = option("image-sized maps that z unfolds to")
+    decoder_features: int = option("width of the per-pixel network")
+    decoder_blocks: int = option("layers of the per-pixel network")
+    context_layers: int = option(
+        "0 looks at the window with one linear layer; more stack it from so many, as the paper"
+        " does",
+        0,
+    )
+    activation: ActivationName = option(
+        "relu, or the paper's elu, which is slower", ActivationName.relu
+    )
+
+    def check(self) -> None:
+        self.check_window(self.window, "model.window")
+        widths = ("encoder_channels", "decoder_channels", "decoder_maps", "decoder_features")
+        for name in ("latents", "flow_hidden", "flow_layers", "mixtures", *widths):
+            require(
+                getattr(self, name) >= 1,
+                f"model.{name} is {getattr(self, name)}; it must be at least 1",
+            )
+        for name in (
+            "flow_depth",
+            "posterior_depth",
+            "decoder_blocks",
+            "blocks",
+            "image_blocks",
+            "context_layers",
+        ):
+            require(
+                getattr(self, name) >= 0,
+                f"model.{name} is {getattr(self, name)}; it must be at least 0",
+            )
+        self.check_flow(self.latents, self.flow_depth, "model.latents")
+
+    def check_flow(self, latents: int, depth: int, key: str) -> None:
+        """Raise UserError, naming ``key``, if flows of so many steps over so many latents need
+        wider steps.
+        """
+        # A step has a hidden unit for every latent that another may depend on; where it also sees a
+        # context, for every latent.
+        least = latents if self.posterior_depth or self.code is Code.maps else latents - 1
+        require(
+            max(depth, self.posterior_depth) == 0 or self.flow_hidden >= least,
+            f"model.flow_hidden={self.flow_hidden} is too narrow for {key} of {latents}: it must be"
+            f" at least {least}",
+        )
+
+    def check_window(self, text: str, key: str) -> None:
+        """Raise UserError, naming ``key``, unless this is a window that the model can have."""
+        try:
+            window = vlae.Window.parse(text)
+            if self.context_layers:
+                window.check_stacks()
+        except ValueError as error:
+            raise UserError(f"{key}: {error}") from None
+
+    def build(self, image_shape: tuple[int, int, int], binarization: Binarization) -> vlae.VLAE:
+        """The model, with fresh weights; its likelihood is the one that the images call for. Raises
+        ValueError as ``vlae.build`` does.
+        """
+        likelihood = "logistic" if binarization is Binarization.none else "bernoulli"
+        return vlae.build(image_shape=image_shape, likelihood=likelihood, **to_dict(self))
+
+
+class Algorithm(Enum):
+    adam = "adam"
+    adamax = "adamax"
+
+
+@dataclass
+class OptimOptions:
+    algorithm: Algorithm = option(
+        "adam, or adamax, which is Adam with the largest recent gradient for a scale"
+    )
+    learning_rate: float = option("the step size at its highest")
+    warmup_steps: int = option("steps over which it rises from zero")
+    decay_fraction: float = option("the last part of the run over which it falls linearly to zero")
+    clip_norm: float = option("gradients are scaled down to this norm")
+    ema_decay: float = option(
+        "decay of the weights' moving average, which is what is evaluated and registered"
+    )
+
+    def check(self) -> None:
+        require(
+            0 < self.learning_rate < math.inf,
+            f"optim.learning_rate is {self.learning_rate}; it must be above 0, and finite",
+        )
+        require(
+            self.warmup_steps >= 0,
+            f"optim.warmup_steps is {self.warmup_steps}; it must be at least 0",
+        )
+        require(
+            0 <= self.decay_fraction <= 1,
+            f"optim.decay_fraction is {self.decay_fraction}; it must lie in 0..1",
+        )
+        require(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}; it must be above 0")
+        require(
+            0 <= self.ema_decay < 1,
+            f"optim.ema_decay is {self.ema_decay}; it must lie in 0..1, below 1",
+        )
+
+
+class Precision(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+
+class FreeBits(Enum):
+    hard = "hard"
+    soft = "soft"
+
+
+@dataclass
+class TrainOptions:
+    images: int = option("how many images the run sees in all, repeats included")
+    global_batch: int = option("images of one step, over all workers")
+    num_streams: int = option(
+        "canonical streams the data is dealt to; any number of workers up to it gives the same run"
+    )
+    precision: Precision = option(
+        "bfloat16 has matrix products in it and all else in float32; auto does so on GPUs that can,"
+        " and is float32 elsewhere; float64 is for checks",
+        Precision.auto,
+    )
+    micro_batch: int | None = option(
+        "images that a worker holds in memory at once; the gradients of several are added up, to"
+        " the same result, but slower",
+        None,
+    )
+    seed: int = option("decides the weights' start, the order of the data and all noise", 0)
+    free_bits: FreeBits = option(
+        "how free_nats is used, so that the decoder does not learn to do without z. hard: a floor"
+        " early in the run, below which the rate costs nothing; soft: a target for the rate in the"
+        " whole run, which the rate's weight, at most 1, is steered to",
+        FreeBits.hard,
+    )
+    free_nats: float = option(
+        "the floor under the rate, or its target, in nats per image; 0 is none"
+    )
+    free_fraction: float = option(
+        "hard: the part of the run that has this floor; over the next fifth it falls to zero"
+    )
+    free_groups: int = option(
+        "hard: equal parts of the code that each have their share of the floor; must divide"
+        " model.latents",
+        1,
+    )
+    rate_warmup_fraction: float = option(
+        "the first part of the run over which the rate's weight rises from 0 to 1"
+    )
+    valid_images: int = option(
+        "validation images that progress is judged by (all of them if there are fewer)"
+    )
+    valid_every: int = option("images between two validations")
+    report_seconds: float = option("seconds between two reports of progress", 5.0)
+    checkpoint_seconds: float = option("seconds between two checkpoints")
+    keep_checkpoints: int = option("how many of the newest checkpoints are kept", 2)
+
+    @property
+    def num_steps(self) -> int:
+        return self.images // self.global_batch
+
+    def check(self) -> None:
+        for name in (
+            "images",
+            "global_batch",
+            "num_streams",
+            "free_groups",
+            "valid_images",
+            "valid_every",
+            "keep_checkpoints",
+        ):
+            require(
+                getattr(self, name) >= 1,
+                f"train.{name} is {getattr(self, name)}; it must be at least 1",
+            )
+        require(
+            self.micro_batch is None or self.micro_batch >= 1,
+            f"train.micro_batch is {self.micro_batch}; it must be at least 1",
+        )
+        for name in ("seed", "free_nats", "report_seconds", "checkpoint_seconds"):
+            require(
+                0 <= getattr(self, name) < 1 << 63,
+                f"train.{name} is {getattr(self, name)}; it must be at least 0, and below 2^63",
+            )
+        for name in ("free_fraction", "rate_warmup_fraction"):
+            require(
+                0 <= getattr(self, name) <= 1,
+                f"train.{name} is {getattr(self, name)}; it must lie in 0..1",
+            )
+        require(
+            self.global_batch % self.num_streams == 0,
+            f"train.global_batch={self.global_batch} cannot be shared by"
+            f" train.num_streams={self.num_streams} streams; use a batch that is a multiple of"
+            f" {self.num_streams}",
+        )
+        if self.free_bits is FreeBits.soft:
+            require(
+                self.free_nats > 0,
+                "train.free_bits=soft needs a target for the rate; give train.free_nats above 0",
+            )
+            require(
+                self.free_groups == 1,
+                "train.free_groups is of train.free_bits=hard; with soft, leave it at 1",
+            )
+            require(
+                self.rate_warmup_fraction == 0,
+                "train.free_bits=soft sets the weight of the rate by itself; leave"
+                " train.rate_warmup_fraction at 0",
+            )
+        require(
+            self.num_steps >= 1,
+            f"train.images={self.images} is less than one batch of"
+            f" train.global_batch={self.global_batch}",
+        )
+
+
+@dataclass
+class TrainConfig:
+    """Train one model; the same command again resumes an interrupted run."""
+
+    name: str | None = option(
+        "the run's name; by default one made from the data set and the configuration", None
+    )
+    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    dataset: DatasetOptions = section(DatasetOptions, "the images")
+    model: ModelOptions = section(ModelOptions, "the VLAE")
+    optim: OptimOptions = section(OptimOptions, "how its weights are moved")
+    train: TrainOptions = section(TrainOptions, "the run")
+    cluster: ClusterOptions = section(ClusterOptions, "where it runs")
+    registry: RegistryOptions = section(RegistryOptions, "where MLflow keeps account of it")
+
+    def check(self) -> None:
+        require(
+            self.name is None or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name)),
+            f"name={self.name} is no name for a run; use letters, digits, dots, underscores and"
+            " hyphens",
+        )
+        workers, streams = self.cluster.max_workers, self.train.num_streams
+        require(
+            workers <= streams,
+            f"cluster.num_workers={workers}, but the data is dealt to train.num_streams={streams}"
+            " streams, and each worker needs one; use fewer workers, or more streams",
+        )
+        groups, latents = self.train.free_groups, self.model.latents
+        require(
+            latents % groups == 0,
+            f"train.free_groups={groups} does not divide a code of {latents} latents; use a number"
+            " that does, or 1",
+        )
+        require(
+            groups == 1 or max(self.model.flow_depth, self.model.posterior_depth) <= 1,
+            f"train.free_groups={groups} needs a rate that splits over the latents, which that of a"
+            " flow of more than one step does not; use train.free_groups=1, or flow depths of 0"
+            " and 1",
+        )
+
+    def build(self, image_shape: tuple[int, int, int]) -> vlae.VLAE:
+        """The model, with fresh weights. Raises ValueError as ``vlae.build`` does."""
+        return self.model.build(image_shape, self.dataset.binarization)
+
+    @property
+    def run_name(self) -> str:
+        return self.name or f"{self.dataset.name}-{self.model.window}-{digest(self.identity())}"
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this run this run: see ``identity``."""
+        return identity(to_dict(self))
+
+
+def identity(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of a training run's configuration, as plain values: everything that its weights depend on,
+    and nothing else.
+    """
+    no_matter = re.compile(r"keep_checkpoints|valid_.*|.*_seconds|micro_batch")
+    train = {key: value for key, value in values["train"].items() if not no_matter.fullmatch(key)}
+    dataset = {key: values["dataset"][key] for key in ("name", "url", "binarization")}
+    return {"dataset": dataset, "model": values["model"], "optim": values["optim"], "train": train}

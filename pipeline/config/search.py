@@ -1,0 +1,235 @@
+"""The options of a search."""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.config.compose import reason_of, unknown_option
+from pipeline.config.goals import ON_THE_WAY, QUANTITIES, Goals
+from pipeline.config.options import check_all, describe, option, require, section
+from pipeline.config.run import TrainConfig
+from pipeline.errors import UserError
+
+
+class Sampler(Enum):
+    tpe = "tpe"
+    random = "random"
+    grid = "grid"
+
+
+class Stopping(Enum):
+    asha = "asha"
+    median = "median"
+    none = "none"
+
+
+@dataclass
+class SearchOptions:
+    space: dict[str, Any] = option(
+        "what is tried: options of model, optim and train, each with its values, as"
+        " search.space.model.window=[3x1,5x2]",
+        {},
+    )
+    objectives: list[str] = option(
+        f"min or max, and one of {', '.join(QUANTITIES)}; several are traded off", ["min nll"]
+    )
+    constraints: list[str] = option(
+        "bounds of the same quantities, as ['20 <= rate_bits <= 60']", []
+    )
+    sampler: Sampler = option(
+        "how the next trial is chosen: by Optuna's TPE, at random, or all in turn", Sampler.tpe
+    )
+    stopping: Stopping = option(
+        "which trials end early. asha: those that lag behind at a few numbers of images; median:"
+        " those worse than most at any validation",
+        Stopping.asha,
+    )
+    num_trials: int = option("how many models are trained, at most")
+    hours: float | None = option(
+        "how long the search may take; what runs then is interrupted, and goes on if there is more"
+        " time",
+        None,
+    )
+    core_hours: float | None = option("how many core-hours its trials may take together", None)
+    max_concurrent: int = option(
+        "trials that run at once, at most; 0 is as many as the cluster has room for", 0
+    )
+    grace_fraction: float = option(
+        "the part of a run that every trial is given before it may be stopped early", 0.25
+    )
+    reduction: int = option("asha: of the trials at each rung, one in this many goes on", 3)
+    samples: int = option(
+        "k of the bound that finished trials are measured with; 1 is the code length", 8
+    )
+    num_images: int = option(
+        "validation images that they are measured on (all of them if there are fewer)", 1000
+    )
+    probe_images: int = option(
+        "training images that their probes are fitted on, where there are labels; 0 for no probe",
+        2000,
+    )
+
+    def check(self) -> None:
+        for name in ("num_trials", "samples"):
+            require(
+                getattr(self, name) >= 1,
+                f"search.{name} is {getattr(self, name)}; it must be at least 1",
+            )
+        for name in ("max_concurrent", "probe_images"):
+            require(
+                getattr(self, name) >= 0,
+                f"search.{name} is {getattr(self, name)}; it must be at least 0",
+            )
+        for name in ("hours", "core_hours"):
+            require(
+                getattr(self, name) is None or getattr(self, name) > 0,
+                f"search.{name} is {getattr(self, name)}; it must be above 0",
+            )
+        require(
+            self.num_images >= 2, f"search.num_images is {self.num_images}; it must be at least 2"
+        )
+        require(
+            0 < self.grace_fraction <= 1,
+            f"search.grace_fraction is {self.grace_fraction}; it must lie in 0..1, above 0",
+        )
+        require(self.reduction >= 2, f"search.reduction is {self.reduction}; it must be at least 2")
+        judged = self.goals.quantities
+        require(
+            self.stopping is Stopping.none or bool(judged.intersection(ON_THE_WAY)),
+            f"search.stopping={self.stopping.value} compares trials while they run, when only"
+            f" {', '.join(ON_THE_WAY)} are known: make one of them an objective, or use"
+            " search.stopping=none",
+        )
+        require(
+            "probe_accuracy" not in judged or self.probe_images > 0,
+            "search.probe_images=0 fits no probe, but probe_accuracy is searched for; raise it",
+        )
+
+    @property
+    def goals(self) -> Goals:
+        return Goals.parse(self.objectives, self.constraints)
+
+    @property
+    def axes(self) -> dict[str, list[Any]]:
+        """The searched options by their dotted keys, each with its values, without repeats."""
+        return {
+            f"{part}.{name}": list({repr(value): value for value in values}.values())
+            for part, options in self.space.items()
+            for name, values in options.items()
+        }
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Every combination of the values, as dotted keys; the last key's values change first."""
+        return (
+            dict(zip(self.axes, values, strict=True))
+            for values in itertools.product(*self.axes.values())
+        )
+
+
+MOST_POINTS = 20_000
+"""How many combinations a search's space may have: each is checked before anything is trained."""
+
+SAME_FOR_ALL = re.compile(
+    r"train\.(images|global_batch|num_streams|keep_checkpoints|valid_.*|.*_seconds)"
+)
+"""What the trials of a search have in common, so that they can be compared."""
+
+
+@dataclass
+class TuneConfig(TrainConfig):
+    """Search over the decoder's window, the latent size and the prior's depth, or others; register
+    the best models.
+    """
+
+    search: SearchOptions = section(SearchOptions, "what is searched, and how")
+    register_best: int = option("how many of the best models are registered", 1)
+    model_name: str = option("their name in the registry", "vlae-${dataset.name}")
+
+    def check(self) -> None:
+        require(
+            self.register_best >= 1, f"register_best is {self.register_best}; it must be at least 1"
+        )
+        typed = self._typed_space()
+        size = math.prod(map(len, typed.values()))
+        require(
+            size <= MOST_POINTS,
+            f"search.space has {size:,} combinations; it may have {MOST_POINTS:,}: leave out"
+            " values",
+        )
+        for values in itertools.product(*typed.values()):
+            point = dict(zip(typed, values, strict=True))
+            try:
+                check_all(self._at(point))
+            except UserError as error:
+                tried = ", ".join(
+                    f"{key}={value.value if isinstance(value, Enum) else value}"
+                    for key, value in point.items()
+                )
+                raise UserError(f"{error} (search.space tries {tried})") from None
+
+    def _typed_space(self) -> dict[str, list[Any]]:
+        """The searched options with their values as a ``TrainConfig`` holds them.
+
+        Raises UserError unless each is one that trials can differ in, and takes each of its values.
+        """
+        space, typed = self.search.space, dict[str, list[Any]]()
+        require(
+            bool(space),
+            "search.space is empty; give at least one option to vary, as"
+            " search.space.model.window=[3x1,5x2]",
+        )
+        for part, options in space.items():
+            require(
+                isinstance(options, dict),
+                f"search.space.{part} is {options}; write search.space.model.window=[3x1,5x2], and"
+                " in YAML `model: {window: [3x1, 5x2]}`",
+            )
+            for name, values in options.items():
+                key = f"{part}.{name}"
+                require(
+                    part in ("model", "optim", "train") and not SAME_FOR_ALL.fullmatch(key),
+                    f"search.space.{key}: trials differ in options of model, optim and train, but"
+                    " not in their budget or how they are watched",
+                )
+                require(
+                    isinstance(values, list) and bool(values),
+                    f"search.space.{key} is {values}; give a list of the values to choose from",
+                )
+                known = [option for option, _ in describe(TrainConfig)]
+                if key not in known:
+                    raise UserError(f"search.space.{key}: {unknown_option(key, known)}")
+                typed[key] = [_taken(self._at({}), key, value) for value in values]
+        return typed
+
+    def _at(self, point: dict[str, Any]) -> TrainConfig:
+        """The training run of a point of the space, whose values have their types."""
+        parts: dict[str, Any] = {
+            item.name: getattr(self, item.name) for item in dataclasses.fields(TrainConfig)
+        }
+        for key, value in point.items():
+            part, _, name = key.partition(".")
+            parts[part] = dataclasses.replace(parts[part], **{name: value})
+        return TrainConfig(**parts)
+
+
+def _taken(config: Any, key: str, value: Any) -> Any:
+    """A value of a searched option as its configuration holds it. Raises UserError if it is of
+    another kind.
+    """
+    changed = OmegaConf.structured(config)
+    try:
+        OmegaConf.update(changed, key, value)
+        taken = OmegaConf.select(changed, key)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(f"search.space.{key}: {reason_of(error)}") from None
+    plain = taken.value if isinstance(taken, Enum) else taken
+    require(plain == value, f"search.space.{key}: {value!r} is taken for {plain!r}; write it so")
+    return taken

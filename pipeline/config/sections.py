@@ -1,0 +1,254 @@
+"""The sections of options that several commands share."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from pipeline.config.options import option, require
+
+
+@dataclass
+class StorageOptions:
+    root: str = option("where everything is kept: a folder, or s3://bucket/prefix", "vlae-store")
+    endpoint_url: str | None = option(
+        "the S3 server's address, if not Amazon's; AWS_ENDPOINT_URL does the same", None
+    )
+
+    def check(self) -> None:
+        require(bool(self.root), "storage.root is empty; give a folder, or s3://bucket/prefix")
+
+
+class Source(Enum):
+    mnist = "mnist"
+    idx = "idx"
+    folder = "folder"
+    npz = "npz"
+    tar = "tar"
+    webdataset = "webdataset"
+    parquet = "parquet"
+    synthetic = "synthetic"
+
+
+class Encoding(Enum):
+    auto = "auto"
+    npy = "npy"
+    png = "png"
+    webp = "webp"
+
+
+class Fit(Enum):
+    crop = "crop"
+    pad = "pad"
+    stretch = "stretch"
+
+
+class Binarization(Enum):
+    dynamic = "dynamic"
+    static = "static"
+    none = "none"
+
+
+@dataclass
+class DatasetOptions:
+    name: str = option("the name of the data set")
+    source: Source = option(
+        "what path holds: mnist (fetched), idx (IDX files), folder (images, one sub-folder per"
+        " class), npz (arrays), tar (a folder tree), webdataset (shards), parquet (as Hugging Face"
+        " keeps images), or synthetic (drawn from known probabilities)"
+    )
+    path: str | None = option(
+        "where the source's files are: a file or folder; s3:// too for folder, tar, webdataset,"
+        " parquet",
+        None,
+    )
+    url: str = option(
+        "where the shards and manifest.json are", "${storage.root}/datasets/${dataset.name}"
+    )
+    binarization: Binarization = option(
+        "dynamic: every pixel is drawn black or white anew each time it is seen; static: drawn once"
+        " for each image; none: images keep their 256 values, and the likelihood is one of these",
+        Binarization.dynamic,
+    )
+    cache: str | None = option(
+        "a folder of each machine where training keeps the shards that it has read; none keeps"
+        " none",
+        None,
+    )
+    cache_gb: float = option(
+        "how many gigabytes it may take; what was used longest ago makes way", 20.0
+    )
+    max_skipped: int = option(
+        "how many damaged or missing images a worker may replace by others, with a warning, before"
+        " it gives up",
+        0,
+    )
+
+    def check(self) -> None:
+        require(
+            0 < self.cache_gb < 1 << 30, f"dataset.cache_gb is {self.cache_gb}; it must be above 0"
+        )
+        require(
+            self.max_skipped >= 0,
+            f"dataset.max_skipped is {self.max_skipped}; it must be at least 0",
+        )
+
+
+@dataclass
+class ClusterOptions:
+    address: str | None = option(
+        "a running Ray cluster's address, auto for one on this machine; none starts one", None
+    )
+    num_workers: Any = option(
+        "workers of one training run; [MIN,MAX] goes on with what is there of them, as hosts go and"
+        " come",
+        1,
+    )
+    cpus_per_worker: int = option("CPU cores of each worker", 1)
+    use_gpu: bool = option("give each worker a GPU", False)
+    max_failures: int = option(
+        "how many times in a row a run is restarted without having got any further", 3
+    )
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers[0] if isinstance(self.num_workers, list) else self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
+
+    def check(self) -> None:
+        numbers = self.num_workers if isinstance(self.num_workers, list) else [self.num_workers]
+        require(
+            all(type(number) is int and number >= 1 for number in numbers)
+            and (
+                numbers is not self.num_workers or (len(numbers) == 2 and numbers[0] <= numbers[1])
+            ),
+            f"cluster.num_workers is {self.num_workers}; it must be at least 1, or such numbers"
+            " [MIN,MAX]",
+        )
+        require(
+            self.cpus_per_worker >= 1,
+            f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be at least 1",
+        )
+        require(
+            self.max_failures >= 0,
+            f"cluster.max_failures is {self.max_failures}; it must be at least 0",
+        )
+
+
+@dataclass
+class RegistryOptions:
+    uri: str = option(
+        "MLflow's server, or a SQLite file, for runs and registered models",
+        "sqlite:///vlae-registry.db",
+    )
+    artifacts: str = option(
+        "where a SQLite file's registry keeps the files of model versions; a server has a place of"
+        " its own",
+        "${storage.root}/registry",
+    )
+
+
+@dataclass
+class ShardOptions:
+    samples_per_shard: int = option("images in one tar", 5000)
+    block_size: int = option("images in one record of a tar", 250)
+    encoding: Encoding = option(
+        "npy keeps blocks of small images; png and webp (without loss) keep each large one; auto"
+        " chooses by size",
+        Encoding.auto,
+    )
+    valid_fraction: float = option(
+        "part of the training images kept for validation, if the source has no split of its own",
+        1 / 6,
+    )
+    test_fraction: float = option(
+        "part of the images kept for the test, if the source has no split of its own", 1 / 10
+    )
+    image_size: int | None = option(
+        "image files are resized to this many pixels square; none keeps their size", None
+    )
+    fit: Fit = option(
+        "how: crop keeps the middle square, pad the whole on white, stretch the whole", Fit.crop
+    )
+    channels: int = option("1 is grey, 3 is RGB; for image files", 1)
+    max_megapixels: float = option("image files with more pixels than this are not unpacked", 64.0)
+    max_unreadable: int = option(
+        "image files that may be left out because they cannot be read; report.json lists them", 0
+    )
+    image_column: str = option("the column of Parquet files that holds images", "image")
+    label_column: str = option(
+        "the column of Parquet files, or the key of a sample's .json, that holds labels", "label"
+    )
+    seed: int = option("decides the images of a synthetic data set", 0)
+
+    def check(self) -> None:
+        require(
+            self.samples_per_shard >= 1,
+            f"shard.samples_per_shard is {self.samples_per_shard}; it must be at least 1",
+        )
+        require(
+            self.block_size >= 1, f"shard.block_size is {self.block_size}; it must be at least 1"
+        )
+        require(
+            self.max_unreadable >= 0,
+            f"shard.max_unreadable is {self.max_unreadable}; it must be at least 0",
+        )
+        require(
+            0 <= self.seed < 1 << 63,
+            f"shard.seed is {self.seed}; it must be at least 0, and below 2^63",
+        )
+        _check_images(self, "shard")
+
+
+@dataclass
+class IndexOptions:
+    train: str = option(
+        "the shards: s3://bucket/{000000..000123}.tar, https:// or local ones likewise, or a folder"
+        " of tars"
+    )
+    valid: str | None = option("those for validation; without, some of train's", None)
+    test: str | None = option("those for the test; without, some of train's", None)
+    valid_fraction: float = option(
+        "part of train's shards kept for validation, if it has none of its own", 1 / 20
+    )
+    test_fraction: float = option(
+        "part of train's shards kept for the test, if it has none of its own", 1 / 20
+    )
+    image_size: int | None = option(
+        "images become this many pixels square as they are read; none: all must be of one size",
+        None,
+    )
+    fit: Fit = option(
+        "how: crop keeps the middle square, pad the whole on white, stretch the whole", Fit.crop
+    )
+    channels: int = option("1 is grey, 3 is RGB", 3)
+    label_key: str = option(
+        "the key of a sample's .json that holds its label, if it has no .cls", "label"
+    )
+    max_megapixels: float = option("images with more pixels than this are refused", 64.0)
+
+    def check(self) -> None:
+        _check_images(self, "index")
+
+
+def _check_images(options: Any, name: str) -> None:
+    """Checks of the options that shard and index share."""
+    require(
+        options.image_size is None or options.image_size >= 1,
+        f"{name}.image_size is {options.image_size}; it must be at least 1",
+    )
+    require(
+        options.channels in (1, 3),
+        f"{name}.channels is {options.channels}; it must be 1 (grey) or 3 (RGB)",
+    )
+    require(
+        0 < options.max_megapixels < 1e6,
+        f"{name}.max_megapixels is {options.max_megapixels}; it must be above 0",
+    )
+    for key in ("valid_fraction", "test_fraction"):
+        require(
+            0 < getattr(options, key) < 1,
+            f"{name}.{key} is {getattr(options, key)}; it must lie between 0 and 1",
+        )

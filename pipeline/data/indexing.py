@@ -1,0 +1,234 @@
+"""A manifest for WebDataset shards that someone else wrote, where they lie, without rewriting them.
+
+Each shard is read once, by a Ray task: its size and sha256, and for every image where it begins,
+how long it is, its checksum and its label. Only these are written, beside the manifest; the shards
+may be in a bucket that is read-only, or on the web.
+"""
+
+import hashlib
+import itertools
+import re
+from dataclasses import asdict
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline import cluster
+from pipeline.config.sections import (
+    ClusterOptions,
+    DatasetOptions,
+    IndexOptions,
+    StorageOptions,
+)
+from pipeline.data import images, manifest
+from pipeline.data.manifest import Manifest, Shard
+from pipeline.data.members import samples
+from pipeline.data.receipts import Receipts
+from pipeline.data.records import Index, checksum
+from pipeline.data.sources.base import SPLITS, place_of
+from pipeline.errors import UserError
+from pipeline.storage import open_storage
+from pipeline.storage.base import Storage
+from pipeline.storage.pieces import Counted, Pieces
+from pipeline.values import JsonObject
+
+
+def write_manifest(
+    dataset: DatasetOptions, options: IndexOptions, workers: ClusterOptions, place: StorageOptions
+) -> JsonObject:
+    """Write the manifest that the options name, unless it exists. Returns a summary of it.
+
+    Raises UserError if a shard cannot be read or is not safe to, or the manifest exists but is of
+    other shards or options.
+    """
+    storage = open_storage(dataset.url, place.endpoint_url)
+    splits = find_shards(options, place.endpoint_url)
+    listed = hashlib.sha256(
+        "\n".join(f"{split} {url}" for split in splits for url in splits[split]).encode()
+    ).hexdigest()
+    recipe = {"source": "index", "shards": listed} | {
+        name: getattr(options, name)
+        for name in ("image_size", "channels", "label_key", "max_megapixels")
+    }
+    recipe["fit"] = options.fit.value
+    contents = manifest.existing(storage, recipe)
+    reused = contents is not None
+    if contents is None:
+        cluster.connect(workers, place)
+        contents = _index_all(dataset.name, options, storage, splits, recipe)
+        contents.publish(storage)
+        Receipts(storage, recipe).clear()
+    return {"url": storage.url, "reused": reused, **manifest.summary(contents)}
+
+
+def find_shards(options: IndexOptions, endpoint_url: str | None) -> dict[str, list[str]]:
+    """The addresses of every split's shards.
+
+    Without patterns of their own, ``valid`` and ``test`` get whole shards of ``train``, chosen by
+    the hash of their names.
+    """
+    found = {
+        split: expand(getattr(options, split), endpoint_url)
+        for split in SPLITS
+        if getattr(options, split)
+    }
+    fractions = {"test": options.test_fraction, "valid": options.valid_fraction}
+    for split in [split for split in fractions if split not in found]:
+        chosen = [
+            url
+            for url in found["train"]
+            if place_of(f"{split} {url.rpartition('/')[2]}") < fractions[split]
+        ]
+        found["train"] = [url for url in found["train"] if url not in set(chosen)]
+        found[split] = chosen
+    for split, urls in found.items():
+        if not urls:
+            raise UserError(
+                f"there are no shards for {split}; name some with index.{split}=, or change"
+                f" index.{split}_fraction"
+            )
+    return {split: found[split] for split in SPLITS}
+
+
+def expand(pattern: str, endpoint_url: str | None) -> list[str]:
+    """The addresses that a pattern stands for: ``{000..123}`` and ``{a,b}`` are spelt out, a folder
+    is all tars below it.
+    """
+    if not pattern.endswith(".tar"):
+        place = open_storage(pattern, endpoint_url)
+        found = [f"{place.url}/{key}" for key in place.list() if key.endswith(".tar")]
+        if not found:
+            raise UserError(f"there are no .tar files at {pattern}")
+        return found
+    parts: list[list[str]] = []
+    for text in re.split(r"(\{[^{}]*\})", pattern):
+        if not text.startswith("{"):
+            parts.append([text])
+        elif span := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", text):
+            first, last = span.groups()
+            if int(last) < int(first) or int(last) - int(first) > 10**7:
+                raise UserError(f"{pattern}: {text} is no range of numbers")
+            parts.append(
+                [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+            )
+        else:
+            parts.append(text[1:-1].split(","))
+    return ["".join(choice) for choice in itertools.product(*parts)]
+
+
+def _index_all(
+    name: str,
+    options: IndexOptions,
+    storage: Storage,
+    splits: dict[str, list[str]],
+    recipe: dict[str, Any],
+) -> Manifest:
+    receipts = Receipts(storage, recipe | {"version": manifest.VERSION})
+    finished = receipts.names()
+    jobs = [
+        (split, f"{split}-{number:06d}", url)
+        for split in splits
+        for number, url in enumerate(splits[split])
+    ]
+    waiting = [job for job in jobs if job[1] not in finished]
+    with tqdm(
+        total=len(jobs),
+        initial=len(jobs) - len(waiting),
+        desc="indexing",
+        unit=" shards",
+        mininterval=1.0,
+    ) as progress:
+        for _ in cluster.in_tasks(
+            index_shard, ((storage, receipts, job, url, options) for _, job, url in waiting)
+        ):
+            progress.update()
+    found = [receipts.read(job) for _, job, _ in jobs]
+    shards = {
+        split: [
+            Shard(**each["shard"]) for each, job in zip(found, jobs, strict=True) if job[0] == split
+        ]
+        for split in splits
+    }
+    for split in splits:
+        if not sum(shard.num_samples for shard in shards[split]):
+            raise UserError(f"the shards for {split} hold no images")
+    labels = max(each["largest_label"] for each in found)
+    return Manifest(
+        name=name,
+        image_shape=(options.channels, *_image_size(options, found)),
+        num_classes=labels + 1 if labels >= 0 else None,
+        block_size=1,
+        splits={split: manifest.kept(storage, split, shards[split]) for split in splits},
+        source=recipe,
+        encoding="image",
+        fit=options.fit.value if options.image_size else None,
+    )
+
+
+def _image_size(options: IndexOptions, found: list[Any]) -> tuple[int, int]:
+    """Height and width that the loader is to give."""
+    if options.image_size is not None:
+        return options.image_size, options.image_size
+    sizes = {
+        tuple(size): f"{key} in {each['shard']['name']}"
+        for each in found
+        for *size, key in each["sizes"]
+    }
+    if len(sizes) > 1:
+        (one, first), (other, second) = list(sizes.items())[:2]
+        raise UserError(
+            f"{first} is {one[1]} x {one[0]}, but {second} is {other[1]} x {other[0]}; "
+            "set index.image_size to bring all to one size as they are read"
+        )
+    ((height, width),) = sizes
+    return int(height), int(width)
+
+
+def index_shard(
+    storage: Storage, receipts: Receipts, name: str, url: str, options: IndexOptions
+) -> None:
+    """Read one shard, and write its index and its receipt."""
+    folder, _, key = url.rpartition("/")
+    passing = Counted(open_storage(folder, getattr(storage, "endpoint_url", None)).stream(key))
+    columns: dict[str, list[Any]] = {
+        column: [] for column in ("offset", "size", "checksum", "labels", "keys")
+    }
+    sizes: dict[tuple[int, int], str] = {}
+    for sample in samples(url, Pieces(passing), options.label_key):
+        try:
+            size = images.measure(sample.content, int(options.max_megapixels * 1e6))
+        except images.BadImage as error:
+            raise UserError(
+                f"{url}: the image of sample {sample.key!r} cannot be used: {error}"
+            ) from None
+        if len(sizes) < 2:
+            sizes.setdefault(size, sample.key)
+        row = (
+            sample.offset,
+            len(sample.content),
+            checksum(sample.content),
+            sample.label,
+            sample.key,
+        )
+        for column, value in zip(columns.values(), row, strict=True):
+            column.append(value)
+    passing.finish()
+    index = Index.to_bytes(**columns)
+    index_name = f"index/{name}.json"
+    storage.write(index_name, index)
+    shard = Shard(
+        url,
+        passing.size,
+        passing.sha256,
+        len(columns["offset"]),
+        index_name,
+        hashlib.sha256(index).hexdigest(),
+    )
+    receipts.write(
+        name,
+        {
+            "shard": asdict(shard),
+            "sizes": [[*size, key] for size, key in sizes.items()],
+            "largest_label": max(columns["labels"], default=-1),
+        },
+    )

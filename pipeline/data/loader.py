@@ -1,0 +1,234 @@
+"""From shards to batches of tensors, exactly once, from any step on.
+
+``TrainLoader`` follows the order of ``pipeline.order``; ``EvalLoader`` gives every sample once, in
+the manifest's order. Both read one ahead in the background, hold every record to its checksum, and
+unpickle nothing.
+"""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import TypeVar
+
+import numpy as np
+
+from pipeline.data.batch import Batch
+from pipeline.data.cache import ShardCache
+from pipeline.data.manifest import Integers, Manifest
+from pipeline.data.order import Order, share, straight
+from pipeline.data.reader import Reader, Rows, substitute
+from pipeline.errors import UserError
+from pipeline.storage.base import Storage
+
+Item = TypeVar("Item")
+GROUP_BYTES = 128 << 20
+"""How much of a training set is shuffled together, over all streams."""
+
+
+class TrainLoader:
+    """The batches of steps ``start_step`` to ``num_steps - 1`` of one rank, over as many epochs as
+    they take.
+
+    Each iteration begins at ``start_step``; getting there costs one ranged read for each shard that
+    is open at that step. ``group_bytes`` bounds the images that are shuffled together, over all
+    streams; the ranks share them. Twice that is in memory: what is in use, and what comes next.
+    ``cache`` keeps shards on this machine. Up to ``max_skipped`` samples that are damaged or
+    missing are replaced by others of their group, on this rank, with a warning; by default the
+    first is an error.
+
+    Ranks have one stream more or less than others where their number does not divide that of the
+    streams.
+
+    Raises ``UserError`` if there are more ranks than streams or fewer samples than one batch, and
+    while iterating if data is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: Manifest,
+        *,
+        seed: int,
+        global_batch: int,
+        num_streams: int,
+        num_steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        split: str = "train",
+        group_bytes: int = GROUP_BYTES,
+        cache: ShardCache | None = None,
+        max_skipped: int = 0,
+    ) -> None:
+        if world_size > num_streams:
+            raise UserError(
+                f"{world_size} ranks cannot share {num_streams} streams; use fewer, or a larger"
+                " train.num_streams"
+            )
+        self._reader = Reader(storage, manifest, split, cache, max_skipped)
+        try:
+            self._order = Order(
+                sizes=self._reader.sizes,
+                seed=seed,
+                global_batch=global_batch,
+                num_streams=num_streams,
+                group_samples=group_bytes // (self._reader.image_bytes * num_streams),
+            )
+        except ValueError as error:
+            raise UserError(
+                f"split {split} of data set {manifest.name}: {error}; choose another"
+                " train.global_batch"
+            ) from None
+        self._streams = range(*share(num_streams, rank, world_size))
+        self._first_position = self._streams.start * self._order.stream_batch
+        self._steps = range(start_step, num_steps)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._order.steps_per_epoch
+
+    @property
+    def num_skipped(self) -> int:
+        """How many samples this rank could not read so far, and replaced by others."""
+        return self._reader.num_skipped
+
+    def __iter__(self) -> Iterator[Batch]:
+        order, step = self._order, self._steps.start
+        for rows, batches in one_ahead(self._rounds()):
+            for batch in batches:
+                positions = step * order.global_batch + self._first_position + np.arange(len(batch))
+                yield Batch(step, *rows.take(batch), positions)
+                step += 1
+
+    def _rounds(self) -> Iterator[tuple[Rows, Integers]]:
+        """A group of each of our streams at a time: its samples, and the rows of each batch,
+        ``(num_batches, local_batch)``.
+        """
+        order, step, epoch = self._order, self._steps.start, -1
+        steps_per_group = order.group_length // order.stream_batch
+        room = len(self._streams) * min(order.group_length, order.stream_length)
+        buffers = [
+            Rows.of(room, self._reader.image_shape) for _ in range(2)
+        ]  # in use, and being filled
+        while step < self._steps.stop:
+            if epoch != step // order.steps_per_epoch:
+                epoch = step // order.steps_per_epoch
+                circle = order.circle(epoch)
+            index, begin = divmod(step % order.steps_per_epoch, steps_per_group)
+            groups = [order.group(epoch, circle, stream, index) for stream in self._streams]
+            length = len(groups[0].permutation)  # that of all
+            rows = buffers[0]
+            present = self._reader.fill(rows, np.concatenate([group.segments for group in groups]))
+            if not present.all():
+                for number in range(len(groups)):
+                    substitute(rows, present, slice(number * length, (number + 1) * length))
+            # By batch, then stream, then turn.
+            turns = [
+                number * length + group.permutation.reshape(-1, order.stream_batch)
+                for number, group in enumerate(groups)
+            ]
+            batches = np.concatenate(turns, axis=1)[begin : begin + self._steps.stop - step]
+            yield rows, batches
+            buffers.reverse()
+            step += len(batches)
+
+
+class EvalLoader:
+    """This rank's share of a split, or of its first ``num_images`` samples: each exactly once, the
+    last batch as it comes.
+
+    ``cache`` keeps shards on this machine. Up to ``max_skipped`` samples that are damaged or
+    missing are left out, with a warning; by default the first is an error.
+
+    Raises ``UserError`` while iterating if data is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: Manifest,
+        *,
+        split: str,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_images: int | None = None,
+        cache: ShardCache | None = None,
+        max_skipped: int = 0,
+    ) -> None:
+        self._reader = Reader(storage, manifest, split, cache, max_skipped)
+        self._batch_size = batch_size
+        total = manifest.num_samples(split)
+        self._start, self._stop = share(
+            total if num_images is None else min(num_images, total), rank, world_size
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples this rank gives."""
+        return self._stop - self._start
+
+    @property
+    def num_skipped(self) -> int:
+        """How many of them it could not read so far, and left out."""
+        return self._reader.num_skipped
+
+    def keys(self, batch: Batch) -> list[str] | None:
+        """What the samples of a batch were called where they came from; None if they had no names
+        there.
+        """
+        return self._reader.keys(batch.samples)
+
+    def __iter__(self) -> Iterator[Batch]:
+        step = 0
+        for rows, present in one_ahead(self._rounds()):
+            for first in range(0, len(present), self._batch_size):
+                images, labels, samples = rows.take(present[first : first + self._batch_size])
+                yield Batch(step, images, labels, samples, samples)
+                step += 1
+
+    def _rounds(self) -> Iterator[tuple[Rows, Integers]]:
+        """Some whole batches at a time (about 16 MB): samples, and the rows of those that are
+        there.
+        """
+        circle = straight(self._reader.sizes)
+        length = (
+            max(1, (16 << 20) // (self._reader.image_bytes * self._batch_size)) * self._batch_size
+        )
+        buffers = [
+            Rows.of(min(length, self.num_samples), self._reader.image_shape) for _ in range(2)
+        ]
+        for start in range(self._start, self._stop, length):
+            segments = circle.segments(start, min(start + length, self._stop))
+            yield buffers[0], np.flatnonzero(self._reader.fill(buffers[0], segments))
+            buffers.reverse()
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each made in the background while the one before is in use.
+
+    An error in making an item is raised where the item would have come. Each thread makes one item
+    and ends: a consumer that stops early leaves no more than that running, and a daemon thread does
+    not keep the interpreter from ending.
+    """
+
+    def start() -> Future[Item]:
+        future: Future[Item] = Future()
+
+        def make() -> None:
+            try:
+                future.set_result(next(items))
+            except BaseException as error:  # noqa: BLE001  (all of them belong to the consumer, the end of the items too)
+                future.set_exception(error)
+
+        threading.Thread(target=make, name="loader", daemon=True).start()
+        return future
+
+    future = start()
+    while True:
+        try:
+            item = future.result()
+        except StopIteration:
+            return
+        future = start()
+        yield item

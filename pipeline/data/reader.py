@@ -1,0 +1,370 @@
+"""Samples of one split from its shards: fetched, checked, decoded and put where they belong,
+several shards at a time.
+"""
+
+import logging
+import threading
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.data import images, tar
+from pipeline.data.cache import ShardCache
+from pipeline.data.manifest import Integers, Manifest, Shard
+from pipeline.data.records import Index, checksum
+from pipeline.errors import DamagedData, UserError
+from pipeline.storage import open_storage
+from pipeline.storage.base import ObjectNotFound, ObjectTooShort, Storage
+from pipeline.storage.pieces import Pieces
+
+logger = logging.getLogger(__name__)
+
+Images = npt.NDArray[np.uint8]
+Booleans = npt.NDArray[np.bool_]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+THREADS = 8
+"""Reads under way at once: one connection to object storage gives a tenth of what a network card
+takes.
+"""
+REMEDY = (
+    "delete manifest.json there and run again the command that made it, vlae shard or vlae index"
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Room for samples, which is used again and again: memory that is new costs as much as all else
+    that is done with it.
+    """
+
+    images: Images  # (num_rows, channels, height, width)
+    labels: Integers  # (num_rows,)
+    samples: Integers  # (num_rows,): each one's number in its split
+
+    @classmethod
+    def of(cls, num_rows: int, image_shape: tuple[int, int, int]) -> "Rows":
+        images = torch.empty((num_rows, *image_shape), dtype=torch.uint8).numpy()
+        return cls(images, np.empty(num_rows, dtype=np.int64), np.empty(num_rows, dtype=np.int64))
+
+    def take(self, rows: Integers) -> tuple[torch.Tensor, torch.Tensor, Integers]:
+        """Copies of the images and labels, page-locked if there is a GPU to copy them to, and of
+        the numbers of some rows.
+        """
+        pinned = torch.cuda.is_available()
+        images = torch.empty(
+            (len(rows), *self.images.shape[1:]), dtype=torch.uint8, pin_memory=pinned
+        )
+        labels = torch.empty(len(rows), dtype=torch.int64, pin_memory=pinned)
+        for source, target in ((self.images, images), (self.labels, labels)):
+            np.take(
+                source, rows, axis=0, out=target.numpy(), mode="clip"
+            )  # "raise" would make one more copy
+        return images, labels, self.samples[rows]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Samples that follow each other in one shard, and where they go."""
+
+    shard: int
+    start: int  # the first sample
+    stop: int  # the last sample + 1
+    row: int  # of the first
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + self.stop - self.start)
+
+
+class Reader:
+    """Reads runs of samples of one split from its shards, and checks them.
+
+    ``max_skipped`` is how many samples that are damaged or missing may be passed over, in all, by
+    this reader; each is logged, and none is by default. Safe for threads.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: Manifest,
+        split: str,
+        cache: ShardCache | None = None,
+        max_skipped: int = 0,
+    ) -> None:
+        self.shards = manifest.shards(split)
+        self.sizes = manifest.shard_samples(split)  # (num_shards,)
+        self.image_shape = manifest.image_shape
+        self.image_bytes = int(np.prod(manifest.image_shape))
+        self._storage, self._cache, self._manifest = storage, cache, manifest
+        self._max_skipped, self._skipped, self._skipping = max_skipped, set[int](), threading.Lock()
+        self._first_samples = np.concatenate([[0], np.cumsum(self.sizes)])  # (num_shards + 1,)
+        self._index = lru_cache(maxsize=64)(lambda shard: Index.load(storage, shard))
+        self._elsewhere = lru_cache(maxsize=16)(
+            lambda url: open_storage(url, getattr(storage, "endpoint_url", None))
+        )
+
+    @property
+    def num_skipped(self) -> int:
+        """How many samples were passed over so far."""
+        return len(self._skipped)
+
+    def fill(self, rows: Rows, segments: Integers) -> Booleans:
+        """Put samples into ``rows``, and say which rows hold theirs now: all, unless some were
+        skipped.
+
+        ``segments`` are rows of (shard, first sample, last sample + 1), laid end to end. Each costs
+        one ranged read, whatever the number of records, which are used as they come; neighbours in
+        a shard are read together.
+        """
+        runs, row = list[Run](), 0
+        for shard, start, stop in segments.tolist():
+            # With max_skipped they are not: a read that fails must miss the same samples whatever
+            # else this rank reads.
+            if runs and (runs[-1].shard, runs[-1].stop) == (shard, start) and not self._max_skipped:
+                runs[-1] = replace(runs[-1], stop=stop)
+            else:
+                runs.append(Run(shard, start, stop, row))
+            row += stop - start
+        present = np.ones(row, dtype=bool)
+        decoders = max(1, THREADS // len(runs)) if self._manifest.encoding == "image" else 1
+
+        def read(run: Run) -> None:
+            rows.samples[run.rows] = self._first_samples[run.shard] + np.arange(run.start, run.stop)
+            shard = self.shards[run.shard]
+            try:
+                index = self._index(shard)
+                records = self._records(shard, index, run)
+                in_parallel(
+                    lambda record: self._use(shard, index, run, *record, rows, present),
+                    records,
+                    decoders,
+                )
+            except ObjectNotFound as error:
+                lost = (
+                    f"{error}, though the manifest of {self._storage.url} lists it ({shard.size}"
+                    f" bytes); {REMEDY}"
+                )
+                self._skip(ObjectNotFound(lost), rows, present, run.rows)
+            except (ObjectTooShort, DamagedData) as error:
+                self._skip(error, rows, present, run.rows)
+
+        in_parallel(read, runs, min(THREADS, len(runs)))
+        return present
+
+    def keys(self, samples: Integers) -> list[str] | None:
+        """What samples of the split, by their numbers, were called where they came from; None if
+        they had no names there.
+        """
+        shards = np.searchsorted(self._first_samples, samples, side="right") - 1
+        found = []
+        for shard, place in zip(
+            shards.tolist(), (samples - self._first_samples[shards]).tolist(), strict=True
+        ):
+            keys = self._index(self.shards[shard]).keys
+            if keys is None:
+                return None
+            found.append(keys[place])
+        return found
+
+    def _records(self, shard: Shard, index: Index, run: Run) -> Iterator[tuple[int, bytes]]:
+        """The records that hold a run, with their numbers, as they come: one read, and what lies
+        between them is passed over.
+        """
+        first = int(np.searchsorted(index.starts, run.start, side="right")) - 1
+        last = int(np.searchsorted(index.starts, run.stop, side="left"))
+        storage, key = self.place(shard)
+        position = int(index.offset[first])
+        length = int(index.offset[last - 1] + index.size[last - 1]) - position
+        if self._cache is not None:
+            pieces = Pieces(
+                self._cache.stream(storage, key, shard.size, shard.sha256, position, length)
+            )
+        else:
+            pieces = Pieces(storage.stream(key, position, length))
+        for number in range(first, last):
+            offset, size = int(index.offset[number]), int(index.size[number])
+            pieces.read(offset - position)
+            yield number, pieces.read(size)
+            position = offset + size
+
+    def _use(
+        self,
+        shard: Shard,
+        index: Index,
+        run: Run,
+        number: int,
+        content: bytes,
+        rows: Rows,
+        present: Booleans,
+    ) -> None:
+        """Check a record, and put those of its samples that are wanted where they go."""
+        begin, end = int(index.starts[number]), int(index.starts[number + 1])
+        start, stop = max(run.start, begin), min(run.stop, end)
+        to, part = (
+            slice(run.row + start - run.start, run.row + stop - run.start),
+            slice(start - begin, stop - begin),
+        )
+        try:
+            if checksum(content) != index.checksum[number]:
+                content = self._again(shard, index, number)
+            if index.labels is not None:
+                rows.images[to], rows.labels[to] = (
+                    self._image(content).transpose(2, 0, 1),
+                    index.labels[number],
+                )
+            else:
+                block, labels = self._block(content)
+                rows.images[to], rows.labels[to] = block[part], labels[part]
+        except (ObjectNotFound, ObjectTooShort, DamagedData) as error:
+            self._skip(error, rows, present, to)
+        except (images.BadImage, tar.BadTar) as error:
+            key = f" ({index.keys[number]})" if index.keys and index.labels is not None else ""
+            damage = DamagedData(
+                f"{self._url(shard)}: record {number}{key} cannot be used: {error}"
+            )
+            self._skip(damage, rows, present, to)
+
+    def _again(self, shard: Shard, index: Index, record: int) -> bytes:
+        """A record that did not have its checksum: what was altered on its way, or in the cache,
+        comes whole now.
+        """
+        if self._cache is not None:
+            self._cache.drop(shard.sha256)
+        storage, key = self.place(shard)
+        offset, size = int(index.offset[record]), int(index.size[record])
+        content = storage.read_range(key, offset, size)
+        actual = checksum(content)
+        if actual != index.checksum[record]:
+            raise DamagedData(
+                f"{self._url(shard)} is damaged: record {record} (byte {offset}, {size} bytes) has"
+                f" checksum {actual}, its index says {index.checksum[record]}; {REMEDY}"
+            )
+        logger.warning(
+            "%s: record %d came altered, and whole when it was read again", self._url(shard), record
+        )
+        return content
+
+    def _block(self, content: bytes) -> tuple[Images, Integers]:
+        """A record's images ``(n, channels, height, width)`` and labels ``(n,)``."""
+        members = tar.slices(memoryview(content))
+        block, labels = images.array(members["images.npy"]), images.array(members["labels.npy"])
+        if (
+            block.dtype != np.uint8
+            or block.shape != (len(labels), *self.image_shape)
+            or labels.dtype != np.int64
+        ):
+            raise images.BadImage(
+                f"it holds {block.dtype} of shape {block.shape}, but images here are"
+                f" {self.image_shape}"
+            )
+        return block, labels
+
+    def _image(self, content: bytes) -> Images:
+        """A record's pixels ``(height, width, channels)``."""
+        channels, height, width = self.image_shape
+        fit = self._manifest.fit
+        pixels = images.decode(content, channels, (height, width) if fit else None, fit or "crop")
+        if pixels.shape != (height, width, channels):
+            raise images.BadImage(
+                f"it is {pixels.shape[1]} x {pixels.shape[0]}, but images here are {width} x"
+                f" {height}"
+            )
+        return pixels
+
+    def _skip(self, error: UserError, rows: Rows, present: Booleans, missing: slice) -> None:
+        """Pass over the samples of some rows, if so many may be."""
+        if not self._max_skipped:
+            raise error
+        with self._skipping:
+            known = len(self._skipped)
+            self._skipped.update(rows.samples[missing].tolist())
+            count = len(self._skipped)
+        present[missing] = False
+        if count > self._max_skipped:
+            raise UserError(
+                f"{error}; with it {count} samples cannot be read, and"
+                f" dataset.max_skipped={self._max_skipped}"
+            )
+        if count > known:
+            logger.warning(
+                "skipped %d samples (%d so far, at most %d): %s",
+                count - known,
+                count,
+                self._max_skipped,
+                error,
+            )
+
+    def place(self, shard: Shard) -> tuple[Storage, str]:
+        """Where a shard lies: its storage, and its key there."""
+        if "://" not in shard.name and not shard.name.startswith("/"):
+            return self._storage, shard.name
+        folder, _, key = shard.name.rpartition("/")
+        return self._elsewhere(folder), (
+            urllib.parse.unquote(key) if folder.startswith("http") else key
+        )
+
+    def _url(self, shard: Shard) -> str:
+        storage, key = self.place(shard)
+        return f"{storage.url}/{key}"
+
+
+def substitute(rows: Rows, present: Booleans, group: slice) -> None:
+    """Fill the rows of a group that were skipped with the group's next sample that could be read,
+    for equal batches.
+
+    The choice depends on the group alone, so it is the same for every number of ranks. Raises
+    ``UserError`` if none could be read.
+    """
+    good = np.flatnonzero(present[group])
+    bad = np.flatnonzero(~present[group])
+    if not len(good):
+        raise UserError(
+            f"none of the {len(bad)} samples that are shuffled together can be read; see the log"
+            " for why"
+        )
+    source = good[np.searchsorted(good, bad) % len(good)]
+    for column in (rows.images[group], rows.labels[group], rows.samples[group]):
+        column[bad] = column[source]
+
+
+def in_parallel(function: Callable[[Item], Any], items: Iterable[Item], num_threads: int) -> None:
+    """Call ``function`` with every item, on several threads at once; the first error is raised when
+    all have stopped.
+
+    The threads are daemons: a read that hangs does not keep the interpreter from ending.
+    """
+    if num_threads < 2:
+        for item in items:
+            function(item)
+        return
+    remaining, errors, turn = iter(items), list[BaseException](), threading.Lock()
+
+    def work() -> None:
+        while not errors:
+            try:
+                with turn:
+                    item = next(remaining, done)
+                if item is done:
+                    return
+                function(item)  # type: ignore[arg-type]
+            except BaseException as error:  # noqa: BLE001  (it belongs to the caller)
+                errors.append(error)
+
+    done = object()
+    threads = [
+        threading.Thread(target=work, name="loader", daemon=True) for _ in range(num_threads)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,275 @@
+"""Images to WebDataset shards and a manifest, written by Ray tasks in parallel.
+
+The shards come first, under their final names, each with a receipt, and the manifest last: a run
+that is killed leaves no data set, and the next one of the same images and options goes on after the
+shards that are there. A task holds one shard in memory. Equal images and options give equal bytes.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import ray
+from tqdm import tqdm
+
+from pipeline import cluster
+from pipeline.config.sections import (
+    ClusterOptions,
+    DatasetOptions,
+    Encoding,
+    ShardOptions,
+    StorageOptions,
+)
+from pipeline.data import manifest
+from pipeline.data.images import BadImage
+from pipeline.data.manifest import Manifest, Shard
+from pipeline.data.receipts import Receipts
+from pipeline.data.sources import open_source
+from pipeline.data.sources.base import ImageSource
+from pipeline.data.writer import write_images
+from pipeline.errors import UserError
+from pipeline.storage import open_storage
+from pipeline.storage.base import Storage
+from pipeline.values import JsonObject
+
+REPORT_KEY = "report.json"
+SMALL = (
+    64 * 64 * 3
+)  # bytes of an image; up to it, a block of raw pixels is read faster than as many image files
+EXAMPLES = 1000
+"""Duplicates that the report lists."""
+
+
+def write_data_set(
+    dataset: DatasetOptions, options: ShardOptions, workers: ClusterOptions, place: StorageOptions
+) -> JsonObject:
+    """Write the data set that the options name, unless it exists. Returns a summary of it.
+
+    Raises UserError if the images cannot be read, or the data set exists but was made from other
+    images or options.
+    """
+    storage = open_storage(dataset.url, place.endpoint_url)
+    source = open_source(dataset, options, place.endpoint_url)
+    encoding = options.encoding
+    if encoding is Encoding.auto:
+        encoding = Encoding.npy if np.prod(source.image_shape) <= SMALL else Encoding.png
+    block_size = options.block_size if encoding is Encoding.npy else 1
+    recipe = {
+        **source.description,
+        "samples_per_shard": options.samples_per_shard,
+        "block_size": block_size,
+    }
+    recipe["encoding"] = encoding.value
+    contents = _existing(storage, recipe)
+    reused = contents is not None
+    if contents is None:
+        cluster.connect(workers, place)
+        receipts = Receipts(storage, recipe | {"version": manifest.VERSION})
+        contents = Manifest(
+            name=dataset.name,
+            image_shape=source.image_shape,
+            num_classes=source.num_classes,
+            block_size=block_size,
+            splits=_write_all(storage, source, receipts, options, block_size, encoding),
+            source=recipe,
+            encoding="npy" if encoding is Encoding.npy else "image",
+        )
+        _remove_leftovers(storage, contents)
+        contents.publish(storage)
+        receipts.clear()
+    report = storage.read_json(REPORT_KEY)
+    found = {"unreadable": len(report["unreadable"]), "duplicates": report["duplicates"]}
+    return {"url": storage.url, "reused": reused, **manifest.summary(contents), **found}
+
+
+def _existing(storage: Storage, recipe: dict[str, Any]) -> Manifest | None:
+    """The data set in ``storage``, if it is there, whole, and made by ``recipe``."""
+    contents = manifest.existing(storage, recipe)
+    if contents is None:
+        return None
+    sizes = storage.sizes()
+    shards = [shard for split in contents.splits.values() for shard in split]
+    whole = REPORT_KEY in sizes and all(
+        sizes.get(shard.name) == shard.size and shard.index_name in sizes for shard in shards
+    )
+    return contents if whole else None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to be written: samples ``start`` to ``stop`` of a split."""
+
+    split: str
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}/{self.number:05d}.tar"
+
+    @property
+    def receipt(self) -> str:
+        return f"{self.split}-{self.number:05d}"
+
+
+def _write_all(
+    storage: Storage,
+    source: ImageSource,
+    receipts: Receipts,
+    options: ShardOptions,
+    block_size: int,
+    encoding: Encoding,
+) -> dict[str, tuple[Shard, ...]]:
+    """Write the shards of every split that have no receipt yet, one Ray task each, and the report."""
+    jobs = list(_jobs(source.splits, options.samples_per_shard))
+    finished, sizes = receipts.names(), storage.sizes()
+    done = {job: receipts.read(job.receipt) for job in jobs if job.receipt in finished}
+    done = {
+        job: made
+        for job, made in done.items()
+        if made and sizes.get(job.name) == made["shard"]["size"]
+    }
+    waiting = [job for job in jobs if job not in done]
+    source.prepare()
+
+    @lru_cache
+    def whole() -> Any:
+        return ray.put(source)
+
+    def needed(job: Job) -> Any:
+        part = source.part(job.split, job.start, job.stop)
+        return whole() if part is source else part
+
+    unreadable = sum(len(made["unreadable"]) for made in done.values())
+    total, behind = sum(source.splits.values()), sum(job.stop - job.start for job in waiting)
+    with tqdm(
+        total=total, initial=total - behind, desc="sharding", unit=" images", mininterval=1.0
+    ) as progress:
+        calls = (
+            (storage, needed(job), receipts, job, block_size, encoding, options.max_unreadable)
+            for job in waiting
+        )
+        for job, made in cluster.in_tasks(write_with_receipt, calls):
+            done[job] = made
+            unreadable += len(made["unreadable"])
+            progress.update(job.stop - job.start)
+            if unreadable > options.max_unreadable:
+                break
+    _report(storage, source, done)
+    if unreadable > options.max_unreadable:
+        raise UserError(
+            f"{unreadable} images cannot be read, more than"
+            f" shard.max_unreadable={options.max_unreadable}: {storage.url}/{REPORT_KEY} lists"
+            " them; mend or remove them, or allow more"
+        )
+    return {
+        split: tuple(Shard(**done[job]["shard"]) for job in jobs if job.split == split)
+        for split in source.splits
+    }
+
+
+def _report(storage: Storage, source: ImageSource, done: dict[Job, Any]) -> None:
+    """Write down which images could not be read, and which are there more than once."""
+    jobs = sorted(done, key=lambda job: (list(source.splits).index(job.split), job.number))
+    unreadable = [
+        {"image": source.key(job.split, number), "reason": why}
+        for job in jobs
+        for number, why in done[job]["unreadable"]
+    ]
+    digests = np.concatenate(
+        [np.frombuffer(bytes.fromhex(done[job]["digests"]), dtype="<u8") for job in jobs]
+    )
+    ends = np.cumsum([job.stop - job.start for job in jobs])
+
+    def place(position: np.int64) -> tuple[str, int]:
+        number = int(np.searchsorted(ends, position, side="right"))
+        return jobs[number].split, jobs[number].stop - int(ends[number] - position)
+
+    order = np.argsort(digests, kind="stable")
+    equal = np.flatnonzero((digests[order][1:] == digests[order][:-1]) & (digests[order][1:] != 0))
+    pairs = [(place(order[i]), place(order[i + 1])) for i in equal]
+    across = Counter(f"{one[0]} and {other[0]}" for one, other in pairs if one[0] != other[0])
+    storage.write_json(
+        REPORT_KEY,
+        {
+            "unreadable": unreadable,
+            "duplicates": len(pairs),
+            "duplicates_across_splits": dict(across),
+            "examples_of_duplicates": [
+                [source.key(*one), source.key(*other)] for one, other in pairs[:EXAMPLES]
+            ],
+        },
+    )
+
+
+def _jobs(splits: dict[str, int], samples_per_shard: int) -> Iterator[Job]:
+    """Every shard."""
+    for split, count in splits.items():
+        for number, start in enumerate(range(0, count, samples_per_shard)):
+            yield Job(split, number, start, min(start + samples_per_shard, count))
+
+
+def write_with_receipt(
+    storage: Storage,
+    source: ImageSource,
+    receipts: Receipts,
+    job: Job,
+    block_size: int,
+    encoding: Encoding,
+    max_unreadable: int,
+) -> tuple[Job, dict[str, Any]]:
+    """Write one shard, its index, and last the receipt, which is also returned."""
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    unreadable: list[tuple[int, str]] = []
+    names = source.names(job.split, job.start, job.stop)
+    keys: list[str] = []
+    digests = b""
+    for number, (pixels, label) in enumerate(
+        source.examine(job.split, job.start, job.stop), job.start
+    ):
+        if isinstance(pixels, BadImage):
+            if not max_unreadable:
+                raise source.unreadable(job.split, number, pixels)
+            unreadable.append((number, str(pixels)))
+            digests += bytes(8)
+        else:
+            images.append(pixels)
+            labels.append(label)
+            if names is not None:
+                keys.append(names[number - job.start])
+            digests += hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
+    named = keys if names is not None else None
+    shard = write_images(
+        storage,
+        job.name,
+        job.start,
+        images,
+        np.array(labels, dtype=np.int64),
+        block_size,
+        encoding,
+        named,
+    )
+    made = {"shard": asdict(shard), "unreadable": unreadable, "digests": digests.hex()}
+    receipts.write(job.receipt, made)
+    return job, made
+
+
+def _remove_leftovers(storage: Storage, contents: Manifest) -> None:
+    """Shards of an earlier, killed run with smaller shards: tools that go by names would read them
+    too.
+    """
+    wanted = {
+        name
+        for shards in contents.splits.values()
+        for shard in shards
+        for name in (shard.name, shard.index_name)
+    }
+    pattern = re.compile(rf"({'|'.join(contents.splits)})/\d{{5,}}\.(tar|index\.json)")
+    storage.delete(key for key in storage.list() if key not in wanted and pattern.fullmatch(key))

@@ -1,0 +1,95 @@
+"""The contract of an image source: labelled images in three splits."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.data.images import BadImage
+from pipeline.errors import UserError
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+SPLITS = ("train", "valid", "test")
+
+
+class ImageSource(ABC):
+    """Labelled images in three splits. Using any of it may raise ``UserError`` that names the file
+    at fault.
+    """
+
+    @property
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """JSON values that are equal for equal images in equal splits, wherever they lie; cheap to
+        make.
+        """
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int | None:
+        """None if there are no labels."""
+
+    @property
+    @abstractmethod
+    def splits(self) -> dict[str, int]:
+        """The number of images of ``train``, ``valid`` and ``test``."""
+
+    def prepare(self) -> None:  # noqa: B027  (most sources have nothing to prepare)
+        """Fetch and read, once, what all shards share, before the source is sent to the tasks that
+        write them.
+        """
+
+    def part(self, split: str, start: int, stop: int) -> "ImageSource":
+        """A source that has these images at least, under the same numbers: what one task needs of
+        this one.
+        """
+        return self
+
+    @abstractmethod
+    def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
+        """Images uint8 ``(n, height, width, channels)`` and labels int64 ``(n,)``, -1 where there
+        are none.
+        """
+
+    def examine(self, split: str, start: int, stop: int) -> Iterator[tuple[Images | BadImage, int]]:
+        """One image after another: its pixels ``(height, width, channels)`` or why it cannot be
+        read, and its label.
+        """
+        images, labels = self.read(split, start, stop)
+        yield from zip(images, labels.tolist(), strict=True)
+
+    def key(self, split: str, number: int) -> str:
+        """What a person would call an image of a split."""
+        return f"{split}/{number}"
+
+    def names(self, split: str, start: int, stop: int) -> list[str] | None:
+        """What images were called where they came from; None if they had no names there."""
+        return None
+
+    def unreadable(self, split: str, number: int, reason: BadImage) -> UserError:
+        """What to say of an image that cannot be read."""
+        return UserError(f"cannot read {self.key(split, number)} ({reason}); mend or remove it")
+
+
+def content_sha256(arrays: dict[str, tuple[Images, Labels]]) -> str:
+    """The sha256 of all images and labels, split by split."""
+    content = hashlib.sha256()
+    for split in SPLITS:
+        for array in arrays[split]:
+            content.update(np.ascontiguousarray(array).data)
+    return content.hexdigest()
+
+
+def place_of(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:6]) / 2**48

@@ -1,0 +1,49 @@
+"""Images drawn from a distribution whose entropy is known."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.data.sources.base import SPLITS, Images, ImageSource, Labels
+from pipeline.noise import Purpose, uniform
+from vlae.synthetic import clouds
+
+
+class SyntheticSource(ImageSource):
+    """70,000 images of ``vlae.synthetic.clouds``, black and white, in the proportions of MNIST; an
+    image's class is its pattern's.
+
+    Each image is a function of the seed and its place alone.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._distribution = seed, clouds()
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"source": "synthetic", "seed": self._seed}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._distribution.image_shape
+
+    @property
+    def num_classes(self) -> int:
+        return self._distribution.classes
+
+    @property
+    def splits(self) -> dict[str, int]:
+        return {"train": 50_000, "valid": 10_000, "test": 10_000}
+
+    def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
+        first = sum(
+            count for name, count in self.splits.items() if SPLITS.index(name) < SPLITS.index(split)
+        )
+        key = (Purpose.SYNTHETIC, self._seed)
+        noise = uniform(key, first + np.arange(start, stop), 1 + math.prod(self.image_shape))
+        labels = (noise[:, 0] * self.num_classes).astype(np.int64)
+        pixels = torch.from_numpy(noise[:, 1:].reshape(-1, *self.image_shape))
+        images = self._distribution.draw(torch.from_numpy(labels), pixels)
+        return (255 * images).to(torch.uint8).permute(0, 2, 3, 1).numpy(), labels

@@ -1,0 +1,172 @@
+"""The code of every image of a split, as Parquet, by as many Ray tasks as there are cores.
+
+The images are cut into parts by their number alone, each part is one file, and all that is random
+is drawn by an image's number: any number of tasks writes the same files. A file takes its name when
+it is complete, so a command that was killed goes on with those that are missing; ``result.json``,
+written last, is what makes the codes complete.
+"""
+
+import io
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from tqdm import tqdm
+
+import vlae
+from pipeline.cluster import in_tasks
+from pipeline.config.sections import Binarization
+from pipeline.data.batch import Batch, binarize
+from pipeline.data.loader import EvalLoader
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import share
+from pipeline.errors import UserError
+from pipeline.evaluation.probe import code_noise
+from pipeline.machine import device, keep_freed_memory
+from pipeline.runs import OpenedModel
+from pipeline.storage.base import Storage
+from pipeline.values import JsonObject
+from vlae.distributions import DiagonalGaussian
+
+RESULT, RECIPE = "result.json", "recipe.json"
+BATCH = 64
+"""Images encoded together: a fixed number, since another may round in another way."""
+
+
+def encode_split(
+    model: OpenedModel,
+    data: Storage,
+    contents: Manifest,
+    output: Storage,
+    split: str,
+    seed: int,
+    images_per_part: int,
+    use_gpu: bool,
+    connect: Callable[[], None],
+) -> JsonObject:
+    """Encode a split in Ray tasks. Returns what was written; codes that are complete are reused.
+
+    ``connect`` connects to Ray, and is called only if there is something to encode.
+    Raises UserError if there is no such split, or ``output`` holds other codes.
+    """
+    total = contents.num_samples(split)
+    recipe = {
+        "weights": model.weights,
+        "manifest": contents.digest,
+        "split": split,
+        "binarization": model.binarization.value,
+        "seed": seed,
+        "images_per_part": images_per_part,
+    }
+    if output.exists(RECIPE) and output.read_json(RECIPE) != recipe:
+        raise UserError(
+            f"{output.url} holds the codes of another model, data set or setting; give another "
+            "output=, or delete that folder"
+        )
+    output.write_json(RECIPE, recipe)
+    if output.exists(RESULT):
+        return {**output.read_json(RESULT), "reused": True}
+    num_parts = math.ceil(total / images_per_part)
+    done = set(output.list("codes"))
+    missing = [part for part in range(num_parts) if _key(part) not in done]
+    if missing:
+        connect()
+        shared = [ray.put(each) for each in (model.network, data, contents, output)]
+        settings = (split, model.binarization, seed)
+        ends = [share(total, part, num_parts) for part in missing]
+        left = sum(stop - start for start, stop in ends)
+        with tqdm(total=total, unit=" images", desc=f"codes of {split}", dynamic_ncols=True) as bar:
+            bar.update(total - left)
+            calls = ((*shared, *settings, part, num_parts) for part in missing)
+            for count in in_tasks(encode_part, calls, use_gpu):
+                bar.update(count)
+    result = {
+        "model": model.reference,
+        **recipe,
+        "url": output.url,
+        "images": total,
+        "latents": model.network.latents,
+        "parts": [f"{output.url}/{_key(part)}" for part in range(num_parts)],
+    }
+    output.write_json(RESULT, result)
+    return {**result, "reused": False}
+
+
+def encode_part(
+    model: vlae.VLAE,
+    data: Storage,
+    contents: Manifest,
+    output: Storage,
+    split: str,
+    binarization: Binarization,
+    seed: int,
+    part: int,
+    num_parts: int,
+) -> int:
+    """Write the codes of one part's images, in the order of the manifest; returns how many they
+    are.
+    """
+    keep_freed_memory()
+    torch.set_num_threads(1)  # several would add up in another order
+    model = model.to(device())
+    loader = EvalLoader(
+        data, contents, split=split, batch_size=BATCH, rank=part, world_size=num_parts
+    )
+    table = pa.concat_tables(
+        [codes(model, batch, loader.keys(batch), binarization, seed) for batch in loader]
+    )
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd")
+    output.write(_key(part), file.getvalue())
+    return len(table)
+
+
+@torch.no_grad()
+def codes(
+    model: vlae.VLAE, batch: Batch, keys: list[str] | None, binarization: Binarization, seed: int
+) -> pa.Table:
+    """A row for each image: ``sample``, its number in the split; ``key``, its name where it came
+    from, left out if it had none; ``label``, null if it has none; ``code``, the one that stands for
+    it, the posterior's mean; ``scale``, the posterior's standard deviations, left out if an IAF
+    makes it no Gaussian; and ``rate_bits``, what a z drawn from the posterior costs, log2 q(z|x) -
+    log2 p(z).
+    """
+    posterior = model.encoder(binarize(batch, binarization, seed).to(device()))
+    z, log_posterior = posterior.sample_with_log_prob(code_noise(model, batch, seed).to(device()))
+    rate = (log_posterior - model.prior.log_prob(z)).double().sum(-1) / math.log(2)
+    labels = batch.labels.numpy()
+    vectors = pa.list_(pa.float32(), model.latents)
+
+    def column(values: torch.Tensor) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(
+            pa.array(values.float().cpu().numpy().ravel()), type=vectors
+        )
+
+    # A file's name may hold bytes that are no text, which Parquet does not take.
+    texts = [
+        key.encode(errors="surrogateescape").decode(errors="backslashreplace") for key in keys or ()
+    ]
+    named = {"key": pa.array(texts, pa.string())} if keys is not None else {}
+    scale = (
+        {"scale": column(posterior.log_scale.exp())}
+        if isinstance(posterior, DiagonalGaussian)
+        else {}
+    )
+    return pa.table(
+        {
+            "sample": pa.array(batch.samples, pa.int64()),
+            **named,
+            "label": pa.array(labels, pa.int64(), mask=np.asarray(labels < 0)),
+            "code": column(posterior.code),
+            **scale,
+            "rate_bits": pa.array(rate.cpu().numpy(), pa.float64()),
+        }
+    )
+
+
+def _key(part: int) -> str:
+    return f"codes/part-{part:05d}.parquet"

@@ -1,0 +1,84 @@
+"""The help pages: ``vlae --help`` and ``vlae COMMAND --help``."""
+
+import functools
+import inspect
+import textwrap
+from enum import Enum
+from typing import Any
+
+from pipeline.commands import NAMES, find
+from pipeline.config.compose import choices, compose, options_of
+from pipeline.config.options import describe
+
+EXAMPLE = """a first session:
+  vlae demo                                 everything below at once, in ./demo
+  vlae shard dataset=mnist                  images -> shards
+  vlae train model.window=7x4               one model
+  vlae tune search.num_trials=12            many models, the best into the registry
+  vlae evaluate model=models:/vlae-mnist@champion"""
+
+
+def overview() -> str:
+    """The text of ``vlae --help``."""
+    lines = [
+        "Variational Lossy Autoencoders: from images in object storage to models in a registry.",
+        "",
+        "usage: vlae COMMAND [key=value ...]      vlae COMMAND --help lists a command's options",
+        "",
+    ]
+    lines += [f"  {name:<13}{_summary(name)}" for name in NAMES]
+    return "\n".join([*lines, "", EXAMPLE])
+
+
+def _summary(name: str) -> str:
+    return " ".join(str(inspect.getdoc(find(name).config)).split())
+
+
+def help_page(name: str) -> str:
+    """The text of ``vlae COMMAND --help``."""
+    command = find(name)
+    usage = command.usage or f"vlae {name} [key=value ...]"
+    lines = [f"usage: {usage}", "", _summary(name), ""]
+    groups = choices(name)
+    if groups:
+        lines.append("ready-made groups of options:")
+        for group, default in groups.items():
+            names = [f"{each} (default)" if each == default else each for each in options_of(group)]
+            lines.append(f"  {group + '=':<12}{', '.join(names)}")
+        lines.append("")
+    lines.append("options:")
+    values = _defaults(name, command.config)
+    for key, item in describe(command.config):
+        value = values.get(key)
+        head = f"  {key}={_show(value)}" if value is not None else f"  {key}="
+        indent = " " * 6
+        text = textwrap.fill(
+            item.metadata["help"], 96, initial_indent=indent, subsequent_indent=indent
+        )
+        lines += [head, text]
+    return "\n".join(lines)
+
+
+def _defaults(name: str, schema: type) -> dict[str, Any]:
+    """The values that the options have if none is given; options that must be given are left out."""
+    from omegaconf import OmegaConf
+
+    composed = OmegaConf.merge(OmegaConf.structured(schema), compose(name)[0])
+    plain = OmegaConf.to_container(composed, resolve=False)
+    keys = [key for key, _ in describe(schema)]
+    values = {
+        key: functools.reduce(lambda part, name: part[name], key.split("."), plain) for key in keys
+    }
+    return {key: value for key, value in values.items() if value != "???"}
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, list):
+        return "[" + ",".join(map(_show, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_show(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str) and " " in value:
+        return f"'{value}'"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

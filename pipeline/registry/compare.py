@@ -1,0 +1,140 @@
+"""Comparing two model versions on the same images, with the same noise."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import machine
+from pipeline.config.evaluation import BoundOptions
+from pipeline.config.options import to_dict
+from pipeline.config.sections import Binarization, StorageOptions
+from pipeline.data.batch import Batch
+from pipeline.data.loader import EvalLoader
+from pipeline.errors import UserError
+from pipeline.evaluation import evaluation
+from pipeline.evaluation.measure import measure, with_error
+from pipeline.evaluation.moments import Moments
+from pipeline.machine import device, keep_freed_memory
+from pipeline.runs import OpenedModel, open_data
+from pipeline.values import JsonObject
+
+COMPARED = {"nll": "negative log-likelihood", "code_length": "code length", "rate": "rate"}
+"""What is measured of both models on every image, in nats. The first decides; of one sample, it is
+the second.
+"""
+CERTAIN = 2.0
+"""A model is better if it is so by more than this many standard errors of the difference."""
+
+
+def compare(
+    version: OpenedModel,
+    other: OpenedModel,
+    *,
+    split: str,
+    dataset_url: str | None,
+    bounds: BoundOptions,
+    storage: StorageOptions,
+) -> JsonObject:
+    """Measure two versions of a model on the same images, with the same binarization, k and noise.
+
+    Each quantity is given for both, and as the difference ``version`` less ``other``, with its
+    standard error over images: that of the differences image by image. The images are those of
+    ``dataset_url``, by default of the first version's training. Raises UserError if one models
+    images of 256 values, and the other binary ones.
+    """
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    models = (version, other)
+    numbers = [model.version["version"] if model.version else None for model in models]
+    kinds = [model.binarization for model in models]
+    if Binarization.none in kinds and kinds[0] != kinds[1]:
+        raise UserError(
+            f"{version.reference} and {other.reference} cannot be compared: one models images of"
+            " 256 values, the other black and white ones"
+        )
+    url = dataset_url or version.training["config"]["dataset"]["url"]
+    measured = [_per_image(model, url, kinds[0], split, bounds, storage) for model in models]
+    values: dict[str, Any] = {}
+    for name in COMPARED:
+        moments, (new, old) = Moments(), (each[name] for each in measured)
+        moments.add({"version": new, "other": old, "difference": new - old})
+        values[name] = {
+            key: figure
+            for part in ("version", "other", "difference")
+            for key, figure in (
+                (part, moments.mean(part)),
+                (f"{part}_se", moments.standard_error(part)),
+            )
+        }
+    decisive = values["nll"]
+    return {
+        "version": numbers[0],
+        "other": numbers[1],
+        "dataset": {"url": url, "split": split, "binarization": kinds[0].value},
+        "num_images": len(measured[0]["nll"]),
+        "bounds": to_dict(bounds),
+        "nats": values,
+        "better": decisive["difference"] + CERTAIN * (decisive["difference_se"] or 0.0) < 0,
+    }
+
+
+def _per_image(
+    model: OpenedModel,
+    url: str,
+    binarization: Binarization,
+    split: str,
+    bounds: BoundOptions,
+    storage: StorageOptions,
+) -> dict[str, Tensor]:
+    """What ``COMPARED`` names, of each image: (num_images,), in float64."""
+    data, contents = open_data(model, url, storage)
+    loader = EvalLoader(
+        data, contents, split=split, batch_size=evaluation.BATCH, num_images=bounds.num_images
+    )
+    parts: list[dict[str, Tensor]] = []
+
+    def keep(batch: Batch, x: Tensor, estimate: Any) -> None:
+        values = {"nll": -estimate.iwae, "code_length": -estimate.elbo, "rate": estimate.rate}
+        parts.append({name: value.double().cpu() for name, value in values.items()})
+        bar.update(len(x))
+
+    with evaluation.progress_bar(loader, model.reference.removeprefix("models:/")) as bar:
+        measure(
+            model.network.to(device()),
+            loader,
+            samples=bounds.samples,
+            binarization=binarization,
+            seed=bounds.seed,
+            device=device(),
+            threads=machine.num_threads(device()),
+            visit=keep,
+        )
+    return {name: torch.cat([part[name] for part in parts]) for name in COMPARED}
+
+
+def format_comparison(comparison: Mapping[str, Any]) -> str:
+    """A comparison as a table."""
+    data, k = comparison["dataset"], comparison["bounds"]["samples"]
+    images = f"{comparison['num_images']:,} {data['split']} images of {data['url']}"
+    version, other = f"version {comparison['version']}", f"version {comparison['other']}"
+    lines = [
+        f"{images}, binarization {data['binarization']}; nats per image:",
+        f"  {'':<26}{version:>18}{other:>18}{'difference':>18}",
+    ]
+    for name, label in COMPARED.items():
+        row = comparison["nats"][name]
+        shown = "".join(
+            f"{with_error(row, part, 3):>18}" for part in ("version", "other", "difference")
+        )
+        lines.append(f"  {label + f', k = {k}' * (name == 'nll'):<26}{shown}")
+    difference = comparison["nats"]["nll"]["difference"]
+    verdict = (
+        "is better"
+        if comparison["better"]
+        else "is not better"
+        if difference >= 0
+        else "may be better, but not by two standard errors"
+    )
+    return "\n".join([*lines, f"{version} {verdict}"])

@@ -1,0 +1,402 @@
+"""The charts of a search's report."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import optuna
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
+
+import vlae
+from pipeline.config.goals import Goals
+from pipeline.config.search import TuneConfig
+from pipeline.data import manifest
+from pipeline.data.batch import binarize
+from pipeline.data.loader import EvalLoader
+from pipeline.evaluation import pictures
+from pipeline.registry.models import open_model
+from pipeline.search.proposals import Row, known
+from pipeline.storage import open_storage
+
+MEASURES = {
+    "rate_bits": "rate, bits per image",
+    "nll": "NLL, nats per image",
+    "probe_accuracy": "probe accuracy, %",
+}
+INK, FAINT, RULE = "#1b1f24", "#6b7280", "#e3e6ea"
+MARKERS, DASHES = "osD^vPX*", (0, (4, 3))
+STYLE = {
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": RULE,
+    "axes.axisbelow": True,
+    "svg.fonttype": "none",
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+TRADE_OFF = Goals.parse(["min rate_bits", "min distortion_nats"])
+MODELS, IMAGES = 6, 10
+"""So many models are drawn side by side, with so many images each."""
+
+
+class Look:
+    """Which of the searched options is told by colour, which lies along the other side of the map,
+    and the words for a trial.
+    """
+
+    def __init__(self, config: TuneConfig) -> None:
+        self.axes = config.search.axes
+        varied = [key for key, values in self.axes.items() if len(values) > 1] or list(self.axes)
+        self.color_key = "model.window" if "model.window" in varied else varied[0]
+        others = [key for key in varied if key != self.color_key]
+        self.across = (
+            "model.latents" if "model.latents" in others else others[0] if others else None
+        )
+        values = self.axes[self.color_key]
+        scale = matplotlib.colormaps["viridis"]
+        self.colors = {
+            value: to_hex(scale(0.88 * place / max(1, len(values) - 1)))
+            for place, value in enumerate(values)
+        }
+        self.markers = {value: MARKERS[place % len(MARKERS)] for place, value in enumerate(values)}
+
+    def color(self, row: Row) -> str:
+        return self.colors[row[self.color_key]]
+
+    def marker(self, row: Row) -> str:
+        return self.markers[row[self.color_key]]
+
+    def words(self, row: Row) -> str:
+        """A trial's point: ``window 5x2, latents 16``."""
+        return ", ".join(f"{name_of(key)} {row[key]}" for key in self.axes)
+
+    def legend(self, axes: Axes, more: Sequence[Line2D] = ()) -> None:
+        """What the colours and other marks stand for, on the right of the chart."""
+        handles = [
+            Line2D([], [], color=color, marker=self.markers[value], linestyle="", label=str(value))
+            for value, color in self.colors.items()
+        ]
+        first = axes.legend(
+            handles=handles,
+            title=name_of(self.color_key),
+            alignment="left",
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1),
+        )
+        if more:
+            axes.add_artist(first)
+            axes.legend(handles=more, loc="lower left", bbox_to_anchor=(1.01, 0))
+
+
+def name_of(key: str) -> str:
+    return key.partition(".")[2].replace("_", " ")
+
+
+def front(look: Look, rows: Sequence[Row], along: Sequence[Row]) -> Figure | None:
+    """Rate against distortion of every trial; those ``along`` the front are joined. Diagonals are
+    equal code lengths.
+    """
+    placed = [row for row in rows if "distortion_nats" in row]
+    if not placed:
+        return None
+    figure = Figure(figsize=(8.6, 4.6))
+    axes = figure.subplots()
+    joined = sorted((row["rate_bits"], row["distortion_nats"]) for row in along)
+    if joined:
+        axes.plot(*zip(*joined, strict=True), color=INK, linewidth=1, zorder=1)
+    for row in reversed(placed):
+        finished = row["status"] == "finished"
+        face = look.color(row) if finished else "white"
+        size = 9 if finished else 5
+        edge = INK if row.get("front") == 1 else look.color(row)
+        axes.plot(
+            row["rate_bits"],
+            row["distortion_nats"],
+            look.marker(row),
+            markersize=size,
+            markerfacecolor=face,
+            markeredgecolor=edge,
+            gid=f"trial{row['number']}.front",
+            zorder=3 if finished else 2,
+            alpha=1 if finished else 0.7,
+        )
+    _fit(axes, [row for row in placed if row["status"] == "finished"] or placed)
+    _code_lengths(axes)
+    axes.set_xlabel("rate, bits per image: what the code z carries")
+    axes.set_ylabel("distortion, nats per image: left to the decoder")
+    more = [
+        Line2D([], [], color=INK, linewidth=1, label="front: none has less of both"),
+        Line2D(
+            [],
+            [],
+            color=INK,
+            marker="o",
+            markerfacecolor=FAINT,
+            markersize=9,
+            linestyle="",
+            label="best by the objectives",
+        ),
+        Line2D(
+            [],
+            [],
+            color=FAINT,
+            marker="o",
+            markerfacecolor="white",
+            markersize=5,
+            linestyle="",
+            label="stopped early",
+        ),
+        Line2D([], [], color=FAINT, linewidth=1, linestyle=DASHES, label="equal code length, nats"),
+    ]
+    look.legend(axes, more)
+    return figure
+
+
+def _fit(axes: Axes, rows: Sequence[Row]) -> None:
+    """Have the axes hold the finished trials; those that were stopped early may lie outside."""
+    for key, limits in (("rate_bits", axes.set_xlim), ("distortion_nats", axes.set_ylim)):
+        values = [row[key] for row in rows]
+        margin = 0.12 * (max(values) - min(values)) or 1.0
+        limits(min(values) - margin, max(values) + margin)
+
+
+def _code_lengths(axes: Axes) -> None:
+    """Lines of equal code length, distortion + rate ln 2, labelled at their upper end."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    lowest, highest = bottom + left * math.log(2), top + right * math.log(2)
+    step = next(
+        (each for each in (0.5, 1, 2, 5, 10, 20, 50, 100) if (highest - lowest) / each <= 8), 200
+    )
+    for number in range(math.ceil(lowest / step), math.floor(highest / step) + 1):
+        length = number * step
+        ends = [(x, length - x * math.log(2)) for x in (left, right)]
+        axes.plot(
+            *zip(*ends, strict=True),
+            color=RULE,
+            linewidth=1,
+            linestyle=DASHES,
+            zorder=0,
+            scalex=False,
+            scaley=False,
+        )
+        x = left if ends[0][1] <= top else (length - top) / math.log(2)
+        if x < left + 0.93 * (right - left) and length - x * math.log(2) > bottom + 0.05 * (
+            top - bottom
+        ):
+            axes.annotate(
+                f"{length:g}",
+                (x, length - x * math.log(2)),
+                (3, -2),
+                textcoords="offset points",
+                color=FAINT,
+                fontsize=8,
+                va="top",
+            )
+    axes.grid(visible=False)
+
+
+def heat_map(look: Look, rows: Sequence[Row]) -> Figure | None:
+    """Rate, NLL and probe accuracy over the two main options: in each cell, of the finished trials
+    there, that of the least NLL.
+
+    A cell where none finished has what the last validation of its furthest trial said, in pale.
+    """
+    across = look.across
+    ys, xs = look.axes[look.color_key], look.axes[across] if across else [""]
+    cells: dict[tuple[int, int], Row] = {}
+    for row in rows:
+        if "nll" not in row:
+            continue
+        place = ys.index(row[look.color_key]), xs.index(row[across]) if across else 0
+        if place not in cells or _counts_more(row, cells[place]):
+            cells[place] = row
+    finished = [row for row in cells.values() if row["status"] == "finished"]
+    measures = [key for key in MEASURES if any(key in row for row in finished)]
+    if not measures:
+        return None
+    figure = Figure(figsize=(3.2 * len(measures) + 0.8, 0.55 * len(ys) + 1.5))
+    for axes, key in zip(
+        figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True
+    ):
+        factor = 100 if key == "probe_accuracy" else 1
+        values = [factor * row[key] for row in finished if key in row]
+        low, span = min(values), max(values) - min(values) or 1.0
+        scale = matplotlib.colormaps["cividis"]
+        for (y, x), row in cells.items():
+            if key not in row:
+                continue
+            sure = row["status"] == "finished"
+            value = factor * row[key]
+            face = scale(min(1.0, max(0.0, (value - low) / span))) if sure else "#f3f4f6"
+            axes.add_patch(
+                Rectangle(
+                    (x - 0.47, y - 0.45),
+                    0.94,
+                    0.9,
+                    color=face,
+                    gid=f"trial{row['number']}.map-{key}",
+                )
+            )
+            dark = sure and (value - low) / span < 0.55
+            axes.text(
+                x,
+                y,
+                f"{value:.1f}",
+                ha="center",
+                va="center",
+                color="white" if dark else INK if sure else FAINT,
+                fontsize=9,
+            )
+        axes.set(xlim=(-0.5, len(xs) - 0.5), ylim=(len(ys) - 0.5, -0.5), title=MEASURES[key])
+        axes.title.set_size(10)
+        axes.set_xticks(range(len(xs)), [str(x) for x in xs])
+        axes.set_yticks(range(len(ys)), [str(y) for y in ys])
+        axes.set_xlabel(name_of(across) if across else "")
+        axes.set_ylabel(name_of(look.color_key) if key == measures[0] else "")
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        axes.spines[["left", "bottom"]].set_visible(False)
+    return figure
+
+
+def _counts_more(row: Row, other: Row) -> bool:
+    """Whether ``row`` is to stand for its cell of the map rather than ``other``."""
+    return (row["status"] == "finished", row["images"], -row["nll"]) > (
+        other["status"] == "finished",
+        other["images"],
+        -other["nll"],
+    )
+
+
+def learning_curves(
+    look: Look, rows: Sequence[Row], curves: Mapping[int, Sequence[Row]]
+) -> Figure | None:
+    """Code length on validation images against images seen."""
+    drawn = [row for row in rows if curves.get(row["number"])]
+    if not drawn:
+        return None
+    figure = Figure(figsize=(8.6, 4.2))
+    axes = figure.subplots()
+    for row in reversed(drawn):
+        curve, finished = curves[row["number"]], row["status"] == "finished"
+        axes.plot(
+            [entry["images"] for entry in curve],
+            [entry["nll"] for entry in curve],
+            color=look.color(row),
+            linewidth=1.8 if finished else 1.1,
+            alpha=1 if finished else 0.8,
+            gid=f"trial{row['number']}.curve",
+        )
+        axes.plot(
+            curve[-1]["images"],
+            curve[-1]["nll"],
+            look.marker(row),
+            color=look.color(row),
+            markersize=5,
+            markerfacecolor=look.color(row) if finished else "white",
+            gid=f"trial{row['number']}.end",
+        )
+    lengths = sorted(entry["nll"] for row in drawn for entry in curves[row["number"]])
+    low, high = lengths[0], max(curves[row["number"]][-1]["nll"] for row in drawn)
+    top = max(high, lengths[math.ceil(0.9 * (len(lengths) - 1))])
+    axes.set_ylim(low - 0.05 * (top - low or 1), top + 0.08 * (top - low or 1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: f"{images:,.0f}"))
+    axes.set_xlabel("images seen")
+    axes.set_ylabel("code length on validation images, nats")
+    look.legend(axes)
+    return figure
+
+
+def importance(config: TuneConfig, records: Sequence[Row]) -> Figure | None:
+    """The share of each option in the variance of each quantity, by fANOVA (Hutter et al., 2014)
+    over the finished trials.
+    """
+    finished = [row for row in records if row["status"] == "finished"]
+    shares = {}
+    for key in MEASURES:
+        measured = [row["values"][key] for row in finished if key in row["values"]]
+        if len(measured) >= 4 and len(set(measured)) > 1:
+            study = known(config.search, Goals.parse([f"min {key}"]), finished)
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+            shares[key] = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    if not shares:
+        return None
+    names = [key for key, values in config.search.axes.items() if len(values) > 1]
+    figure = Figure(figsize=(8.6, 0.5 * len(names) + 1.5))
+    axes = figure.subplots()
+    scale = matplotlib.colormaps["cividis"]
+    height = 0.8 / len(shares)
+    for place, (key, values) in enumerate(shares.items()):
+        color = scale(0.1 + 0.75 * place / max(1, len(shares) - 1))
+        heights = [y - 0.4 + height * (place + 0.5) for y in range(len(names))]
+        axes.barh(
+            heights,
+            [values.get(name, 0.0) for name in names],
+            height * 0.9,
+            color=color,
+            label=MEASURES[key].partition(",")[0],
+        )
+    axes.set_yticks(range(len(names)), [name_of(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(f"share of the variance over {len(finished)} finished trials (fANOVA)")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def side_by_side(config: TuneConfig, rows: Sequence[Row], look: Look) -> bytes:
+    """What some models make of the same validation images, and what they draw by themselves, as
+    PNG.
+    """
+    data = open_storage(config.dataset.url, config.storage.endpoint_url)
+    batch = next(
+        iter(
+            EvalLoader(
+                data, manifest.load(data), split="valid", batch_size=IMAGES, num_images=IMAGES
+            )
+        )
+    )
+    originals = binarize(batch, config.dataset.binarization, config.train.seed)
+    drawn = {}
+    for row in rows:
+        generator = torch.Generator().manual_seed(config.train.seed)
+        model = open_model(
+            f"{config.storage.root}/runs/{row['run']}", config.registry, config.storage
+        ).network
+        told = f"rate {row['rate_bits']:.1f} bits, NLL {row['nll']:.2f} nats"
+        drawn[look.words(row), told] = (
+            vlae.reconstruct(model, originals, generator),
+            vlae.sample(model, IMAGES, generator),
+        )
+    return pictures.side_by_side(originals, drawn)
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A chart as SVG to stand in a page; the ids of its parts are its own."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()[file.getvalue().index("<svg") :]
+
+
+def png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=200)
+    return file.getvalue()

@@ -1,0 +1,131 @@
+"""How a search goes on: which point it tries next, and which trials it ends early. Pure functions
+of what is known of its trials.
+
+A trial is known by its row: ``point``, the options tried; ``status``; ``curve``, its validations so
+far, each with ``images`` and what ``goals.ON_THE_WAY`` names; and, once it has finished,
+``values``, by the names of ``goals.QUANTITIES``.
+"""
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from pipeline.config.goals import Goals
+from pipeline.config.search import Sampler, SearchOptions, Stopping
+
+Row = Mapping[str, Any]
+Point = dict[str, Any]
+
+ATTEMPTS = 32
+"""How often the sampler may propose what was tried already, before an untried point is drawn at
+random.
+"""
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def propose(search: SearchOptions, seed: int, rows: Sequence[Row]) -> Point | None:
+    """The point of the space to try next, or none if all were tried: a repeat would teach nothing,
+    since trials are deterministic.
+
+    The same rows lead to the same point.
+    """
+    tried = [row["point"] for row in rows]
+    untried = [point for point in search.points() if point not in tried]
+    if not untried or search.sampler is Sampler.grid:
+        return untried[0] if untried else None
+    draw = random.Random(f"{seed} {len(rows)}")
+    if search.sampler is Sampler.tpe:
+        study = known(search, search.goals, rows, draw.getrandbits(32))
+        distributions = {
+            key: CategoricalDistribution(values) for key, values in search.axes.items()
+        }
+        for _ in range(ATTEMPTS):
+            trial = study.ask(distributions)
+            if trial.params in untried:
+                return trial.params
+            study.tell(trial, state=TrialState.FAIL)
+    return draw.choice(untried)
+
+
+def known(search: SearchOptions, goals: Goals, rows: Iterable[Row], seed: int = 0) -> optuna.Study:
+    """Optuna's view of the trials, judged by ``goals``."""
+    study = optuna.create_study(
+        directions=["maximize" if each.maximize else "minimize" for each in goals.objectives],
+        sampler=optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, n_startup_trials=min(10, max(1, search.num_trials // 4))
+        ),
+    )
+    study.add_trials([_as_optuna_sees(search, goals, row) for row in rows])
+    return study
+
+
+def _as_optuna_sees(search: SearchOptions, goals: Goals, row: Row) -> FrozenTrial:
+    """A trial that finished is complete; one that was stopped is pruned, and compared with others
+    at the same number of images.
+    """
+    values = row.get("values") or {}
+    complete = all(each.name in values for each in goals.objectives)
+    pruned = row["status"] == "stopped early" and len(goals.objectives) == 1
+    name = goals.objectives[0].name
+    return create_trial(
+        params=row["point"],
+        distributions={
+            key: CategoricalDistribution(choices) for key, choices in search.axes.items()
+        },
+        values=[values[each.name] for each in goals.objectives] if complete else None,
+        intermediate_values={
+            entry["images"]: entry[name] for entry in row["curve"] if name in entry
+        }
+        if pruned
+        else None,
+        constraints={
+            str(each): each.violation(values) for each in goals.constraints if each.name in values
+        }
+        if complete
+        else None,
+        state=TrialState.COMPLETE if complete else TrialState.PRUNED if pruned else TrialState.FAIL,
+    )
+
+
+def lags(search: SearchOptions, budget: int, row: Row, rows: Iterable[Row]) -> bool:
+    """Whether a trial is to be stopped at its newest validation, of a run of ``budget`` images.
+
+    ``asha`` (asynchronous successive halving, Li et al., 2018) looks at rungs, each at
+    ``reduction`` times the images of the one before: a trial goes on unless more than one in
+    ``reduction`` of those that came by the rung before it, whatever became of them, were better
+    there; the first ``reduction - 1`` go on. ``median`` looks at every validation, and stops a
+    trial if more than half were better. All are compared at the same number of images, and better
+    is what ``Goals.beats`` says: with several objectives, better in everything.
+    """
+    images = row["curve"][-1]["images"]
+    before = row["curve"][-2]["images"] if len(row["curve"]) > 1 else 0
+    rungs = [rung for rung in _rungs(search, budget, images) if before < rung <= images]
+    if search.stopping is Stopping.none or not rungs or images >= budget:
+        return False
+    mine = row["curve"][-1]
+    others = [
+        entry for other in rows if other is not row for entry in [_at(other, rungs[-1])] if entry
+    ]
+    better = sum(search.goals.beats(other, mine) for other in others)
+    reduction = search.reduction if search.stopping is Stopping.asha else 2
+    return len(others) >= reduction - 1 and better > len(others) / reduction
+
+
+def _rungs(search: SearchOptions, budget: int, images: int) -> list[float]:
+    """The numbers of images, the newest validation's the last, at which trials are compared."""
+    grace = search.grace_fraction * budget
+    if search.stopping is Stopping.median:
+        return [images] if images >= grace else []
+    count = math.floor(math.log(max(1.0, images / grace), search.reduction) + 1e-9) + 1
+    return [grace * search.reduction**number for number in range(count)]
+
+
+def _at(row: Row, images: float) -> Mapping[str, Any] | None:
+    """A trial's first validation after so many images."""
+    return next((entry for entry in row["curve"] if entry["images"] >= images), None)

@@ -1,0 +1,208 @@
+"""The report of a search: the trade-off that it found, drawn so that a person can choose.
+
+``search.html`` needs nothing but itself: its charts are the PNGs' own drawings, as SVG, whose
+points tell their trial under the mouse.
+"""
+
+import html
+import io
+import json
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from itertools import chain
+from string import Template
+
+import matplotlib
+import pyarrow
+import pyarrow.parquet
+from matplotlib.figure import Figure
+
+from pipeline.config.search import TuneConfig
+from pipeline.search.charts import (
+    MODELS,
+    STYLE,
+    TRADE_OFF,
+    Look,
+    front,
+    heat_map,
+    importance,
+    learning_curves,
+    name_of,
+    png,
+    side_by_side,
+    svg,
+)
+from pipeline.search.proposals import Row
+from pipeline.storage.base import Storage
+
+PAGE, TABLE = "search.html", "trials.parquet"
+PICTURES = ("front.png", "map.png", "curves.png", "importance.png", "models.png")
+"""What is written, the pictures as far as there is something to draw."""
+
+TITLES = {
+    "front": "Rate against distortion",
+    "map": "What window and code size do",
+    "curves": "Learning curves",
+    "importance": "What matters for what",
+    "models": "Models side by side",
+}
+COLUMNS = {
+    "number": "trial",
+    "status": "status",
+    "front": "front",
+    "images": "images",
+    "nll": "NLL, nats",
+    "nll_se": "+-",
+    "rate_bits": "rate, bits",
+    "distortion_nats": "distortion, nats",
+    "probe_accuracy": "probe",
+    "images_per_s": "images/s",
+    "seconds": "seconds",
+}
+FORMATS = {
+    "images": ",.0f",
+    "nll": ".2f",
+    "nll_se": ".2f",
+    "rate_bits": ".1f",
+    "distortion_nats": ".2f",
+    "probe_accuracy": ".1%",
+    "images_per_s": ",.0f",
+    "seconds": ",.0f",
+}
+
+
+def write(config: TuneConfig, output: Storage, rows: Sequence[Row], records: Sequence[Row]) -> str:
+    """Write the report of a search into its folder; returns the page's address.
+
+    ``rows``: the trials as ``tune.table`` orders them; ``records``: all that is known of them, see
+    ``pipeline.search``.
+    """
+    columns = {key: None for row in rows for key in row}
+    table = pyarrow.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows])
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(table, file)
+    output.write(TABLE, file.getvalue())
+
+    look = Look(config)
+    finished = [row for row in rows if row["status"] == "finished"]
+    fronts = TRADE_OFF.ranked(finished)
+    drawings: dict[str, Figure | None] = {}
+    with matplotlib.rc_context(STYLE):
+        drawings["front"] = front(look, rows, fronts[0] if fronts else [])
+        drawings["map"] = heat_map(look, rows)
+        drawings["curves"] = learning_curves(
+            look, rows, {row["number"]: row["curve"] for row in records}
+        )
+        drawings["importance"] = importance(config, records)
+        charts = {name: svg(figure, name) for name, figure in drawings.items() if figure}
+        for name, figure in drawings.items():
+            if figure:
+                output.write(f"{name}.png", png(figure))
+    if fronts:
+        shown = list(chain(*fronts))[
+            :MODELS
+        ]  # the front's first, and if these are few, those behind it
+        sheet = side_by_side(config, sorted(shown, key=lambda row: row["rate_bits"]), look)
+        output.write("models.png", sheet)
+        charts["models"] = (
+            f'<img alt="{TITLES["models"]}"'
+            f' src="data:image/png;base64,{b64encode(sheet).decode()}">'
+        )
+    output.write(PAGE, page(config, output.url.rpartition("/")[2], rows, charts, look).encode())
+    return f"{output.url}/{PAGE}"
+
+
+def page(
+    config: TuneConfig, name: str, rows: Sequence[Row], charts: Mapping[str, str], look: Look
+) -> str:
+    """The HTML page."""
+    search = config.search
+    counts = {
+        status: sum(row["status"] == status for row in rows)
+        for status in dict.fromkeys(row["status"] for row in rows)
+    }
+    bound = f"-IWAE with k = {search.samples}" if search.samples > 1 else "the code length, -ELBO"
+    facts = {
+        "Data set": config.dataset.name,
+        "Trials": ", ".join(f"{count} {status}" for status, count in counts.items()),
+        "Objectives": ", ".join(search.objectives),
+        **({"Constraints": ", ".join(search.constraints)} if search.constraints else {}),
+        "Budget of a trial": f"{config.train.images:,} images",
+        "NLL": f"{bound}, an upper bound, on {search.num_images:,} validation images",
+    }
+    columns = {**{key: name_of(key) for key in look.axes}, **COLUMNS}
+    columns = {
+        key: title
+        for key, title in columns.items()
+        if any(row.get(key) is not None for row in rows)
+    }
+    order = ["number", *(key for key in columns if key != "number")]
+    head = "".join(
+        f'<th scope="col"><button type="button">{html.escape(columns[key])}</button></th>'
+        for key in order
+    )
+    body = "".join(
+        f'<tr id="row{row["number"]}">{"".join(_cell(look, row, key) for key in order)}</tr>\n'
+        for row in rows
+    )
+    sections = "".join(
+        f'<section id="{name}"><h2>{title}</h2><p>{html.escape(CAPTIONS[name])}</p><div'
+        f' class="chart">{charts[name]}</div></section>\n'
+        for name, title in TITLES.items()
+        if name in charts
+    )
+    told = {
+        row["number"]: [
+            look.words(row),
+            *(
+                f"{columns[key]}: {_shown(row, key)}"
+                for key in COLUMNS
+                if key in columns and _shown(row, key)
+            ),
+        ]
+        for row in rows
+    }
+    template = Template((files("pipeline.search") / "report.html").read_text())
+    return template.substitute(
+        title=html.escape(f"Search {name}"),
+        facts="".join(
+            f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>"
+            for key, value in facts.items()
+        ),
+        sections=sections,
+        head=head,
+        body=body,
+        trials=json.dumps(told).replace("<", "\\u003c"),
+    )
+
+
+CAPTIONS = {
+    "front": (
+        "Filled: trials that ran to their end. Hollow: stopped early, at their last validation,"
+        " which may lie outside."
+    ),
+    "map": (
+        "In each cell, of the trials that finished there, the one of the least NLL. Pale: none"
+        " finished; the last validation."
+    ),
+    "curves": "A hollow end is a trial that was stopped early.",
+    "importance": "How much of the differences between finished trials each option explains.",
+    "models": (
+        "The front's models, and if these are few those behind it: decodings of the same validation"
+        " images, and images that each draws by itself."
+    ),
+}
+
+
+def _shown(row: Row, key: str) -> str:
+    value = row.get(key)
+    return "" if value is None else format(value, FORMATS[key]) if key in FORMATS else str(value)
+
+
+def _cell(look: Look, row: Row, key: str) -> str:
+    """A cell of the table; ``data-value`` is what it is sorted by."""
+    value = look.axes[key].index(row[key]) if key in look.axes else row.get(key)
+    sorted_by = "" if value is None else f' data-value="{html.escape(str(value))}"'
+    dot = f'<i style="background:{look.color(row)}"></i>' if key == look.color_key else ""
+    return f"<td{sorted_by}>{dot}{html.escape(_shown(row, key))}</td>"

@@ -1,0 +1,330 @@
+"""Running a search on Ray Tune: what a trial does, and the adapters to Tune's interfaces."""
+
+import logging
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+import torch
+from ray.tune import Callback, FailureConfig, Stopper, Tuner
+from ray.tune.experiment import Trial
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from pipeline import runs
+from pipeline.cluster import num_places, resources
+from pipeline.config.evaluation import BoundOptions
+from pipeline.config.goals import ON_THE_WAY, QUANTITIES
+from pipeline.config.options import to_dict
+from pipeline.config.search import TuneConfig
+from pipeline.errors import UserError
+from pipeline.evaluation import evaluation
+from pipeline.registry.tracking import Status, TrackedRun, Tracking, training_run
+from pipeline.runs import read_rows
+from pipeline.search.proposals import Point, lags
+from pipeline.search.trials import (
+    FAILED,
+    FINISHED,
+    RECORD,
+    RUNNING,
+    STOPPED,
+    Trials,
+    describe,
+    search_name,
+    trial_config,
+)
+from pipeline.storage.base import Storage
+from pipeline.training import launch
+
+
+def search(config: TuneConfig, trials: Trials, tracking: Tracking, parent: TrackedRun) -> None:
+    """Run trials until nothing is left to try, or the budget is used up."""
+    # Ray's newer console prints a table for every trial, its loggers write files for each:
+    # `Recorder` says and keeps what there is. And a search that is interrupted ends as every
+    # command does.
+    os.environ |= {
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    }
+    workers = config.cluster
+    # A trial of several workers only waits for them, and Ray Train starts all of them or none: were
+    # it to hold a core itself, trials could starve their own workers.
+    needed = resources(workers) if workers.max_workers == 1 else {"memory": 1 << 20}
+    room = max(1, num_places(workers) // workers.max_workers)
+    concurrent = min(config.search.max_concurrent or room, room)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
+    tuner = Tuner(
+        ray.tune.with_resources(ray.tune.with_parameters(trial, config=config), needed),
+        tune_config=ray.tune.TuneConfig(
+            search_alg=Proposer(trials),
+            scheduler=Halting(trials),
+            num_samples=-1,
+            max_concurrent_trials=concurrent,
+            # To start a process and import PyTorch takes longer than a short trial can spare
+            reuse_actors=True,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=search_name(config),
+            storage_path=f"{config.storage.root}/ray",
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            stop=Budget(trials),
+            verbose=0,
+            callbacks=[Recorder(trials, tracking, parent)],
+        ),
+    )
+    logging.getLogger("ray.tune.analysis").setLevel(
+        logging.ERROR
+    )  # which misses the loggers' files
+    tuner.fit()
+
+
+def trial(row: dict[str, Any], config: TuneConfig) -> None:
+    """What Ray Tune runs for each trial: a training run that reports its validations to the search,
+    and is measured at its end.
+
+    A run of one worker trains in this process, which Ray Tune uses again for the next trial;
+    several are started by Ray Train. A user's mistake is reported, since no retry would mend it;
+    other errors are raised, so that the trial is tried again.
+    """
+    typed = trial_config(config, row["point"])
+    storage = runs.run_storage(typed)
+    try:
+        if not storage.exists(runs.RESULT):
+            launch.check(typed)
+            if typed.cluster.max_workers == 1:
+                device = torch.device("cuda" if typed.cluster.use_gpu else "cpu")
+                gauges = launch.Gauges(typed.run_name)
+                launch.complete(
+                    typed, device=device, on_validation=ray.tune.report, on_report=gauges.set
+                )
+            else:
+                launch.fit(typed, callbacks=[TuneReportCallback()])
+        if typed.cluster.max_workers == 1:
+            values = measure(config, row["point"], storage)
+        else:
+            held = resources(typed.cluster)
+            # "DEFAULT" is anywhere: without it, Ray would look for these in what this trial holds,
+            # which is no core.
+            task = ray.remote(
+                num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), scheduling_strategy="DEFAULT"
+            )(measure)
+            values = ray.get(task.remote(config, row["point"], storage))
+    except UserError as error:
+        ray.tune.report({"error": str(error)})
+    else:
+        ray.tune.report(
+            {"images": typed.train.num_steps * typed.train.global_batch, "values": values}
+        )
+
+
+def measure(config: TuneConfig, point: Point, run: Storage) -> dict[str, float | None]:
+    """What ``goals.QUANTITIES`` names, of a run's final model on validation images; measured once,
+    and kept with it.
+
+    TensorBoard is told, too, as hyperparameters.
+    """
+    search = config.search
+    bounds = BoundOptions(
+        samples=search.samples, num_images=search.num_images, pictures=10, seed=config.train.seed
+    )
+    measured = evaluation.of_run(run, bounds, config.storage, search.probe_images)["valid"]
+    bound = "iwae_nats" if search.samples > 1 else "elbo_nats"
+    values = {
+        "nll": measured[bound],
+        "nll_se": measured[f"{bound}_se"],
+        "code_length_nats": measured["elbo_nats"],
+    }
+    values |= {
+        key: measured[key]
+        for key in ("rate_bits", "rate_nats", "distortion_nats", "distortion_nats_se", "num_images")
+    }
+    if "probe" in measured:
+        probe = measured["probe"]["linear"]
+        values |= {"probe_accuracy": probe["accuracy"], "probe_accuracy_se": probe["accuracy_se"]}
+    speeds = [row["train/images_per_s"] for row in read_rows(run) if "train/images_per_s" in row]
+    values |= {"samples": search.samples, "images_per_s": statistics.median(speeds)}
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            measures = {f"trial/{name}": values[name] for name in QUANTITIES if name in values}
+            for summary in hparams(point, measures):
+                writer.file_writer.add_summary(summary)
+            for name, value in measures.items():
+                writer.add_scalar(name, value)
+        (events,) = Path(folder).iterdir()
+        run.upload("tensorboard/events.out.tfevents.hparams", events)
+    return values
+
+
+class Proposer(Searcher):
+    """Gives Ray Tune the trials to run."""
+
+    def __init__(self, trials: Trials) -> None:
+        super().__init__()
+        self.trials = trials
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        row = self.trials.next()
+        if row is None:
+            return Searcher.FINISHED
+        self.trials.begin(row)
+        return {"number": row["number"], "point": row["point"]}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        open(checkpoint_path, "wb").close()
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search is continued from its own record")
+
+
+class Halting(FIFOScheduler):
+    """Takes in what trials report, and stops those that lag behind."""
+
+    def __init__(self, trials: Trials) -> None:
+        super().__init__()
+        self.trials = trials
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        row = self.trials.of(trial)
+        if "error" in result:
+            row |= {"status": FAILED, "error": result["error"]}
+        elif "values/nll" in result:  # Ray Tune flattens what is reported
+            values = {
+                key.removeprefix("values/"): value
+                for key, value in result.items()
+                if key.startswith("values/")
+            }
+            row |= {"status": FINISHED, "images": result["images"], "values": values}
+        elif result["images"] > row["images"]:
+            entry = {
+                "images": result["images"],
+                "nll": result["elbo_nats"],
+                "seconds": self.trials.seconds(),
+            }
+            row["curve"].append(
+                entry | {name: result[name] for name in ON_THE_WAY if name in result}
+            )
+            row["images"] = result["images"]
+            config = self.trials.config
+            if lags(
+                config.search,
+                config.train.num_steps * config.train.global_batch,
+                row,
+                self.trials.rows,
+            ):
+                row["status"] = STOPPED
+        self.trials.save(row)
+        return self.CONTINUE if row["status"] in (RUNNING, FINISHED) else self.STOP
+
+
+class Budget(Stopper):
+    """Ends a search whose hours or core-hours are used up."""
+
+    def __init__(self, trials: Trials) -> None:
+        self.trials = trials
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.trials.exhausted()
+
+
+class Recorder(Callback):
+    """Prints one line for each thing that happens to a trial, keeps how it ended, and has it
+    tracked as a part of the search.
+    """
+
+    def __init__(self, trials: Trials, tracking: Tracking, parent: TrackedRun) -> None:
+        self.trials, self.tracking, self.parent = trials, tracking, parent
+        self.manifest: str = trials.storage.read_json(RECORD)["manifest"]
+        self.tracked: dict[int, TrackedRun] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray Tune keeps a pickle of what it is given, which nobody reads back, and a
+        thread is no part of that.
+        """
+        return {}
+
+    def _say(self, row: dict[str, Any], text: str) -> None:
+        print(
+            f"trial {row['number']}/{self.trials.config.search.num_trials} "
+            f" {describe(row['point'])}: {text}",
+            flush=True,
+        )
+
+    def on_trial_start(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        row = self.trials.of(trial)
+        self.trials.clocks[row["number"]] = time.monotonic()
+        self._say(row, f"goes on behind {row['images']:,} images" if row["images"] else "started")
+        config = trial_config(self.trials.config, row["point"])
+        self.tracked[row["number"]] = training_run(
+            runs.run_storage(config), to_dict(config), self.manifest, self.parent
+        )
+        self.tracking.follow(self.tracked[row["number"]])
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        row = self.trials.of(trial)
+        ended: dict[str, Status] = {FAILED: "FAILED", RUNNING: "KILLED"}
+        self.tracking.end(self.tracked[row["number"]], ended.get(row["status"], "FINISHED"))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        row = self.trials.of(trial)
+        if row["status"] == FINISHED:
+            values = row["values"]
+            text = f"NLL <= {values['nll']:.2f} nats, rate {values['rate_bits']:.1f} bits"
+            if "probe_accuracy" in values:
+                text += f", probe {100 * values['probe_accuracy']:.1f} %"
+            self._say(row, f"finished, {text}")
+        elif row["status"] == FAILED:
+            self._say(row, f"failed: {row['error']}")
+        else:
+            text = (
+                f"{result['images']:,} images, {result['elbo_nats']:.2f} nats, rate"
+                f" {result['rate_bits']:.1f} bits"
+            )
+            self._say(row, text + (": stopped early" if row["status"] == STOPPED else ""))
+
+    def on_trial_recover(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        row = self.trials.of(trial)
+        row["failures"] += 1
+        self.trials.save(row)
+        self._say(row, f"lost; it is tried again, for the {_ordinal(row['failures'])} time")
+
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        row = self.trials.of(trial)
+        cause = trial.get_error()
+        row |= {
+            "status": FAILED,
+            "error": (str(cause).strip().splitlines() or [type(cause).__name__])[-1],
+        }
+        self.trials.save(row)
+        self.tracking.end(self.tracked[row["number"]], "FAILED")
+        self._say(row, f"failed: {row['error']}")
+
+
+def _ordinal(number: int) -> str:
+    return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")

@@ -1,0 +1,209 @@
+"""The trials of a search: their records in storage, and the table made of them."""
+
+import re
+import time
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from ray.tune.experiment import Trial
+
+from pipeline.config.compose import build
+from pipeline.config.options import digest, to_dict
+from pipeline.config.run import TrainConfig
+from pipeline.config.search import TuneConfig
+from pipeline.errors import UserError
+from pipeline.search.proposals import Point, propose
+from pipeline.storage.base import Storage
+from pipeline.training import launch
+
+RECORD = "search.json"
+
+RUNNING, FINISHED, STOPPED, FAILED = "unfinished", "finished", "stopped early", "failed"
+
+
+def search_name(config: TuneConfig) -> str:
+    """The name given, or one made from the data set and everything that a trial and its judgement
+    depend on.
+    """
+    return config.name or f"{config.dataset.name}-search-{digest(identity(config))}"
+
+
+def identity(config: TuneConfig) -> dict[str, Any]:
+    """What makes this search this search. How long it goes on and how much of it runs at once are
+    no part of that.
+    """
+    values = to_dict(config)
+    budget = ("num_trials", "hours", "core_hours", "max_concurrent")
+    judged = {key: values["train"][key] for key in ("valid_images", "valid_every")}
+    searched = {key: value for key, value in values["search"].items() if key not in budget}
+    return {**config.identity(), "valid": judged, "search": searched}
+
+
+def check(config: TuneConfig, storage: Storage) -> None:
+    """Raise UserError unless the data set is there and fits every model that is tried, and the
+    search's name is not another's.
+    """
+    for key, values in config.search.axes.items():
+        for value in values:
+            contents = launch.check_data(trial_config(config, {key: value}))
+    if "probe_accuracy" in config.search.goals.quantities and (contents.num_classes or 0) < 2:
+        raise UserError(
+            f"probe_accuracy is searched for, but the images of {config.dataset.url} have no"
+            " labels; use other objectives"
+        )
+    wanted = {**identity(config), "manifest": contents.digest}
+    if not storage.exists(RECORD):
+        storage.write_json(RECORD, wanted)
+        return
+    earlier = storage.read_json(RECORD)
+    changed = [
+        f"{part}.{name}"
+        for part in wanted
+        if part != "manifest"
+        for name in wanted[part]
+        if earlier.get(part, {}).get(name) != wanted[part][name]
+    ]
+    if changed or earlier.get("manifest") != wanted["manifest"]:
+        raise UserError(
+            f"search {search_name(config)} in {storage.url} was started with another"
+            f" {', '.join(changed) or 'data set of this name'}; give this one another name=, or"
+            " delete that folder"
+        )
+
+
+def trial_config(config: TuneConfig, point: Point) -> TrainConfig:
+    """The training run that tries ``point``: dotted options on top of the search's own. It is named
+    after them.
+    """
+    values = to_dict(config)
+    base = {item.name: values[item.name] for item in fields(TrainConfig)}
+    tried = re.sub(
+        r"[^\w.-]", "", "-".join(f"{key.partition('.')[2]}{value}" for key, value in point.items())
+    )  # 1e+30
+    return build(TrainConfig, base, {**point, "name": f"{search_name(config)}-{tried}"})
+
+
+@dataclass
+class Trials:
+    """What is known of a search's trials: a row for each (see ``pipeline.search``), every one kept
+    as an object of its own.
+    """
+
+    config: TuneConfig
+    storage: Storage
+    rows: list[dict[str, Any]]
+    interrupted: list[dict[str, Any]] = field(init=False)
+    """Those that an earlier attempt began, which come first."""
+
+    @classmethod
+    def load(cls, config: TuneConfig, storage: Storage) -> Self:
+        """All that were begun before."""
+        return cls(
+            config, storage, [storage.read_json(key) for key in sorted(storage.list("trials/"))]
+        )
+
+    def __post_init__(self) -> None:
+        self.interrupted = [row for row in self.rows if row["status"] == RUNNING]
+        self.spent = max((row["search_seconds"] for row in self.rows), default=0.0)
+        self.began = time.monotonic()
+        self.clocks: dict[int, float] = {}
+
+    def next(self) -> dict[str, Any] | None:
+        """The row of the trial to run next; none if all was tried or the budget is used up.
+        ``begin`` begins it.
+        """
+        if self.exhausted():
+            return None
+        if self.interrupted:
+            return self.interrupted[0]
+        search = self.config.search
+        point = (
+            propose(search, self.config.train.seed, self.rows)
+            if len(self.rows) < search.num_trials
+            else None
+        )
+        if point is None:
+            return None
+        name = trial_config(self.config, point).run_name
+        known = {"images": 0, "curve": [], "seconds": 0.0, "failures": 0}
+        number = max((row["number"] for row in self.rows), default=0) + 1
+        return {"number": number, "point": point, "run": name, "status": RUNNING, **known}
+
+    def of(self, trial: Trial) -> dict[str, Any]:
+        """The row of a trial of Ray Tune's."""
+        return next(row for row in self.rows if row["number"] == trial.config["number"])
+
+    def begin(self, row: dict[str, Any]) -> None:
+        """Take in a row that ``next`` gave."""
+        if self.interrupted:
+            self.interrupted.remove(row)
+        else:
+            self.rows.append(row)
+        self.save(row)
+
+    def save(self, row: dict[str, Any]) -> None:
+        """Keep what is known of a trial by now."""
+        now = time.monotonic()
+        row["search_seconds"] = self.seconds()
+        row["seconds"] += now - self.clocks.get(row["number"], now)
+        self.clocks[row["number"]] = now
+        self.storage.write_json(f"trials/{row['number']:04d}.json", row)
+
+    def seconds(self) -> float:
+        """How long this search has gone on, its earlier attempts included."""
+        return self.spent + time.monotonic() - self.began
+
+    def exhausted(self) -> bool:
+        """Whether the hours or core-hours are used up."""
+        search, workers = self.config.search, self.config.cluster
+        hours = self.seconds() / 3600
+        core_hours = (
+            sum(row["seconds"] for row in self.rows)
+            * workers.max_workers
+            * workers.cpus_per_worker
+            / 3600
+        )
+        return (search.hours is not None and hours >= search.hours) or (
+            search.core_hours is not None and core_hours >= search.core_hours
+        )
+
+
+def describe(point: Point) -> str:
+    """A point of the space in words: ``window 5x2, latents 16, flow_depth 2``."""
+    return ", ".join(f"{key.partition('.')[2]} {value}" for key, value in point.items())
+
+
+def table(config: TuneConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A flat row for each trial, the best first, behind the finished ones those that were stopped
+    early, interrupted or failed.
+
+    What was measured of a finished trial is in its row by the names of ``goals.QUANTITIES``; of
+    another, what its last validation said. ``front`` counts from 1, the front of those that nobody
+    beats; ``feasible`` says whether all constraints are kept.
+    """
+    goals = config.search.goals
+
+    def flat(row: dict[str, Any]) -> dict[str, Any]:
+        known = (
+            row["values"] if row["status"] == FINISHED else row["curve"][-1] if row["curve"] else {}
+        )
+        kept = {
+            key: row[key]
+            for key in ("number", "run", "status", "images", "seconds", "failures", "error")
+            if key in row
+        }
+        return {**row["point"], **known, **kept}
+
+    by_status = {
+        status: [flat(row) for row in rows if row["status"] == status]
+        for status in (FINISHED, STOPPED, RUNNING, FAILED)
+    }
+    fronts = goals.ranked(by_status[FINISHED])
+    best = [
+        {**row, "front": number, "feasible": goals.violation(row) == 0}
+        for number, front in enumerate(fronts, 1)
+        for row in front
+    ]
+    stopped = [row for front in goals.ranked(by_status[STOPPED]) for row in front]
+    stopped += [row for row in by_status[STOPPED] if row not in stopped]
+    return [*best, *stopped, *by_status[RUNNING], *by_status[FAILED]]

@@ -1,0 +1,130 @@
+"""Reads over a network that continue from the byte reached after a failure."""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import urllib3
+
+from pipeline.errors import UserError
+from pipeline.storage.base import PIECE, Unavailable, too_short
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds."""
+READ_TIMEOUT = 20.0
+"""Seconds without a single byte, or with less than a chunk."""
+READ_CHUNK = 64 * 1024
+"""Bytes."""
+READ_ATTEMPTS = (
+    20  # in a row that bring less than a chunk: 64 s of back-off at least, 96 s on average
+)
+FIRST_ATTEMPTS = (
+    5  # if the server never answered this process: 6 s, since its address may well be wrong
+)
+BACKOFF = 0.25
+"""Seconds, doubled at each attempt, up to LONGEST_PAUSE."""
+LONGEST_PAUSE = 8.0
+
+logger = logging.getLogger(__name__)
+
+
+class ReadInterrupted(Exception):
+    """A read failed in a way in which the next may not; ``explanation`` is what to say if it was
+    the last.
+    """
+
+    def __init__(self, reason: object, explanation: UserError | None = None) -> None:
+        super().__init__(str(reason))
+        self.explanation = explanation
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A server's answer to a request for an object, from some byte on, its body not read yet."""
+
+    body: urllib3.BaseHTTPResponse
+    version: str | None  # changes when the object does
+    size: int  # of the whole object
+
+
+_reached: set[str] = set()
+"""The servers that ever answered this process."""
+
+
+def resuming_stream(
+    url: str,
+    server: str,
+    start: int,
+    length: int | None,
+    ask: Callable[[int, int | None, str | None], Answer],
+) -> Iterator[bytes]:
+    """The bytes of an object, from ``start``, in pieces; ``length`` none is all of it.
+
+    ``ask(position, stop, version)`` sends one request and raises ``ReadInterrupted`` if another may
+    do better. No client library retries a body that is cut or stalls: we ask again from the byte
+    reached, and only for the very same version of the object, so that no mixture of two is ever
+    returned.
+    """
+    position, stop = start, None if length is None else start + length
+    version, size, failures = None, None, 0
+    while stop is None or position < stop:
+        begin = position
+        try:
+            answer = ask(position, stop, version)
+            _reached.add(server)
+            try:
+                stop = answer.size if stop is None else stop
+                if answer.size < stop:
+                    raise too_short(url, start, stop, answer.size)
+                if (version, size) not in ((None, None), (answer.version, answer.size)):
+                    raise replaced(url)
+                version, size = answer.version, answer.size
+                for piece in _pieces(answer.body, stop - position):
+                    position += len(piece)
+                    yield piece
+            finally:
+                (
+                    answer.body.close()
+                    if stop is None or position < stop
+                    else answer.body.release_conn()
+                )
+        except (ReadInterrupted, urllib3.exceptions.HTTPError, OSError) as error:
+            failures = 1 if position - begin >= READ_CHUNK else failures + 1
+            if failures >= (
+                READ_ATTEMPTS if server in _reached else min(FIRST_ATTEMPTS, READ_ATTEMPTS)
+            ):
+                if isinstance(error, ReadInterrupted) and error.explanation:
+                    raise error.explanation from error
+                raise Unavailable(
+                    f"reading {url} broke off at byte {position} of"
+                    f" {'all' if stop is None else stop}, {failures} times in a row ({error});"
+                    f" check the connection to {server}"
+                ) from error
+            # Jitter: many ranks that were thrown off together must not come back together.
+            pause = random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, BACKOFF * 2**failures)
+            logger.warning(
+                "reading %s: %s at byte %d; trying again in %.1f s", url, error, position, pause
+            )
+            time.sleep(pause)
+
+
+def _pieces(body: urllib3.BaseHTTPResponse, size: int) -> Iterator[bytes]:
+    """``size`` bytes of a body as they come, or ``ReadInterrupted``."""
+    since, arrived = time.monotonic(), 0
+    while size:
+        piece = body.read1(min(size, PIECE))
+        if not piece:
+            raise ReadInterrupted("the connection was closed")
+        size -= len(piece)
+        arrived += len(piece)
+        yield piece
+        if time.monotonic() - since > READ_TIMEOUT:
+            if arrived < READ_CHUNK and size:
+                raise ReadInterrupted(f"only {arrived} bytes came in {READ_TIMEOUT:.0f} s")
+            since, arrived = time.monotonic(), 0
+
+
+def replaced(url: str) -> UserError:
+    return UserError(f"{url} was replaced while it was being read; run the command again")

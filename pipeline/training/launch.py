@@ -1,0 +1,181 @@
+"""Starting a training run on Ray Train: checks, workers, restarts."""
+
+import itertools
+import re
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import ray.train
+import ray.util.metrics
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.exceptions import ControllerError
+
+from pipeline import runs
+from pipeline.config.compose import build
+from pipeline.config.options import to_dict
+from pipeline.config.run import TrainConfig
+from pipeline.data import manifest
+from pipeline.errors import UserError
+from pipeline.runs import RESULT
+from pipeline.storage import open_storage
+from pipeline.storage.uploads import PATIENCE, patiently
+from pipeline.training import loop
+from pipeline.training.restarts import (
+    Restarts,
+    SaveAtTermination,
+    asked_to_stop,
+    terminated,
+)
+
+
+def check(config: TrainConfig) -> None:
+    """Raise UserError unless the data set exists, fits the model and the batch, and the run's name
+    is not another run's.
+    """
+    contents = check_data(config)
+    storage, identity = runs.run_storage(config), config.identity() | {"manifest": contents.digest}
+    if storage.exists("identity.json"):
+        earlier = storage.read_json("identity.json")
+        changed = [
+            f"{key}.{name}"
+            for key in ("dataset", "model", "optim", "train")
+            for name in identity[key]
+            if earlier.get(key, {}).get(name) != identity[key][name]
+        ]
+        if changed or earlier.get("manifest") != identity["manifest"]:
+            raise UserError(
+                f"run {config.run_name} in {storage.url} was started with another"
+                f" {', '.join(changed) or 'data set of this name'}; give this one another name=, or"
+                " delete that folder"
+            )
+    else:
+        storage.write_json("identity.json", identity)
+    storage.write_json("config.json", to_dict(config))
+
+
+def check_data(config: TrainConfig) -> manifest.Manifest:
+    """Raise UserError unless the data set exists, and fits the model and the batch; returns what is
+    in it.
+    """
+    contents = manifest.load(open_storage(config.dataset.url, config.storage.endpoint_url))
+    try:
+        config.build(contents.image_shape)
+    except ValueError as error:
+        raise UserError(
+            f"model.window: {error}" if "window" in str(error) else f"model: {error}"
+        ) from None
+    if contents.num_samples("train") < config.train.global_batch:
+        raise UserError(
+            f"train.global_batch={config.train.global_batch} is more than the"
+            f" {contents.num_samples('train')} training images of {config.dataset.url}; use a"
+            " smaller batch"
+        )
+    return contents
+
+
+def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
+    """Run ``worker`` on the workers of the cluster until the run is complete, or stopped. Ray must
+    be connected.
+
+    Raises UserError for a user's mistake that only the workers could see, or if the run fails again
+    and again without getting any further; else what Ray Train raises.
+    """
+    workers = config.cluster
+    restarts = Restarts(config.run_name, runs.run_storage(config), workers.max_failures)
+    is_elastic = workers.min_workers < workers.max_workers
+    for attempt in itertools.count(1):
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config=to_dict(config),
+            # A rank may wait for another's storage for as long as that is waited for. That a host
+            # is gone is told by Ray, and sooner.
+            torch_config=TorchConfig(timeout_s=int(PATIENCE) + 60),
+            scaling_config=ScalingConfig(
+                num_workers=(
+                    (workers.min_workers, workers.max_workers)
+                    if is_elastic
+                    else workers.max_workers
+                ),
+                use_gpu=workers.use_gpu,
+                resources_per_worker={"CPU": workers.cpus_per_worker}
+                | ({"GPU": 1} if workers.use_gpu else {}),
+                elastic_resize_monitor_interval_s=30.0,
+            ),
+            run_config=RunConfig(
+                name=config.run_name,
+                storage_path=f"{config.storage.root}/ray",
+                failure_config=FailureConfig(max_failures=-1),  # Restarts has the say
+                callbacks=[restarts, SaveAtTermination(), *callbacks],
+            ),
+        )
+        try:
+            trainer.fit()
+            return
+        except ControllerError as error:
+            if isinstance(error.controller_failure, UserError):
+                raise UserError(str(error.controller_failure)) from None
+            # Ray Train takes it for an error of its own, and gives up, if the workers do not get
+            # hold of each other.
+            if attempt > workers.max_failures:
+                raise
+            time.sleep(Restarts.pause(attempt))
+
+
+def worker(config: dict[str, Any]) -> None:
+    """What each worker of Ray Train does."""
+    typed, context = build(TrainConfig, config, {}), ray.train.get_context()
+    rank = context.get_world_rank()
+    try:
+        complete(
+            typed,
+            rank=rank,
+            world_size=context.get_world_size(),
+            device=get_device(),
+            on_validation=ray.train.report,
+            on_report=Gauges(typed.run_name).set,
+            should_stop=lambda: terminated.is_set() or (rank == 0 and asked_to_stop()),
+        )
+    except loop.Stopped:
+        # A worker was told to end, not the run: Ray Train starts it again on those that are left
+        if not asked_to_stop():
+            raise
+
+
+def complete(config: TrainConfig, *, rank: int = 0, **options: Any) -> None:
+    """Train to the end in this process, with the ``options`` of ``loop.fit``; rank 0 writes the
+    result, which marks the run as complete.
+    """
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    validation = loop.fit(config, rank=rank, **options)
+    if rank == 0:
+        storage = runs.run_storage(config)
+        result = {
+            "name": config.run_name,
+            "url": storage.url,
+            "model": to_dict(config)["model"],
+            "valid": validation,
+        }
+        patiently(partial(storage.write_json, RESULT, result))
+
+
+class Gauges:
+    """What a run says at Ray's metrics endpoint: the values of its log, as
+    ``ray_vlae_train_rate{run="..."}``.
+    """
+
+    def __init__(self, run: str) -> None:
+        self.tags, self.gauges = {"run": run}, dict[str, ray.util.metrics.Gauge]()
+
+    def set(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            if name not in self.gauges:
+                self.gauges[name] = ray.util.metrics.Gauge(
+                    "vlae_" + re.sub(r"\W", "_", name),
+                    f"{name} of a training run",
+                    tag_keys=("run",),
+                )
+            self.gauges[name].set(value, self.tags)

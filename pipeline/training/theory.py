@@ -1,0 +1,343 @@
+"""The theory held to a distribution whose entropy is known. It needs neither Ray nor a data set.
+
+Three decoders are trained on images of ``vlae.synthetic.clouds``, all of them new: one that sees
+nothing, one whose window covers the texture, and one that sees every earlier pixel. No code length
+can be below the entropy, so what each exceeds it by says how good its use of z is, whatever the
+rate.
+"""
+
+import math
+import multiprocessing
+import os
+import queue
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import vlae
+from pipeline.config.options import to_dict
+from pipeline.config.run import Algorithm, OptimOptions, TrainOptions
+from pipeline.errors import UserError
+from pipeline.evaluation import pictures
+from pipeline.evaluation.moments import Moments
+from pipeline.machine import keep_freed_memory
+from pipeline.runs import TRAINING_FILE, publish
+from pipeline.storage import open_storage
+from pipeline.storage.base import Storage
+from pipeline.training import optimizer
+from pipeline.values import JsonObject
+from vlae.synthetic import PatternedTexture, clouds
+
+WINDOWS = {"factorized": "0x0", "covering": "3x1", "full": "full"}
+LATENTS = {"factorized": 32, "covering": 8, "full": 8}
+"""The factorized decoder has to say much more."""
+FLOW_DEPTH = 2
+BATCH = 32
+OPTIM = OptimOptions(
+    algorithm=Algorithm.adam,
+    learning_rate=2e-3,
+    warmup_steps=100,
+    decay_fraction=0.5,
+    clip_norm=200.0,
+    ema_decay=0.999,
+)
+FREE_NATS, FREE_FRACTION = 3.5, 0.4
+"""The floor under the rate early in a run, about the global information. The full decoder has none:
+it is left to itself.
+"""
+
+KNOWN = "known"
+"""The job that computes what is known of the distribution."""
+JOBS = ("full", KNOWN, "covering", "factorized")
+"""In the order in which they are begun: what takes longest first."""
+
+POOL = 4096
+"""Images drawn at once: a draw takes as long for one as for some hundreds."""
+CHUNK = 500
+"""Images measured at once."""
+KNOWN_IMAGES = 40_000
+"""Images by which H(c|x) is measured."""
+SHOWN, AVERAGED = 8, 200
+"""Images in the figure, and how many decodings of each are averaged to show what its code says."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the three decoders are trained and measured on."""
+
+    images: int
+    """New images that each decoder is trained on."""
+    num_images: int
+    """Held-out images that it is measured on."""
+    seed: int
+    output: str
+    """Where the figures, the picture and the models go."""
+
+
+def experiment(config: Experiment) -> JsonObject:
+    """Train and measure the three decoders, draw the figure, and write it all to ``config.output``.
+
+    What exists already, made by the same options, is reused. Raises UserError if the output cannot
+    be written, or a run's numbers do not stay finite.
+    """
+    output = open_storage(config.output)
+    found = {job: _finished(output, config, job) for job in JOBS}
+    parts = {job: part for job, part in found.items() if part is not None}
+    reused = len(parts) == len(JOBS)
+    if not reused:
+        parts |= _work_all(config, [job for job in JOBS if job not in parts])
+    known = parts[KNOWN]
+    result = {
+        "options": _options(config),
+        **known,
+        **{name: _against(known, parts[name]) for name in WINDOWS},
+        "figure": f"{output.url}/theory.png",
+        "reused": reused,
+    }
+    output.write("theory.png", _figure(config, output, result))
+    return result
+
+
+def _options(config: Experiment) -> dict[str, Any]:
+    """Everything that the figures depend on."""
+    options = {key: value for key, value in asdict(config).items() if key != "output"}
+    recipe = {
+        "latents": LATENTS,
+        "flow_depth": FLOW_DEPTH,
+        "batch": BATCH,
+        "free_nats": FREE_NATS,
+        "free_fraction": FREE_FRACTION,
+    }
+    return {**options, **recipe, "optim": to_dict(OPTIM)}
+
+
+def _finished(output: Storage, config: Experiment, job: str) -> dict[str, Any] | None:
+    """The figures of a job that is done, if it was done with these options."""
+    key = f"{job}/{TRAINING_FILE}" if job == KNOWN else f"{job}/model/{TRAINING_FILE}"
+    if not output.exists(key):
+        return None
+    record = output.read_json(key)
+    return record["figures"] if record["options"] == _options(config) else None
+
+
+def _work_all(config: Experiment, jobs: list[str]) -> dict[str, dict[str, Any]]:
+    """Do some jobs, as many at once as there are cores, and show their progress."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    context = multiprocessing.get_context("spawn")
+    messages = context.Queue()
+    waiting, running = list(jobs), dict[str, BaseProcess]()
+    done: dict[str, dict[str, Any]] = {}
+    lengths: dict[str, float] = {}
+    images = sum(config.images for job in jobs if job != KNOWN)
+    with tqdm(
+        total=images, unit=" images", desc="training", dynamic_ncols=True, mininterval=1.0
+    ) as bar:
+        while waiting or running:
+            while waiting and len(running) < cores:
+                job = waiting.pop(0)
+                # Daemons end with this process, however it ends.
+                running[job] = context.Process(
+                    target=_work, args=(config, job, messages), daemon=True
+                )
+                running[job].start()
+            try:
+                job, kind, value = messages.get(timeout=1.0)
+            except queue.Empty:
+                for job, process in running.items():
+                    if process.exitcode:
+                        raise UserError(
+                            f"the process of {job} ended with exit code {process.exitcode}; run it"
+                            " again"
+                        ) from None
+                continue
+            if kind == "progress":
+                images, lengths[job] = value
+                bar.update(images)
+                bar.set_postfix({name: f"{length:.2f}" for name, length in lengths.items()})
+            elif kind == "error":
+                raise UserError(value)
+            else:
+                done[job] = value
+                running.pop(job).join()
+    return done
+
+
+def _work(config: Experiment, job: str, messages: Any) -> None:
+    """One job, in its process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to tell of
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    output, options = open_storage(config.output), _options(config)
+    try:
+        if job == KNOWN:
+            figures = known_quantities(clouds(), config.seed)
+            output.write_json(f"{job}/{TRAINING_FILE}", {"options": options, "figures": figures})
+        else:
+            model = train(
+                config,
+                job,
+                lambda images, length: messages.put((job, "progress", (images, length))),
+            )
+            figures = {"window": WINDOWS[job], **measure(config, model)}
+            publish(output.child(job), model, {"options": options, "figures": figures})
+    except UserError as error:
+        messages.put((job, "error", str(error)))
+    else:
+        messages.put((job, "done", figures))
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """Random numbers for one purpose; no two purposes share any."""
+    purposes = ("training", "held out", "known", "codes", "figure")
+    return torch.Generator().manual_seed(len(purposes) * seed + purposes.index(purpose))
+
+
+def known_quantities(images: PatternedTexture, seed: int) -> dict[str, Any]:
+    """What is known of a distribution, in nats per image.
+
+    H(x|c), and the code lengths without z, are exact. H(c|x), a small part of the entropy, is a
+    mean over images; it is what gives the entropy and the global information their standard errors.
+    """
+    draw, moments = generator(seed, "known"), Moments()
+    for _ in range(KNOWN_IMAGES // POOL + 1):
+        moments.add({"class_entropy": images.class_entropy(images.sample(POOL, draw)[0])})
+    information = math.log(images.classes) - moments.mean("class_entropy")
+    return {
+        "classes": images.classes,
+        "entropy": images.entropy_given_class + information,
+        "entropy_se": moments.standard_error("class_entropy"),
+        "entropy_given_class": images.entropy_given_class,
+        "global_information": information,
+        "global_information_se": moments.standard_error("class_entropy"),
+        "without_z": {
+            name: images.code_length_without_class(vlae.Window.parse(WINDOWS[name]))
+            for name in ("factorized", "covering")
+        },
+    }
+
+
+def train(config: Experiment, name: str, progress: Callable[[int, float], object]) -> vlae.VLAE:
+    """Train one decoder on images that are all new; returns the moving average of its weights.
+
+    ``progress`` is called about once a second with the images since the last call and their mean
+    code length in nats. Raises UserError if the gradients do not stay finite.
+    """
+    plan = TrainOptions(
+        images=config.images,
+        global_batch=BATCH,
+        num_streams=1,
+        free_nats=0.0 if name == "full" else FREE_NATS,
+        free_fraction=FREE_FRACTION,
+        rate_warmup_fraction=0.0,
+    )
+    images, draw, device = clouds(), generator(config.seed, "training"), torch.device("cpu")
+    torch.manual_seed(config.seed)
+    model = vlae.build(
+        image_shape=images.image_shape,
+        window=WINDOWS[name],
+        latents=LATENTS[name],
+        flow_depth=FLOW_DEPTH,
+    )
+    weights = vlae.flatten(model)
+    ema, adam, guard = (
+        vlae.EMA(model, OPTIM.ema_decay),
+        optimizer.make(OPTIM, weights),
+        optimizer.Guard(device),
+    )
+    at, lengths = time.monotonic(), list[Tensor]()
+    pool: Iterator[Tensor] = iter(())
+    for step in range(plan.num_steps):
+        x = next(pool, None)
+        if x is None:
+            pool = iter(images.sample(POOL, draw)[0].split(BATCH))
+            x = next(pool)
+        bound = model(x, torch.randn(len(x), model.latents, generator=draw))
+        rate = bound.rate.detach().mean()
+        loss = vlae.training_loss(
+            bound, rate, optimizer.free_nats(plan, step), optimizer.rate_weight(plan, step)
+        )
+        for group in adam.param_groups:
+            group["lr"] = optimizer.learning_rate(OPTIM, plan, step)
+        adam.zero_grad(set_to_none=False)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(weights, OPTIM.clip_norm)
+        guard.step(adam, norm, loss.detach())
+        ema.update(weights, step + 1)
+        lengths.append(-bound.elbo.detach().mean())
+        if time.monotonic() - at > 1 or step + 1 == plan.num_steps:
+            guard.check(name, step + 1)
+            progress(len(lengths) * BATCH, float(torch.stack(lengths).mean()))
+            at, lengths = time.monotonic(), []
+    return ema.module
+
+
+def measure(config: Experiment, model: vlae.VLAE) -> dict[str, Any]:
+    """A model's bound on held-out images, the same for every decoder, in nats per image, with
+    standard errors.
+
+    An image that is hard is hard for every model, and how hard on average is known: -log p(x) has
+    the mean H(x). So distortion and code length are measured by what they exceed it by, image by
+    image, which has a fraction of their variance.
+    """
+    images, draw, codes = (
+        clouds(),
+        generator(config.seed, "held out"),
+        generator(config.seed, "codes"),
+    )
+    moments = Moments()
+    for start in range(0, config.num_images, CHUNK):
+        x, _ = images.sample(min(CHUNK, config.num_images - start), draw)
+        estimate = vlae.estimate(model, x, torch.randn(1, len(x), model.latents, generator=codes))
+        distortion_excess = estimate.distortion + images.log_prob(x)
+        excess = estimate.rate + distortion_excess
+        moments.add(
+            {"rate": estimate.rate, "distortion_excess": distortion_excess, "excess": excess}
+        )
+    figures = {name: moments.mean(name) for name in moments.sums}
+    return figures | {f"{name}_se": moments.standard_error(name) for name in moments.sums}
+
+
+def _against(known: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """A decoder's figures: rate, distortion, code length = rate + distortion, and excess = code
+    length - entropy.
+    """
+    entropy, names = known["entropy"], ("window", "rate", "rate_se", "excess", "excess_se")
+    return {
+        **{name: measured[name] for name in names},
+        "distortion": entropy + measured["distortion_excess"],
+        "distortion_se": measured["distortion_excess_se"],
+        "code_length": entropy + measured["excess"],
+        "code_length_se": measured["excess_se"],
+    }
+
+
+def _figure(config: Experiment, output: Storage, result: dict[str, Any]) -> bytes:
+    distribution, draw = clouds(), generator(config.seed, "figure")
+    x, labels = distribution.sample(SHOWN, draw)
+    images = {"images": x, "their patterns": torch.sigmoid(distribution.patterns[labels])[:, None]}
+    drawn = {}
+    with tempfile.TemporaryDirectory() as name:
+        for decoder in WINDOWS:
+            folder = Path(name) / decoder
+            folder.mkdir()
+            for key in output.list(f"{decoder}/model/"):
+                output.download(key, folder / Path(key).name)
+            decodings = vlae.reconstruct(
+                vlae.load(folder), x.repeat(AVERAGED, 1, 1, 1), draw
+            ).unflatten(0, (AVERAGED, SHOWN))
+            drawn[decoder] = {
+                "one decoding": decodings[0],
+                f"mean of {AVERAGED}": decodings.mean(0),
+            }
+    return pictures.theory(result, images, drawn)

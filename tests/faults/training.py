@@ -1,0 +1,325 @@
+"""Training runs that are killed, told to end, cut off from storage, or find their newest state
+damaged: each as a user starts it.
+
+    python -m tests.training_faults        (part of make faults)
+
+Every run is a ``vlae train`` on two workers, its data and state on the real S3 server. It has to
+end with the weights of a run that was never disturbed, bit for bit: of the same samples, therefore,
+with the same noise, at each of its steps.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from pipeline import commands
+from pipeline.runs import read_rows
+from pipeline.storage import open_storage
+from pipeline.storage.base import Storage
+from pipeline.storage.server import ObjectStore
+from pipeline.training import loop
+from tests.faults import playing
+from tests.pipeline import strokes
+
+ROOT, WEIGHTS, WORKERS = "s3://tests/training", "model/model.safetensors", 2
+VLAE = str(Path(sys.executable).with_name("vlae"))
+OPTIONS = [
+    *strokes.TINY,
+    f"storage.root={ROOT}",
+    "train.images=16000",
+    "train.valid_every=4000",
+    "train.report_seconds=0.5",
+    "train.checkpoint_seconds=1",
+]
+"""2000 steps, which take a quarter of a minute at least."""
+
+
+@dataclass
+class Command:
+    """A ``vlae train`` of this name."""
+
+    name: str
+    options: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.run = open_storage(f"{ROOT}/runs/{self.name}")
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again."""
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        self.process = subprocess.Popen(
+            [
+                VLAE,
+                "train",
+                f"name={self.name}",
+                f"cluster.num_workers={WORKERS}",
+                *OPTIONS,
+                *self.options,
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def newest(self) -> str:
+        return max(self.run.list("checkpoints/"), default="checkpoints/0000000000")
+
+    def step(self) -> int:
+        """The step of its newest checkpoint."""
+        return int(Path(self.newest()).name[:10])
+
+    def wait_for_step(self, step: int) -> int:
+        """Wait until it has a checkpoint of this step or a later one; gives its step."""
+        while self.step() < step:
+            assert self.process.poll() is None, f"it ended:\n{self.output()[-2000:]}"
+            time.sleep(0.1)
+        return self.step()
+
+    def workers(self) -> list[psutil.Process]:
+        return [
+            process
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            if "RayTrainWorker" in " ".join(process.cmdline())
+        ]
+
+    def kill(self) -> None:
+        """SIGKILL for the command and all below it, as when power is cut."""
+        doomed = [*psutil.Process(self.process.pid).children(recursive=True), self.process]
+        for process in doomed:
+            process.kill()
+        self.process.wait()
+
+    def output(self) -> str:
+        return self.process.communicate(timeout=900)[0]
+
+    def finish(self) -> None:
+        """Wait for its end; fails unless it is a success."""
+        output = self.output()
+        assert self.process.returncode == 0, (
+            f"exit code {self.process.returncode}:\n{output[-2000:]}"
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the faults play on."""
+
+    store: ObjectStore
+    folder: Path
+
+    def stop_store(self) -> None:
+        self.store._process.kill()
+        self.store._process.wait()
+
+    def start_store(self) -> None:
+        """Another server on the same folder and port."""
+        self.store.__exit__(None, None, None)
+        self.store.__enter__()
+
+
+def worker_killed(stage: Stage) -> str:
+    command = Command("worker-killed")
+    at = command.wait_for_step(300)
+    command.workers()[1].kill()
+    return ended_as_whole(command, f"at step {at}")
+
+
+def worker_told_to_end(stage: Stage) -> str:
+    command = Command("worker-told-to-end", ["train.checkpoint_seconds=600"])
+    while len(read_rows(command.run)) < 5:
+        time.sleep(0.1)
+    command.workers()[1].terminate()
+    at = command.wait_for_step(1)  # no other checkpoint is due
+    return ended_as_whole(command, f"saved step {at} first")
+
+
+def driver_told_to_end(stage: Stage) -> str:
+    command = Command("driver-told-to-end", ["train.checkpoint_seconds=600"])
+    while len(read_rows(command.run)) < 5:
+        time.sleep(0.1)
+    asked = time.monotonic()
+    command.process.terminate()
+    output = command.output()
+    seconds = time.monotonic() - asked
+    assert command.process.returncode == 128 + signal.SIGTERM, output[-2000:]
+    said = re.search(
+        r"run driver-told-to-end is stopped, its state saved after step (\d+) of 2000; the same"
+        r" command goes on",
+        output,
+    )
+    assert said, output[-2000:]
+    assert int(said[1]) == command.step() > 0
+    command.start()
+    return ended_as_whole(command, f"saved step {said[1]} and ended within {seconds:.1f} s")
+
+
+def driver_killed(stage: Stage) -> str:
+    command = Command("driver-killed")
+    at = command.wait_for_step(300)
+    command.kill()
+    command.start()
+    return ended_as_whole(command, f"at step {at}")
+
+
+def killed_in_an_upload(stage: Stage) -> str:
+    command = Command("killed-in-an-upload")
+    command.wait_for_step(300)
+    stage.store._process.send_signal(signal.SIGSTOP)
+    time.sleep(3)  # the next checkpoint is due meanwhile, and its upload hangs
+    command.kill()
+    stage.store._process.send_signal(signal.SIGCONT)
+    at = command.step()
+    command.start()
+    return ended_as_whole(command, f"from step {at} on")
+
+
+def newest_damaged(stage: Stage) -> str:
+    command = Command("newest-damaged")
+    command.wait_for_step(300)
+    command.kill()
+    key = command.newest()
+    content = bytearray(command.run.read(key))
+    content[len(content) // 2] ^= 1
+    command.run.write(key, bytes(content))
+    command.start()
+    return ended_as_whole(command, f"step {int(Path(key).name[:10])} was damaged")
+
+
+def store_restarted(stage: Stage) -> str:
+    command = Command("store-restarted")
+    at = command.wait_for_step(300)
+    stage.stop_store()
+    stage.start_store()
+    return ended_as_whole(command, f"at step {at}")
+
+
+def store_away(stage: Stage) -> str:
+    """The data is in the cache, so that training goes on meanwhile."""
+    command = Command("store-away", [f"dataset.cache={stage.folder / 'cache'}"])
+    at = command.wait_for_step(300)
+    stage.stop_store()
+    time.sleep(60)
+    stage.start_store()
+    ended = ended_as_whole(command, f"from step {at} on, without a restart")
+    failures = read_rows(command.run)[-2]["train/failed_uploads"]
+    assert failures > 0, "nothing was written meanwhile"
+    attempts = len(command.run.list("tensorboard/"))
+    assert attempts == 1, f"it was started {attempts} times"
+    return f"{ended}; {failures:.0f} attempts at writing failed"
+
+
+FULL = """
+import sys
+from pipeline import loop, uploads
+from tests.faults import playing
+from tests.pipeline import strokes
+uploads.PATIENCE = 3
+strokes.write(strokes.data_storage(sys.argv[1]))
+loop.fit(strokes.train_config(sys.argv[1], "name=full", "train.images=80000", "train.keep_checkpoints=100000"))
+"""
+
+
+def disk_full(stage: Stage) -> str:
+    """A disk of its own, of 3 MB, which the namespace takes with it."""
+    command = (
+        f"mount -t tmpfs -o size=3m none {stage.folder} && exec {sys.executable} -c '{FULL}'"
+        f" {stage.folder}"
+    )
+    done = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(
+        r"Unavailable: cannot use .*/runs/full/.*: No space left on device; this went on for", last
+    ), last
+    return last
+
+
+FAULTS: dict[str, Callable[[Stage], str]] = {
+    "training: the driver is told to end": driver_told_to_end,
+    "training: a worker is told to end": worker_told_to_end,
+    "training: a worker is killed": worker_killed,
+    "training: the driver and all workers are killed": driver_killed,
+    "training: killed in the middle of an upload": killed_in_an_upload,
+    "training: the newest checkpoint is damaged": newest_damaged,
+    "training: the S3 server is killed and restarted": store_restarted,
+    "training: the S3 server is away for 60 s": store_away,
+    "training: the disk is full": disk_full,
+}
+
+
+# --- what they are held to ------------------------------------------------------------------------
+
+
+def train_on_one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORKERS
+    )
+    loop.fit(commands.load("train", [*OPTIONS, "name=whole"]), rank=rank, world_size=WORKERS)
+    dist.destroy_process_group()
+
+
+def undisturbed() -> None:
+    """The run that nothing happens to, on as many ranks, without Ray."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(train_on_one_rank, (folder,), nprocs=WORKERS)
+
+
+def ended_as_whole(command: Command, how: str) -> str:
+    command.finish()
+    assert_same(command.run, open_storage(f"{ROOT}/runs/whole"))
+    return f"{how}; same weights"
+
+
+def assert_same(run: Storage, whole: Storage) -> None:
+    assert run.read(WEIGHTS) == whole.read(WEIGHTS), "other weights"
+    one, other = (
+        [row for row in read_rows(each) if "valid/elbo_nats" in row] for each in (run, whole)
+    )
+    assert one == other, "other validations"
+
+
+def play() -> tuple[int, int]:
+    """Play all of them, with a line for each; how many there were, and how many passed."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(contextlib.chdir(folder))  # where the commands keep MLflow's database
+        store = stack.enter_context(ObjectStore(f"{folder}/store", "tests"))
+        stack.enter_context(mock.patch.dict(os.environ, store.environment()))
+        ours = {
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "OMP_NUM_THREADS": "1",
+        }  # as in Ray's workers
+        stack.enter_context(mock.patch.dict(os.environ, ours))
+        strokes.write(strokes.data_storage(ROOT))
+        undisturbed()
+        return playing.play(
+            (name, partial(fault, Stage(store, Path(tempfile.mkdtemp(dir=folder)))))
+            for name, fault in FAULTS.items()
+        )
+
+
+if __name__ == "__main__":
+    playing.finish(*play())

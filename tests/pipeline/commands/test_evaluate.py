@@ -1,0 +1,263 @@
+"""``vlae evaluate`` from the outside: what it prints, and what is in its result."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import vlae
+from pipeline import cli, commands
+from pipeline.commands import evaluate
+from pipeline.config import sections
+from pipeline.data import manifest
+from pipeline.data.loader import EvalLoader
+from pipeline.data.manifest import Manifest
+from pipeline.evaluation.probe import Codes, Probes, encode
+from pipeline.storage import open_storage
+from pipeline.training import loop
+from tests.pipeline import strokes
+
+MODELS = {
+    "flow": [],  # one step
+    "normal": ["model.flow_depth=0"],
+    "deep": ["model.flow_depth=2"],
+    "iaf": ["model.flow_depth=0", "model.posterior_depth=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A storage root with the data set ``strokes``; with ``unlabelled``, the same without classes;
+    and ``single``, of one test image.
+    """
+    root = str(tmp_path_factory.mktemp("root"))
+    contents = strokes.write(strokes.data_storage(root))
+    for name in ("unlabelled", "single"):
+        storage = open_storage(f"{root}/datasets/{name}")
+        strokes.write(storage)
+        splits = contents.splits
+        if name == "single":
+            shard = strokes.write_shard(
+                storage, strokes.Strokes(), "test", "test/00000.tar", 0, 1, 16
+            )
+            splits = {**splits, "test": (shard,)}
+        Manifest(name, contents.image_shape, 2 if name == "single" else None, 16, splits).publish(
+            storage
+        )
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(root: str) -> str:
+    """Where the trained models are: one run for each of ``MODELS``."""
+    for name, overrides in MODELS.items():
+        loop.fit(strokes.train_config(root, f"name={name}", *overrides))
+    return f"{root}/runs"
+
+
+def strict(text: str) -> dict[str, Any]:
+    """JSON as the standard has it, without NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return dict(json.loads(text, parse_constant=refuse))
+
+
+def evaluated(
+    capsys: pytest.CaptureFixture[str], output: Path, *arguments: str, code: int = 0
+) -> tuple[str, dict[str, Any]]:
+    """What the command prints, or its error, and its result."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(
+            ["evaluate", f"output={output}", "bounds.samples=4", "bounds.pictures=5", *arguments]
+        )
+    printed = capsys.readouterr()
+    assert ended.value.code == code, printed.err
+    if code:
+        return printed.err.splitlines()[-1], {}
+    return printed.out, strict((output / "result.json").read_text())
+
+
+def encoded(runs: Path, name: str, split: str) -> Codes:
+    """The codes of a split's images under a trained model."""
+    data = strokes.data_storage(str(runs.parent))
+    return encode(
+        vlae.load(runs / name / "model"),
+        EvalLoader(data, manifest.load(data), split=split, batch_size=5),
+        binarization=sections.Binarization.dynamic,
+        seed=0,
+        device=torch.device("cpu"),
+        threads=1,
+        progress=lambda count: None,
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_accounting_of_a_trained_model_adds_up(
+    name: str, runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed, result = evaluated(capsys, tmp_path, f"model={runs}/{name}")
+    test = result["test"]
+    assert test["num_images"] == 13
+    assert test["slack_nats"] == pytest.approx(test["elbo_nats"] - test["iwae_nats"])
+    assert 0 < test["slack_nats_se"] < test["elbo_nats_se"]
+    latents = test["latents"]
+    assert 0 <= test["active_units"] <= 4 == len(latents["code_variance"])
+    assert f"\n{test['active_units']} of 4 latents are active" in printed
+    assert ("rate_nats" in latents) == (name in ("flow", "normal"))
+    if "rate_nats" in latents:
+        assert sum(latents["rate_nats"]) == pytest.approx(test["rate_nats"], rel=1e-5)
+        assert len(latents["rate_nats_se"]) == 4
+    assert ("mutual_information_nats" in test) == ("I(x; z)" in printed) == (name != "iaf")
+    files = ["reconstructions", "samples"]
+    if name != "iaf":
+        files.append("latents")
+        assert test["mutual_information_images"] == 13
+        assert test["mutual_information_nats"] + test["marginal_kl_nats"] == pytest.approx(
+            test["rate_nats"]
+        )
+        assert test["mutual_information_nats"] <= math.log(13)
+        assert (
+            test["mutual_information_nats"]
+            < test["capacity_nats"] + 4 * test["mutual_information_nats_se"]
+        )
+        assert test["capacity_bits"] == pytest.approx(sum(latents["capacity_bits"]))
+        assert f"{math.log2(13):.2f} that tell 13 images apart" in printed
+    assert result["pictures"] == [f"{tmp_path}/{file}.png" for file in files]
+    for picture in result["pictures"]:
+        Image.open(picture).load()
+
+    probe = test["probe"]
+    assert probe.keys() == {"linear", "two_layer", "linear_of_sample", "majority"}
+    for figures in probe.values():
+        assert (13 * figures["accuracy"]) == pytest.approx(round(13 * figures["accuracy"]))
+        share = figures["accuracy"]
+        assert figures["accuracy_se"] == pytest.approx(math.sqrt(share * (1 - share) / 12))
+    codes = {split: encoded(Path(runs), name, split) for split in ("train", "valid", "test")}
+    right = Probes(codes["train"], codes["valid"]).correct(codes["test"])
+    assert {name: figures["accuracy"] for name, figures in probe.items()} == pytest.approx(
+        {name: each.double().mean().item() for name, each in right.items()}
+    )
+    for name, label in evaluate.PROBES.items():
+        share = f"{100 * probe[name]['accuracy']:.2f}"
+        assert [line for line in printed.splitlines() if label in line and share in line]
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads(
+    runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(evaluate, "num_threads", lambda device, threads=threads: threads)
+        monkeypatch.setattr(evaluate, "BATCH", 2 * threads)
+        _, result = evaluated(capsys, tmp_path, f"model={runs}/flow")
+        test = result["test"]
+        found.append([test.pop("latents"), test.pop("probe"), test])
+    (latents, probe, test), (other_latents, other_probe, other) = found
+    assert other == pytest.approx(test, rel=1e-4, abs=1e-5)
+    assert other_probe == probe
+    for key, values in latents.items():
+        assert other_latents[key] == pytest.approx(values, rel=1e-4, abs=1e-5)
+
+
+def test_groups_that_had_free_bits_have_their_rates(
+    runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_storage(f"{runs}/normal")
+    copy = open_storage(f"{tmp_path}/copy")
+    for key in run.list("model/"):
+        copy.write(key, run.read(key))
+    training = run.read_json("model/training.json")
+    training["config"]["train"]["free_groups"] = 2
+    copy.write_json("model/training.json", training)
+    printed, result = evaluated(capsys, tmp_path / "out", f"model={copy.url}")
+    latents = result["test"]["latents"]
+    rates = latents["rate_bits"]
+    assert latents["group_rate_bits"] == pytest.approx([rates[0] + rates[1], rates[2] + rates[3]])
+    assert (
+        f"rate of each group of latents, in bits:\n  {latents['group_rate_bits'][0]:.2f} "
+        in printed
+    )
+
+
+def test_without_labels_nothing_is_said_of_probes(
+    root: str, runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ([f"dataset_url={root}/datasets/unlabelled"], ["probe_images=0"]):
+        printed, result = evaluated(capsys, tmp_path, f"model={runs}/flow", *arguments)
+        assert "probe" not in result["test"]
+        assert "class" not in printed
+        assert "mutual_information_nats" in result["test"]
+
+
+def test_a_single_image_has_figures_but_no_errors(
+    root: str, runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed, result = evaluated(
+        capsys, tmp_path, f"model={runs}/flow", f"dataset_url={root}/datasets/single"
+    )
+    test = result["test"]
+    assert test["num_images"] == 1
+    assert {
+        test[f"{name}_nats_se"] for name in ("rate", "distortion", "elbo", "iwae", "slack")
+    } == {None}
+    assert {figures["accuracy_se"] for figures in test["probe"].values()} == {None}
+    assert test["latents"]["rate_nats_se"] == [None] * 4
+    assert "+-" not in printed
+    assert f"  rate                      {test['rate_nats']:.3f}  " in printed
+
+
+def test_a_split_that_the_probes_have_seen_is_named_so(
+    runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed, result = evaluated(capsys, tmp_path, f"model={runs}/flow", "split=valid")
+    assert "on the images that chose the probes:" in printed
+    for name in ("linear", "two_layer", "linear_of_sample"):
+        probe = result["valid"]["probe"][name]
+        assert probe["accuracy"] == probe["valid_accuracy"]
+    printed, _ = evaluated(
+        capsys, tmp_path, f"model={runs}/flow", "split=train", "bounds.num_images=20"
+    )
+    assert "on the images that the probes were fitted on:" in printed
+
+
+def test_too_few_images_for_a_probe_are_refused_with_the_option_to_change(
+    runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error, _ = evaluated(capsys, tmp_path, f"model={runs}/flow", "probe_images=1", code=2)
+    assert error.startswith("error: probes need training images of two classes")
+    assert "raise probe_images" in error
+
+
+def test_a_run_that_is_validated_on_one_image_ends_well(
+    root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = loop.fit(strokes.train_config(root, "name=single", "train.valid_images=1"))
+    assert result["elbo_nats_se"] is None
+    storage = open_storage(f"{root}/runs/single")
+    strict(storage.read("model/training.json").decode())
+    for line in storage.read("metrics.jsonl").decode().splitlines():
+        strict(line)
+
+
+def test_figures_are_kept_when_a_picture_cannot_be_drawn(
+    runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr("pipeline.evaluation.pictures.samples", fail)
+    options = commands.load(
+        "evaluate",
+        [f"model={runs}/flow", f"output={tmp_path}", "bounds.samples=4", "bounds.pictures=5"],
+    )
+    with pytest.raises(MemoryError):
+        evaluate.run(options)
+    kept = strict((tmp_path / "result.json").read_text())
+    assert kept["test"]["num_images"] == 13
+    assert kept["pictures"] == []

@@ -1,0 +1,137 @@
+"""``vlae theory`` from the outside, with a budget of seconds: what it writes is consistent, and is
+made once.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import vlae
+from pipeline import cli, commands
+from pipeline.commands import theory
+
+DECODERS = ("factorized", "covering", "full")
+SMALL = ["images=320", "num_images=60"]
+
+
+@pytest.fixture(scope="module")
+def done(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
+    """The folder of a finished run, and what it printed."""
+    folder = tmp_path_factory.mktemp("theory")
+    command = [sys.executable, "-m", "pipeline", "theory", *SMALL, f"output={folder}"]
+    root = Path(theory.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return folder, subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=folder, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def result(done: tuple[Path, "subprocess.CompletedProcess[str]"]) -> dict[str, Any]:
+    """The finished run's ``result.json``."""
+    found: dict[str, Any] = json.loads((done[0] / "result.json").read_text())
+    return found
+
+
+def test_it_ends_with_its_result_and_says_what_it_measured(
+    done: tuple[Path, "subprocess.CompletedProcess[str]"], result: dict[str, Any]
+) -> None:
+    folder, process = done
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert lines[-1] == f"result: {folder}/result.json"
+    assert lines[-2] == f"figure: {folder}/theory.png"
+    assert (
+        "960 images" in process.stderr or "960/960" in process.stderr
+    )  # the progress of three decoders
+    for value in (
+        result["entropy"],
+        result["global_information"],
+        result["covering"]["rate"],
+        result["full"]["code_length"],
+    ):
+        assert f"{value:.3f} +- " in process.stdout
+    with Image.open(folder / "theory.png") as figure:
+        assert figure.format == "PNG"
+        assert min(figure.size) > 1000
+
+
+def test_what_is_known_adds_up(result: dict[str, Any]) -> None:
+    assert result["entropy"] == pytest.approx(
+        result["entropy_given_class"] + result["global_information"], rel=1e-12
+    )
+    assert 0 < result["global_information"] < torch.tensor(result["classes"]).log()
+    assert result["entropy_se"] < 0.01
+    # What the theory is about: the covering decoder has much to gain from z, the factorized one has
+    # more.
+    assert result["without_z"]["covering"] > 1.05 * result["entropy"]
+    assert result["without_z"]["factorized"] > 1.2 * result["without_z"]["covering"]
+
+
+def test_a_decoders_figures_add_up_and_none_beats_the_entropy(result: dict[str, Any]) -> None:
+    for name in DECODERS:
+        row = result[name]
+        assert row["code_length"] == pytest.approx(row["rate"] + row["distortion"], rel=1e-12)
+        assert row["excess"] == pytest.approx(row["code_length"] - result["entropy"], abs=1e-9)
+        assert row["excess"] > 4 * row["excess_se"], (
+            "after ten steps no decoder is near the entropy"
+        )
+        assert all(row[f"{key}_se"] > 0 for key in ("rate", "distortion", "code_length"))
+    assert [result[name]["window"] for name in DECODERS] == ["0x0", "3x1", "full"]
+
+
+def test_the_trained_models_are_kept(
+    done: tuple[Path, "subprocess.CompletedProcess[str]"], result: dict[str, Any]
+) -> None:
+    for name in DECODERS:
+        model = vlae.load(done[0] / name / "model")
+        assert model.arguments["window"] == result[name]["window"]
+        assert vlae.sample(model, 2, torch.Generator().manual_seed(0)).shape == (2, 1, 16, 16)
+
+
+def test_a_second_run_makes_only_what_is_missing_and_makes_it_the_same(
+    done: tuple[Path, "subprocess.CompletedProcess[str]"],
+    result: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = done[0]
+    pictured = (folder / "theory.png").read_bytes()
+    shutil.rmtree(folder / "covering")
+    written = {
+        path: path.stat().st_mtime_ns
+        for name in ("known", "full", "factorized")
+        for path in (folder / name).rglob("*")
+    }
+    assert theory.run(commands.load("theory", [*SMALL, f"output={folder}"])) == result
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert (folder / "theory.png").read_bytes() == pictured
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["theory", *SMALL, f"output={folder}"])
+    assert ended.value.code == 0
+    assert f"figure (made before): {folder}/theory.png\n" in capsys.readouterr().out
+    again = json.loads((folder / "result.json").read_text())
+    assert again.pop("reused")
+    assert again == {key: value for key, value in result.items() if key != "reused"}
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [("images=31", "at least 32"), ("num_images=1", "at least 2"), ("seed=-1", "0")],
+)
+def test_a_mistake_ends_in_one_sentence(
+    option: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["theory", option])
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,167 @@
+"""A search's report opens from disk in a real browser, tells and sorts its trials, and needs
+nothing but itself.
+"""
+
+import asyncio
+import io
+import re
+import xml.etree.ElementTree
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from pipeline import commands, runs
+from pipeline.config import compose, options, run, search
+from pipeline.search import report, trials
+from pipeline.storage import open_storage
+from pipeline.storage.base import Storage
+from tests.browser import CHROMIUM, Page
+from tests.pipeline import strokes
+
+VALUES = [  # window, latents, status, rate in bits, distortion in nats, accuracy of the probe
+    ("0x0", 2, "finished", 30.0, 70.0, 0.9),
+    ("0x0", 4, "finished", 33.0, 68.0, 0.95),
+    ("3x1", 2, "finished", 12.0, 80.0, 0.8),
+    ("3x1", 4, "finished", 14.0, 82.0, 0.7),
+    ("<5x2>", 2, "stopped early", 9.0, 90.0, None),
+    ("<5x2>", 4, "failed", None, None, None),
+]
+
+
+def records() -> list[dict[str, Any]]:
+    rows = []
+    for number, (window, latents, status, rate, distortion, probe) in enumerate(VALUES, 1):
+        row: dict[str, Any] = {
+            "number": number,
+            "point": {"model.window": window, "model.latents": latents},
+            "run": f"run-{number}",
+        }
+        row |= {"status": status, "images": 0, "seconds": 9.5, "failures": 0, "curve": []}
+        if rate is not None and distortion is not None:
+            measured = {
+                "nll": distortion + 0.69 * rate,
+                "rate_bits": rate,
+                "distortion_nats": distortion,
+            }
+            row["curve"] = [
+                {"images": images, **measured}
+                for images in ((80, 160, 240) if status == "finished" else (80,))
+            ]
+            row["images"] = row["curve"][-1]["images"]
+            if status == "finished":
+                row["values"] = {
+                    **measured,
+                    "nll_se": 0.5,
+                    "probe_accuracy": probe,
+                    "images_per_s": 400.0,
+                }
+        if status == "failed":
+            row["error"] = "OutOfMemoryError"
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """The report of a search whose models have just begun to learn."""
+    root = str(tmp_path_factory.mktemp("store"))
+    shape = strokes.write(strokes.data_storage(root)).image_shape
+    plain = options.to_dict(
+        commands.load("tune", [*strokes.TINY, f"storage.root={root}", "search.constraints=[]"])
+    )
+    # A window that the schema would refuse, so that what is odd in a value is seen not to become a
+    # part of the page.
+    plain["search"] |= {
+        "space": {"model": {"window": ["0x0", "3x1"], "latents": [2, 4]}},
+        "objectives": ["min rate_bits", "min distortion_nats"],
+    }
+    loaded = compose.build(search.TuneConfig, plain, {})
+    loaded.search.space["model"]["window"].append("<5x2>")
+    for row in records():
+        if row["status"] == "finished":
+            trial = compose.build(
+                run.TrainConfig,
+                options.to_dict(strokes.train_config(root)),
+                {**row["point"], "name": row["run"]},
+            )
+            runs.publish(runs.run_storage(trial), trial.build(shape), {})
+    output = open_storage(f"{root}/searches/mine")
+    report.write(loaded, output, trials.table(loaded, records()), records())
+    return output
+
+
+def test_everything_is_written(written: Storage) -> None:
+    assert {*report.PICTURES, report.PAGE, report.TABLE} == set(written.list())
+    for name in report.PICTURES:
+        assert Image.open(io.BytesIO(written.read(name))).width > 500
+
+
+def test_the_table_holds_every_trial_with_what_was_measured(written: Storage) -> None:
+    table = pyarrow.parquet.read_table(io.BytesIO(written.read(report.TABLE))).to_pylist()
+    assert {row["number"] for row in table} == {1, 2, 3, 4, 5, 6}
+    found = next(row for row in table if row["number"] == 2)
+    assert (found["model.window"], found["model.latents"], found["rate_bits"], found["front"]) == (
+        "0x0",
+        4,
+        33.0,
+        1,
+    )
+    assert next(row for row in table if row["number"] == 6)["error"] == "OutOfMemoryError"
+
+
+def test_the_charts_are_drawings_whose_parts_have_ids_of_their_own(written: Storage) -> None:
+    page = written.read(report.PAGE).decode()
+    charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(charts) == 4
+    for chart in charts:
+        xml.etree.ElementTree.fromstring(chart)
+    ids = re.findall(r'\bid="(trial\d+\.[\w-]+|row\d+)"', page)
+    assert len(ids) == len(set(ids))
+    assert {f"trial{number}.front" for number in range(1, 6)} <= set(ids)
+    assert "<5x2>" not in page
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no browser on this machine: apt-get install chromium"
+)
+def test_in_a_browser_it_shows_its_trials_under_the_mouse_and_sorts_them(
+    written: Storage, tmp_path: Path
+) -> None:
+    async def visit() -> None:
+        async with Page(tmp_path) as page:
+            url = f"file://{written.url}/{report.PAGE}"
+            await page.open(url)
+            assert await page.evaluate("document.querySelectorAll('section').length") == 6
+            assert await page.evaluate(
+                "[...document.images].every(image => image.naturalWidth > 0)"
+            )
+            assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+                "the page is wider than the window"
+            )
+            titles = "[...document.querySelectorAll('th')].map(head => head.textContent)"
+            column = (await page.evaluate(titles)).index("rate, bits") + 1
+            cells = (
+                f"[...document.querySelectorAll('tbody td:nth-child({column})')].map(cell =>"
+                " cell.textContent)"
+            )
+            rates = ["9.0", "12.0", "14.0", "30.0", "33.0"]
+            assert await page.evaluate(cells) != [*rates, ""]
+            await page.mouse("click", f"th:nth-child({column}) button")
+            assert await page.evaluate(cells) == [*rates, ""]
+            await page.mouse("click", f"th:nth-child({column}) button")
+            assert await page.evaluate(cells) == [*rates[::-1], ""], "what has no value comes last"
+            tip = "(tip => tip.hidden ? null : tip.textContent)(document.getElementById('tip'))"
+            assert await page.evaluate(tip) is None
+            await page.mouse("mouseMoved", "[id='trial3.front'] use")
+            assert (await page.evaluate(tip)).startswith("window 3x1, latents 2\n")
+            assert "rate, bits: 12.0" in await page.evaluate(tip)
+            assert await page.evaluate("document.getElementById('row3').className") == "lit"
+            await page.mouse("mouseMoved", "h1")
+            assert await page.evaluate(tip) is None
+            assert page.errors() == []
+            assert page.requested() == [url], "it asks for more than itself"
+
+    asyncio.run(visit())

@@ -1,0 +1,562 @@
+"""The training loop, without Ray: a run that is cut off anywhere, or dealt to more ranks, is the
+same run; and what ends one.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+import vlae
+from pipeline import runs
+from pipeline.config.run import TrainConfig
+from pipeline.config.sections import Binarization
+from pipeline.data import manifest
+from pipeline.data.batch import Batch, binarize
+from pipeline.data.loader import EvalLoader
+from pipeline.errors import UserError
+from pipeline.evaluation.measure import measure, report
+from pipeline.runs import read_rows
+from pipeline.storage import open_storage
+from pipeline.storage.base import Storage
+from pipeline.training import checkpoint, learner, loop
+from pipeline.training.optimizer import Guard
+from tests.pipeline import strokes
+
+CPU = torch.device("cpu")
+WEIGHTS = "model/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the data set."""
+    folder = str(tmp_path_factory.mktemp("root"))
+    strokes.write(strokes.data_storage(folder))
+    return folder
+
+
+def configure(root: str, name: str, *overrides: str) -> TrainConfig:
+    return strokes.train_config(root, f"name={name}", *overrides)
+
+
+@pytest.fixture(scope="module")
+def whole(root: str) -> Storage:
+    """The run of 30 steps that nothing interrupted."""
+    config = configure(root, "whole")
+    loop.fit(config)
+    return runs.run_storage(config)
+
+
+class Interrupted(Exception):
+    """Stands for the end of a process."""
+
+
+def interrupt(config: TrainConfig, validation: int) -> None:
+    """Train up to a validation's end, and no further."""
+    seen: list[dict[str, Any]] = []
+
+    def count(metrics: dict[str, Any]) -> None:
+        seen.append(metrics)
+        if len(seen) == validation:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        loop.fit(config, on_validation=count)
+
+
+def rows_of(run: Storage, kind: str) -> list[dict[str, float]]:
+    return [row for row in read_rows(run) if f"{kind}/rate" in row or f"{kind}/rate_nats" in row]
+
+
+def steps_of(run: Storage, kind: str) -> list[float]:
+    return [row["step"] for row in rows_of(run, kind)]
+
+
+def test_a_run_leaves_its_model_its_log_and_its_newest_checkpoints(
+    whole: Storage, root: str
+) -> None:
+    kept = whole.list()
+    checkpoints = [key for key in kept if key.startswith("checkpoints/")]
+    assert len(checkpoints) == 2
+    assert int(Path(checkpoints[-1]).name[:10]) == 30
+    for folder in ("model/", "best/model/"):
+        files = {f"{folder}{name}" for name in ("model.json", "training.json", "model.safetensors")}
+        assert {key for key in kept if key.startswith(folder)} == files
+    assert "metrics.jsonl" in kept
+    assert any(key.startswith("tensorboard/") for key in kept)
+    training = whole.read_json("model/training.json")
+    assert training["config"]["name"] == "whole"
+    assert training["config"]["model"]["window"] == "3x1"
+    assert training["manifest"] == manifest.load(strokes.data_storage(root)).digest
+
+
+def test_the_log_has_every_step_once_with_its_learning_rate(whole: Storage) -> None:
+    rows = rows_of(whole, "train")
+    assert [row["step"] for row in rows] == list(range(10, 31))
+    assert all(row["images"] == 8 * row["step"] for row in read_rows(whole) if "images" in row)
+    assert all(
+        row["train/code_length"] == row["train/distortion"] + row["train/rate"] for row in rows
+    )
+    rates = [row["train/learning_rate"] for row in rows]
+    assert rates[:6] == [2e-3] * 6  # the last half of the run is the decay
+    assert rates[6:] == pytest.approx(np.linspace(2e-3, 2e-3 / 15, 15).tolist())
+    assert steps_of(whole, "valid") == [10, 20, 30]
+
+
+def test_what_is_published_is_the_average_and_its_measure_is_the_last_validation(
+    whole: Storage, root: str, tmp_path: Path
+) -> None:
+    for key in whole.list("model/"):
+        whole.download(key, tmp_path / Path(key).name)
+    model = vlae.load(tmp_path)
+    fresh = vlae.build(**json.loads((tmp_path / "model.json").read_text()))
+    ema = vlae.EMA(fresh, 0.9)
+    assert checkpoint.resume(whole, {"model": fresh, "ema": ema}) == 30
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, ema.state_dict()[name])
+    assert any(
+        not torch.equal(value, model.state_dict()[name])
+        for name, value in fresh.state_dict().items()
+    )
+    data = strokes.data_storage(root)
+    loader = EvalLoader(data, manifest.load(data), split="valid", batch_size=64)
+    moments = measure(
+        model, loader, samples=1, binarization=Binarization.dynamic, seed=0, device=CPU
+    )
+    training = whole.read_json("model/training.json")
+    assert {"images": 240, **report(moments, model, 1)} == training["valid"]
+    assert read_rows(whole)[-1]["valid/elbo_nats"] == training["valid"]["elbo_nats"]
+
+
+@pytest.mark.parametrize("validation", [1, 2, 3])
+def test_a_run_cut_off_at_a_validation_ends_as_if_it_had_not_been(
+    validation: int, whole: Storage, root: str
+) -> None:
+    config = configure(root, f"cut-{validation}")
+    interrupt(config, validation)
+    run = runs.run_storage(config)
+    assert not run.exists(WEIGHTS)
+    valid = loop.fit(config)
+    assert run.read(WEIGHTS) == whole.read(WEIGHTS)
+    assert valid == whole.read_json("model/training.json")["valid"]
+    assert steps_of(run, "train") == sorted(set(steps_of(run, "train")))
+    assert rows_of(run, "valid")[-1] == rows_of(whole, "valid")[-1]
+    assert len(rows_of(run, "train")) >= 12
+    common = {row["step"]: row["train/rate"] for row in rows_of(whole, "train")}
+    same = [
+        row["train/rate"] == common[row["step"]]
+        for row in rows_of(run, "train")
+        if row["step"] % 10
+    ]
+    assert (
+        same.count(True) >= len(same) - 1
+    )  # the first of a resumed run is an average over ten steps
+
+
+def test_a_run_cut_off_at_a_validation_has_that_validation_in_its_log(
+    whole: Storage, root: str
+) -> None:
+    config = configure(root, "cut-log")
+    interrupt(config, 1)
+    reported: list[int] = []
+    loop.fit(config, on_validation=lambda metrics: reported.append(metrics["step"]))
+    assert steps_of(runs.run_storage(config), "valid") == steps_of(whole, "valid")
+
+
+def test_a_checkpoint_is_never_in_storage_before_the_log_up_to_it(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(root, "log-first", "train.report_seconds=3600")
+    run, save = runs.run_storage(config), checkpoint.save
+    logged: dict[int, list[float]] = {}
+
+    def look_and_save(storage: Storage, step: int, *arguments: Any) -> None:
+        logged[step] = steps_of(run, "valid")
+        save(storage, step, *arguments)
+
+    monkeypatch.setattr(checkpoint, "save", look_and_save)
+    loop.fit(config)
+    assert min(logged) < 20
+    assert logged == {step: [valid for valid in (10, 20) if valid <= step] for step in logged}
+
+
+def test_steps_go_on_while_a_checkpoint_is_being_written(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, save = configure(root, "slow-upload"), checkpoint.save
+    is_far, waited = threading.Event(), list[bool]()
+
+    def wait_and_save(*arguments: Any) -> None:
+        waited.append(is_far.wait(60))
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", wait_and_save)
+    loop.fit(config, on_report=lambda row: is_far.set() if row["images"] >= 25 * 8 else None)
+    assert waited[0], "15 steps after the first checkpoint waited for it"
+    assert runs.run_storage(config).list("checkpoints/")
+
+
+def test_a_run_without_its_checkpoints_starts_afresh_and_its_log_too(
+    whole: Storage, root: str
+) -> None:
+    config = configure(root, "fresh")
+    interrupt(config, 3)
+    run = runs.run_storage(config)
+    run.delete(run.list("checkpoints/"))
+    assert read_rows(run)
+    loop.fit(config)
+    assert run.read(WEIGHTS) == whole.read(WEIGHTS)
+    assert steps_of(run, "train") == steps_of(whole, "train")
+    assert steps_of(run, "valid") == steps_of(whole, "valid")
+
+
+def test_a_finished_run_that_is_run_again_keeps_its_log(root: str) -> None:
+    config = configure(root, "twice")
+    loop.fit(config)
+    run = runs.run_storage(config)
+    before = read_rows(run)
+    loop.fit(config)
+    assert read_rows(run) == before
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.seed=1", "dataset.binarization=static", "train.free_nats=0", "optim.algorithm=adamax"],
+)
+def test_another_option_is_another_run(override: str, whole: Storage, root: str) -> None:
+    config = configure(root, override.replace("=", "-"), override)
+    loop.fit(config)
+    assert runs.run_storage(config).read(WEIGHTS) != whole.read(WEIGHTS)
+
+
+def test_a_run_does_not_depend_on_how_often_it_is_reported_or_measured(
+    whole: Storage, root: str
+) -> None:
+    overrides = ["train.report_seconds=60", "train.checkpoint_seconds=60", "train.valid_every=1000"]
+    config = configure(root, "quiet", *overrides)
+    loop.fit(config)
+    assert runs.run_storage(config).read(WEIGHTS) == whole.read(WEIGHTS)
+
+
+def test_it_learns(root: str) -> None:
+    config = configure(
+        root, "learns", "train.images=4000", "train.valid_every=1000", "train.report_seconds=60"
+    )
+    measured: list[dict[str, Any]] = []
+    loop.fit(config, on_validation=measured.append)
+    assert measured[-1]["elbo_nats"] < measured[0]["elbo_nats"] < strokes.SIZE**2 * np.log(2)
+    assert measured[-1]["elbo_nats"] == pytest.approx(
+        measured[-1]["rate_nats"] + measured[-1]["distortion_nats"]
+    )
+    assert measured[-1]["num_images"] == 20
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.free_bits=soft", "train.free_nats=30"],
+        ["train.free_groups=2"],
+        ["optim=adamax", "optim.ema_decay=0.9"],
+    ],
+    ids=["soft free bits", "groups", "adamax"],
+)
+def test_whatever_the_run_it_ends_as_if_it_had_not_been_cut_off(
+    overrides: list[str], root: str
+) -> None:
+    ended = []
+    for name in ("whole", "cut"):
+        config = configure(root, f"{overrides[0].replace('=', '-')}-{name}", *overrides)
+        if name == "cut":
+            interrupt(config, 2)
+        loop.fit(config)
+        ended.append(runs.run_storage(config))
+    assert ended[0].read(WEIGHTS) == ended[1].read(WEIGHTS)
+    assert (
+        rows_of(ended[0], "train")[-1]["train/rate_weight"]
+        == rows_of(ended[1], "train")[-1]["train/rate_weight"]
+    )
+    if "train.free_bits=soft" in overrides:
+        assert rows_of(ended[0], "train")[-1]["train/rate_weight"] < 0.7
+
+
+def test_it_needs_no_ray(root: str) -> None:
+    script = """
+import sys
+sys.modules["ray"] = None  # importing it fails
+from pipeline import config, loop
+loop.fit(config.load("train", sys.argv[1:]))
+"""
+    overrides = [*strokes.TINY, f"storage.root={root}", "name=without-ray", "train.images=16"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *overrides], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# --- what is not finite ---------------------------------------------------------------------------
+
+SINGLE_FAULTS = (12, 13, 21)
+
+
+def plant_faults(patch: pytest.MonkeyPatch, steps: Container[int]) -> None:
+    """Have the images of some steps be no numbers."""
+
+    def faulty(batch: Batch, mode: Binarization, seed: int) -> Tensor:
+        return binarize(batch, mode, seed) * (math.nan if batch.step in steps else 1)
+
+    patch.setattr(learner, "binarize", faulty)
+
+
+def test_a_bad_batch_is_skipped_and_counted_and_left_out_of_the_averages(
+    root: str, whole: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_faults(monkeypatch, SINGLE_FAULTS)
+    ends = []
+    for name in ("faulty", "faulty-cut"):
+        config = configure(root, name)
+        if name == "faulty-cut":
+            interrupt(config, 2)
+        loop.fit(config)
+        run = runs.run_storage(config)
+        ends.append(run.read(WEIGHTS))
+        assert rows_of(run, "train")[-1]["train/skipped_steps"] == 3
+    assert ends[0] == ends[1], "a run that was cut off skips as one that was not"
+    assert ends[0] != whole.read(WEIGHTS)
+    run = runs.run_storage(configure(root, "faulty"))
+    skipped = {
+        row["step"]: row["train/skipped_steps"]
+        for row in read_rows(run)
+        if "train/skipped_steps" in row
+    }
+    assert [skipped[step] for step in (12, 13, 14, 21, 22, 30)] == [0, 1, 2, 2, 3, 3]
+    measured = {row["step"] for row in rows_of(run, "train")}
+    assert measured == set(range(10, 31)) - {
+        step + 1 for step in SINGLE_FAULTS
+    }  # each of these rows is of one step
+    assert all(math.isfinite(row["train/rate"]) for row in rows_of(run, "train"))
+
+
+def test_when_bad_steps_persist_the_run_stops_at_its_last_good_state(
+    root: str, whole: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(root, "broken", "train.keep_checkpoints=100")
+    with monkeypatch.context() as patch:
+        plant_faults(patch, range(11, 1000))
+        patch.setattr(Guard, "PATIENCE", 15)
+        with pytest.raises(
+            UserError,
+            match=(
+                r"^run broken: the gradients of the last 15 steps up to step 26 are not finite;"
+                r" lower optim"
+            ),
+        ):
+            loop.fit(config)
+    run = runs.run_storage(config)
+    steps = [int(Path(key).name[:10]) for key in run.list("checkpoints/")]
+    assert steps
+    assert max(steps) <= 11
+    assert read_rows(run)[-1]["train/skipped_steps"] == 15, "the log shows what happened"
+    loop.fit(config)
+    assert run.read(WEIGHTS) == whole.read(WEIGHTS)
+
+
+@pytest.mark.parametrize("optim", ["adam", "adamax"])
+def test_weights_that_are_blown_up_end_the_run_before_a_checkpoint_of_them_is_kept(
+    root: str, optim: str
+) -> None:
+    config = configure(
+        root,
+        f"wild-{optim}",
+        f"optim={optim}",
+        "optim.learning_rate=1e30",
+        "optim.warmup_steps=0",
+        "train.valid_every=1000",
+    )
+    with pytest.raises(
+        UserError,
+        match=(
+            rf"^run wild-{optim}: the gradients of .* are not finite; lower optim\.learning_rate or"
+        ),
+    ):
+        loop.fit(config)
+    assert runs.run_storage(config).list("checkpoints/") == []
+    assert runs.run_storage(config).list("model/") == []
+
+
+def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError,
+        match=rf"there is no data set at {tmp_path}/datasets/strokes; make one with: vlae shard",
+    ):
+        loop.fit(strokes.train_config(str(tmp_path)))
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def train_on_one_rank(
+    rank: int,
+    world_size: int,
+    root: str,
+    folder: str,
+    runs: dict[str, list[str]],
+    stop_at: int | None,
+) -> None:
+    """Train runs, by name with their options, one after the other; ``stop_at`` is where rank 1 is
+    asked to stop each of them.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
+    valid = {}
+    for name, overrides in runs.items():
+        faulty = SINGLE_FAULTS if rank == 1 and "faulty" in name else ()
+        beats = itertools.count(10)  # the first is at step 10, and the next follow at each step
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(loop.Stopped):
+            plant_faults(patch, faulty)
+            valid[name] = loop.fit(
+                configure(root, name, *overrides),
+                rank=rank,
+                world_size=world_size,
+                should_stop=lambda: rank == 1 and stop_at is not None and next(beats) >= stop_at,  # noqa: B023
+            )
+    Path(folder, f"{rank}.json").write_text(json.dumps(valid))
+    dist.destroy_process_group()
+
+
+def train_on(
+    world_size: int, root: str, runs: dict[str, list[str]], stop_at: int | None = None
+) -> list[dict[str, Any]]:
+    """Train runs on so many processes; what each says of the last validations."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(train_on_one_rank, (world_size, root, folder, runs, stop_at), nprocs=world_size)
+        if stop_at:
+            return []
+        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+LONG = ["train.images=1600", "train.valid_every=1600"]
+"""200 steps, of which the log has every one but the first nine."""
+PRECISIONS = {"float32": 1e-3, "float64": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(root: str) -> dict[str, Storage]:
+    """The long runs, on one rank."""
+    configs = {
+        name: configure(root, f"one-{name}", f"train.precision={name}", *LONG)
+        for name in PRECISIONS
+    }
+    for config in configs.values():
+        loop.fit(config)
+    return {name: runs.run_storage(config) for name, config in configs.items()}
+
+
+def assert_same_losses(run: Storage, whole: Storage, tolerance: float) -> None:
+    """Each row of a run's log is the average of the steps since the row before it, which differ by
+    no more than the tolerance.
+    """
+    alone = {int(row["step"]): row for row in rows_of(whole, "train")}
+    steps = [int(step) for step in steps_of(run, "train")]
+    assert len(steps) > 170
+    assert (steps[0], steps[-1]) == (10, 200)
+    for row, before in zip(rows_of(run, "train"), [9, *steps], strict=False):
+        for name in ("train/code_length", "train/distortion"):
+            expected = np.mean(
+                [alone[step][name] for step in range(before + 1, int(row["step"]) + 1)]
+            )
+            assert row[name] == pytest.approx(expected, rel=tolerance), (row["step"], name)
+
+
+def test_three_ranks_of_four_streams_have_the_losses_of_one_over_200_steps(
+    on_one_rank: dict[str, Storage], root: str
+) -> None:
+    options = {f"three-{name}": [f"train.precision={name}", *LONG] for name in PRECISIONS}
+    micro = {
+        "three-micro": ["train.precision=float64", "train.micro_batch=2", *LONG]
+    }  # which is one for two of them, and two for one
+    valid = train_on(3, root, options | micro)
+    assert valid[0] == valid[1] == valid[2], "every rank learns the validation of all"
+    for name, tolerance in PRECISIONS.items():
+        assert_same_losses(open_storage(f"{root}/runs/three-{name}"), on_one_rank[name], tolerance)
+    assert_same_losses(
+        open_storage(f"{root}/runs/three-micro"), on_one_rank["float64"], PRECISIONS["float64"]
+    )
+
+
+def test_a_run_that_is_stopped_goes_on_with_another_number_of_ranks_at_the_same_losses(
+    on_one_rank: dict[str, Storage], root: str
+) -> None:
+    runs = {f"changed-{name}": [f"train.precision={name}", *LONG] for name in PRECISIONS}
+    train_on(3, root, runs, stop_at=100)
+    for name in runs:
+        run = open_storage(f"{root}/runs/{name}")
+        assert Path(max(run.list("checkpoints/"))).name[:10] == f"{100:010d}", (
+            "its state is saved where it was stopped"
+        )
+        assert steps_of(run, "train")[-1] == 100
+    train_on(2, root, runs)
+    for name, tolerance in PRECISIONS.items():
+        assert_same_losses(
+            open_storage(f"{root}/runs/changed-{name}"), on_one_rank[name], tolerance
+        )
+
+
+def test_a_fault_on_one_rank_is_skipped_by_all(root: str) -> None:
+    valid = train_on(2, root, {"ranks-faulty": []})
+    assert valid[0] == valid[1]
+    faulty = rows_of(open_storage(f"{root}/runs/ranks-faulty"), "train")
+    assert faulty[-1]["train/skipped_steps"] == len(SINGLE_FAULTS)
+    assert all(math.isfinite(row["train/rate"]) for row in faulty)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.free_groups=2"],
+        ["train.free_bits=soft", "train.free_nats=30"],
+        ["train.free_nats=0"],
+    ],
+    ids=["floor", "groups", "soft free bits", "no floor"],
+)
+def test_the_size_of_micro_batches_changes_nothing(overrides: list[str], root: str) -> None:
+    weights = []
+    for size in (None, 1, 3):  # 8 images: at once, one by one, and 3 + 3 + 2
+        name = f"micro-{size}-{'-'.join(overrides).replace('=', '-')}"
+        config = configure(
+            root, name, "train.precision=float64", f"train.micro_batch={size or 'null'}", *overrides
+        )
+        loop.fit(config)
+        weights.append(safetensors.torch.load(runs.run_storage(config).read(WEIGHTS)))
+    for name, value in weights[0].items():
+        for other in weights[1:]:
+            torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_bfloat16_matrix_products_train_as_float32_does(
+    root: str, on_one_rank: dict[str, Storage]
+) -> None:
+    config = configure(root, "bfloat16", "train.precision=bfloat16", *LONG)
+    valid = loop.fit(config)
+    assert valid["elbo_nats"] == pytest.approx(
+        rows_of(on_one_rank["float32"], "valid")[-1]["valid/elbo_nats"], rel=0.02
+    )
+    weights = safetensors.torch.load(runs.run_storage(config).read(WEIGHTS))
+    assert all(value.dtype == torch.float32 for value in weights.values())

@@ -1,0 +1,151 @@
+"""The guard: a step whose gradients are not finite leaves no trace but its count, with every
+optimizer.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import vlae
+from pipeline import commands
+from pipeline.config.run import Algorithm
+from pipeline.errors import UserError
+from pipeline.training import optimizer
+from pipeline.training.optimizer import Guard
+
+CPU = torch.device("cpu")
+
+
+class Training:
+    """A small network in training on noise of each step's own."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+        self.weights = vlae.flatten(self.model)
+        self.optimizer = optimizer.make(
+            commands.load("train", [f"optim={algorithm.value}"]).optim, self.weights
+        )
+        self.guard = Guard(CPU)
+
+    def gradients(self, number: int, bad: float | None = None) -> Tensor:
+        """The gradients of step ``number``, of which ``bad`` may replace one number; returns their
+        norm.
+        """
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
+        self.optimizer.zero_grad(set_to_none=False)
+        self.model(x).square().sum().backward()
+        if bad is not None:
+            gradient = self.model[0].weight.grad
+            assert gradient is not None
+            gradient[2, 1] = bad
+        return torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+
+    def step(self, number: int, bad: float | None = None) -> bool:
+        """Whether step ``number`` was taken."""
+        return bool(self.guard.step(self.optimizer, self.gradients(number, bad)))
+
+    def tensors(self) -> list[Tensor]:
+        state = self.optimizer.state_dict()["state"]
+        moments = [value for each in state.values() for _, value in sorted(each.items())]
+        return copy.deepcopy([*self.model.state_dict().values(), *moments])
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_skipped_step_leaves_the_weights_and_the_optimizer_as_they_were(
+    algorithm: Algorithm, bad: float
+) -> None:
+    guarded, undisturbed = Training(algorithm), Training(algorithm)
+    for number in range(6):
+        if number in (0, 3, 4):  # the first, when the optimizer has no state yet, and others
+            assert not guarded.step(100 + number, bad)
+        assert guarded.step(number)
+        assert undisturbed.step(number)
+        for one, other in zip(guarded.tensors(), undisturbed.tensors(), strict=True):
+            assert torch.equal(one, other)
+    assert guarded.guard.read() == (3, 0)
+    assert undisturbed.guard.read() == (0, 0)
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+def test_its_steps_are_those_of_pytorchs_own_optimizer(algorithm: Algorithm) -> None:
+    training, plain = Training(algorithm), Training(algorithm)
+    kinds = {Algorithm.adam: torch.optim.Adam, Algorithm.adamax: torch.optim.Adamax}
+    learning_rate = plain.optimizer.param_groups[0]["lr"]
+    plain.optimizer = kinds[algorithm](plain.model.parameters(), learning_rate)
+    for number in range(20):
+        training.step(number)
+        plain.gradients(number)
+        plain.optimizer.step()
+    state = training.optimizer.state[training.weights]
+    for weights, expected in zip(
+        training.model.parameters(), plain.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(weights, expected)
+        begin, moments = weights.storage_offset(), plain.optimizer.state[expected]
+        assert moments.keys() == state.keys()
+        for name, moment in moments.items():
+            own = (
+                state[name][begin : begin + weights.numel()].view_as(weights)
+                if moment.ndim
+                else state[name]
+            )
+            torch.testing.assert_close(own, moment)
+
+
+def test_any_value_that_is_not_finite_skips_the_step() -> None:
+    training = Training(Algorithm.adam)
+    training.step(0)
+    before = training.tensors()
+    assert not training.guard.step(
+        training.optimizer, torch.tensor(1.0), torch.tensor([80.0, math.nan])
+    )
+    assert all(
+        torch.equal(one, other) for one, other in zip(training.tensors(), before, strict=True)
+    )
+    assert training.guard.step(training.optimizer, torch.tensor(1.0), torch.tensor([80.0, 10.0]))
+
+
+def test_it_gives_up_when_nothing_but_skipped_steps_follow_each_other() -> None:
+    training = Training(Algorithm.adam)
+    for number in range(3 * Guard.PATIENCE):  # every other one is no reason
+        training.step(number, math.nan if number % 2 else None)
+        training.guard.check("mine", number)
+    training.step(0)
+    for number in range(Guard.PATIENCE - 1):
+        training.step(number, math.nan)
+    training.guard.check("mine", 7)
+    training.step(0, math.nan)
+    with pytest.raises(
+        UserError,
+        match=(
+            r"^run mine: the gradients of the last 20 steps up to step 7 are not finite; lower"
+            r" optim\."
+        ),
+    ):
+        training.guard.check("mine", 7)
+    assert training.guard.read() == (3 * Guard.PATIENCE // 2 + Guard.PATIENCE, Guard.PATIENCE)
+
+
+def test_counts_go_on_where_they_were() -> None:
+    training, resumed = Training(Algorithm.adam), Guard(CPU)
+    training.step(0, math.nan)
+    training.step(1)
+    training.step(2, math.nan)
+    resumed.load_state_dict(training.guard.state_dict())
+    assert resumed.read() == (2, 1)
+
+
+def test_the_device_is_asked_for_nothing() -> None:
+    with FakeTensorMode():  # tensors without values: asking for one is an error
+        weights = vlae.flatten(nn.Linear(3, 2))
+        adam, guard = optimizer.make(commands.load("train", []).optim, weights), Guard(CPU)
+        for _ in range(2):
+            taken = guard.step(adam, torch.nn.utils.clip_grad_norm_(weights, 1.0))
+        with pytest.raises(DataDependentOutputException):
+            bool(taken)

@@ -1,0 +1,58 @@
+"""A run is restarted, ever later, as long as it gets further; a user's mistake ends it at once."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import DamagedData, UserError
+from pipeline.storage.base import Unavailable
+from pipeline.storage.folder import FolderStorage
+from pipeline.training import restarts
+from pipeline.training.restarts import Restarts
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long was waited before each restart."""
+    waited: list[float] = []
+    monkeypatch.setattr(restarts.time, "sleep", waited.append)
+    return waited
+
+
+def publish(storage: FolderStorage, step: int) -> None:
+    storage.write(f"checkpoints/{step:010d}-{'0' * 64}.safetensors", b"")
+
+
+def test_failures_in_a_row_without_a_new_checkpoint_end_a_run(
+    tmp_path: Path, pauses: list[float]
+) -> None:
+    policy = Restarts("mine", FolderStorage(tmp_path), 3)
+    for _ in range(3):
+        policy.after_exception(None, {1: RuntimeError("out of luck"), 0: ValueError()})
+    assert pauses == [0, 5, 10]
+    with pytest.raises(
+        UserError,
+        match=r"^run mine failed 4 times in a row .* beyond step 0; the last time: out of luck$",
+    ):
+        policy.after_exception(None, {1: RuntimeError("long story\nout of luck")})
+
+
+def test_a_run_that_gets_further_is_restarted_without_end(
+    tmp_path: Path, pauses: list[float]
+) -> None:
+    policy = Restarts("mine", FolderStorage(tmp_path), 1)
+    for number in range(20):
+        publish(policy.storage, 10 + number // 2 * 10)
+        if number % 2 == 0:
+            policy.after_exception(None, {0: RuntimeError()})
+    assert pauses == [0] * 10
+
+
+def test_what_no_restart_would_mend_ends_a_run_at_once(tmp_path: Path, pauses: list[float]) -> None:
+    policy = Restarts("mine", FolderStorage(tmp_path), 3)
+    mistake = DamagedData("this shard is damaged")
+    with pytest.raises(DamagedData, match="this shard is damaged"):
+        policy.after_exception(None, {0: RuntimeError("connection closed by peer"), 1: mistake})
+    assert pauses == []
+    policy.after_exception(None, {0: Unavailable("the storage does not answer")})
+    assert pauses == [0], "storage comes back"
