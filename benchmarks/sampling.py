@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import vlae
-from vlae.prior import AutoregressiveFlow, StandardNormal
+from vlae.flow import AutoregressiveFlow, StandardNormal
 from vlae.sampling import decode, decode_naively
 
 

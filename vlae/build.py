@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from vlae.decoder import Decoder
 from vlae.encoder import Encoder
+from vlae.flow import AutoregressiveFlow, StandardNormal
 from vlae.layers import ACTIVATIONS, Trunk
 from vlae.likelihood import BernoulliLikelihood, LogisticMixtureLikelihood
 from vlae.model import VLAE
-from vlae.prior import AutoregressiveFlow, StandardNormal
 from vlae.window import Window
 
 WEIGHTS_FILE, MODEL_FILE = "model.safetensors", "model.json"

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from vlae.distributions import DiagonalGaussian
+from vlae.flow import AutoregressiveFlow
 from vlae.layers import Trunk, scales
 from vlae.posterior import IAFPosterior
-from vlae.prior import AutoregressiveFlow
 
 
 class Encoder(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vlae.decoder import Decoder
 from vlae.encoder import Encoder
-from vlae.prior import AutoregressiveFlow, StandardNormal
+from vlae.flow import AutoregressiveFlow, StandardNormal
 
 
 class Bound(NamedTuple):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlae.distributions import DiagonalGaussian
-from vlae.prior import AutoregressiveFlow
+from vlae.flow import AutoregressiveFlow
 
 
 @dataclass(frozen=True)

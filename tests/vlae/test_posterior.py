@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import vlae
 from vlae.distributions import DiagonalGaussian
+from vlae.flow import AutoregressiveFlow, StandardNormal
 from vlae.likelihood import Bernoulli
 from vlae.model import VLAE
 from vlae.posterior import IAFPosterior
-from vlae.prior import AutoregressiveFlow, StandardNormal
 
 Randomize = Callable[..., None]
 Latents = int | tuple[int, int, int]

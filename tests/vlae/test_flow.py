@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vlae
-from vlae.prior import AutoregressiveFlow, StandardNormal
+from vlae.flow import AutoregressiveFlow, StandardNormal
 
 Randomize = Callable[..., None]
 Latents = int | tuple[int, int, int]
