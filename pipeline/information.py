@@ -10,7 +10,7 @@ import vlae
 from pipeline.metrics import Moments
 from vlae.distributions import DiagonalGaussian
 from vlae.information import ACTIVE_VARIANCE, capacity, mutual_information
-from vlae.posterior import IAFPosterior
+from vlae.posterior import Posterior
 
 LN_2 = math.log(2)
 MAX_IMAGES = 10_000
@@ -30,12 +30,12 @@ class Information:
         self.kept: list[tuple[Tensor, ...]] = []
         self.room = MAX_IMAGES
 
-    def add(self, posterior: DiagonalGaussian | IAFPosterior, noise: Tensor, estimate: vlae.Estimate) -> None:
+    def add(self, posterior: Posterior, noise: Tensor, estimate: vlae.Estimate) -> None:
         """Take in a batch: its posteriors and standard normal noise for a code of each, (batch, latents), and its bounds."""
         rate = estimate.rate_per_latent.double().cpu()
         self.moments.add({"code": posterior.code, "rate": rate, "group_rate": rate.unflatten(1, (self.groups, -1)).sum(-1)})
-        if isinstance(posterior, IAFPosterior):
-            return  # its density at another image's code takes one pass for each latent: too slow for all pairs
+        if not isinstance(posterior, DiagonalGaussian):
+            return  # an IAF's density at another image's code takes one pass a latent: too slow for all pairs
         mean, log_scale = posterior.mean.double().cpu(), posterior.log_scale.double().cpu()
         self.moments.add({"log_scale": log_scale, "square_scale": torch.exp(2 * log_scale)})
         if self.room:

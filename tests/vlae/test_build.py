@@ -1,4 +1,4 @@
-"""Models are built from plain arguments for any image size, and come back from a folder bit for bit."""
+"""Models are built from plain arguments for any image size, and load bit for bit as saved."""
 
 import inspect
 import json
@@ -38,7 +38,8 @@ for folder in Path(sys.argv[1]).iterdir():
     with torch.no_grad():
         bound = model(inputs["x"], inputs["noise"])
     images = vlae.sample(model, 4, torch.Generator().manual_seed(0))
-    save_file({"distortion": bound.distortion, "rate": bound.rate_per_latent, "images": images}, folder / "outputs")
+    outputs = {"distortion": bound.distortion, "rate": bound.rate_per_latent, "images": images}
+    save_file(outputs, folder / "outputs")
 for name in ("ray", "pipeline", "hydra", "mlflow", "boto3"):
     assert name not in sys.modules, name
 """
@@ -66,7 +67,9 @@ def test_saved_models_give_the_same_bits_in_a_fresh_process_that_unpickles_nothi
 
     repository = Path(vlae.__file__).parents[1]
     command = [sys.executable, "-c", FRESH_PROCESS, str(tmp_path)]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=repository, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
 
     for window, model in models.items():
@@ -75,7 +78,9 @@ def test_saved_models_give_the_same_bits_in_a_fresh_process_that_unpickles_nothi
             bound = model(x, noise)
         assert torch.equal(outputs["distortion"], bound.distortion)
         assert torch.equal(outputs["rate"], bound.rate_per_latent)
-        assert torch.equal(outputs["images"], vlae.sample(model, 4, torch.Generator().manual_seed(0)))
+        assert torch.equal(
+            outputs["images"], vlae.sample(model, 4, torch.Generator().manual_seed(0))
+        )
 
 
 def test_a_loaded_model_has_the_saved_weights_and_is_in_evaluation_mode(
@@ -104,7 +109,9 @@ def test_saving_again_replaces_the_model(
     assert str(vlae.load(tmp_path).decoder.window) == "full"
 
 
-def test_a_saved_model_is_json_and_tensors(tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]) -> None:
+def test_a_saved_model_is_json_and_tensors(
+    tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]
+) -> None:
     arguments = small_arguments((1, 5, 6), "3x2")
     vlae.save(vlae.build(**arguments), tmp_path)
     by_kind = {file.suffix: file for file in tmp_path.iterdir()}
@@ -113,12 +120,14 @@ def test_a_saved_model_is_json_and_tensors(tmp_path: Path, small_arguments: Call
     assert load_file(by_kind[".safetensors"])
 
 
-def test_loading_an_empty_folder_says_that_there_is_no_model(tmp_path: Path) -> None:
+def test_loading_an_empty_folder_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         vlae.load(tmp_path)
 
 
-def test_loading_a_folder_without_weights_says_so(tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]) -> None:
+def test_loading_a_folder_without_weights_is_an_error_that_names_the_missing_file(
+    tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]
+) -> None:
     arguments = small_arguments((1, 5, 6), "3x2")
     vlae.save(vlae.build(**arguments), tmp_path)
     (weights,) = tmp_path.glob("*.safetensors")
@@ -127,7 +136,9 @@ def test_loading_a_folder_without_weights_says_so(tmp_path: Path, small_argument
         vlae.load(tmp_path)
 
 
-def test_weights_of_another_model_are_refused(tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]) -> None:
+def test_weights_of_another_model_are_refused(
+    tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]
+) -> None:
     for folder, window in (("one", "3x2"), ("other", "full")):
         arguments = small_arguments((1, 5, 6), window)
         vlae.save(vlae.build(**arguments), tmp_path / folder)
@@ -137,7 +148,9 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, small_arguments: C
         vlae.load(tmp_path / "one")
 
 
-def test_an_unknown_argument_is_an_error_that_names_it(small_arguments: Callable[..., dict[str, Any]]) -> None:
+def test_an_unknown_argument_is_an_error_that_names_it(
+    small_arguments: Callable[..., dict[str, Any]],
+) -> None:
     with pytest.raises(TypeError, match="windows"):
         vlae.build(**small_arguments((1, 5, 6), "3x2"), windows="3x2")  # type: ignore[call-arg]
 
@@ -160,16 +173,22 @@ def test_a_window_that_does_not_parse_is_an_error_that_quotes_it(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("flow_depth", -1), ("latents", 0), ("image_shape", (1, 0, 5)), ("image_shape", (0, 6, 5)), ("image_shape", (28, 28))],
+    [
+        ("flow_depth", -1),
+        ("latents", 0),
+        ("image_shape", (1, 0, 5)),
+        ("image_shape", (0, 6, 5)),
+        ("image_shape", (28, 28)),
+    ],
 )
-def test_sizes_that_make_no_model_are_an_error_that_names_the_argument(
+def test_an_impossible_size_is_an_error_that_names_the_argument(
     small_arguments: Callable[..., dict[str, Any]], name: str, value: object
 ) -> None:
     with pytest.raises(ValueError, match=name):
         vlae.build(**{**small_arguments((1, 5, 6), "0x0"), name: value})
 
 
-def test_a_saved_model_does_not_rest_on_the_defaults_of_build(tmp_path: Path) -> None:
+def test_a_saved_model_holds_the_default_arguments_too(tmp_path: Path) -> None:
     vlae.save(vlae.build(image_shape=(1, 8, 8)), tmp_path)
     (file,) = tmp_path.glob("*.json")
     assert json.loads(file.read_text()).keys() == inspect.signature(vlae.build).parameters.keys()
@@ -190,15 +209,34 @@ def assert_runs(arguments: dict[str, Any]) -> None:
 @given(st.sampled_from([1, 3]), st.integers(1, 33), st.integers(1, 33), st.data())
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_a_model_is_built_and_runs_for_any_image_size(
-    small_arguments: Callable[..., dict[str, Any]], channels: int, height: int, width: int, data: st.DataObject
+    small_arguments: Callable[..., dict[str, Any]],
+    channels: int,
+    height: int,
+    width: int,
+    data: st.DataObject,
 ) -> None:
-    window = data.draw(st.sampled_from(["0x0", "full", f"{width}x{height}", f"{width}x0", f"1x{height}"]))
+    window = data.draw(
+        st.sampled_from(["0x0", "full", f"{width}x{height}", f"{width}x0", f"1x{height}"])
+    )
     assert_runs(small_arguments((channels, height, width), window))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
-    ("height", "width"), [(1, 1), (1, 2), (2, 1), (1, 40), (6, 6), (7, 7), (12, 14), (13, 13), (27, 14), (28, 28), (33, 20)]
+    ("height", "width"),
+    [
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        (1, 40),
+        (6, 6),
+        (7, 7),
+        (12, 14),
+        (13, 13),
+        (27, 14),
+        (28, 28),
+        (33, 20),
+    ],
 )
 def test_a_model_is_built_and_runs_where_the_number_of_halvings_changes(
     small_arguments: Callable[..., dict[str, Any]], channels: int, height: int, width: int
@@ -207,7 +245,9 @@ def test_a_model_is_built_and_runs_where_the_number_of_halvings_changes(
         assert_runs(small_arguments((channels, height, width), window))
 
 
-def test_the_global_generator_decides_the_weights(small_arguments: Callable[..., dict[str, Any]]) -> None:
+def test_the_global_generator_decides_the_weights(
+    small_arguments: Callable[..., dict[str, Any]],
+) -> None:
     def weights(seed: int) -> Tensor:
         torch.manual_seed(seed)
         model = vlae.build(**small_arguments((1, 5, 6), "3x2"))
@@ -221,3 +261,11 @@ def test_the_global_generator_decides_the_weights(small_arguments: Callable[...,
 def test_the_defaults_build_a_model_for_28_by_28_images() -> None:
     model = vlae.build(image_shape=(1, 28, 28))
     assert torch.isfinite(model(binary(2, 1, 28, 28), normal(2, model.latents)).elbo).all()
+
+
+def test_a_model_is_described_by_its_window_latents_and_flow_depth() -> None:
+    arguments = vlae.build(image_shape=(1, 8, 8), latents=4).arguments
+    assert vlae.describe(arguments) == "window 5x2, 4 latents, flow depth 2"
+    assert vlae.describe({"window": "full", "latents": "32", "flow_depth": "0"}) == (
+        "window full, 32 latents, flow depth 0"
+    )

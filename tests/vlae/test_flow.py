@@ -1,9 +1,8 @@
-"""The autoregressive flow is a normalized density, and its sampler draws from that density."""
+"""The autoregressive flow has a normalized density, and its sampler draws from it."""
 
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import vlae
-from vlae.flow import AutoregressiveFlow, StandardNormal
+from vlae.flow import AutoregressiveFlow
 
 Randomize = Callable[..., None]
 Latents = int | tuple[int, int, int]
@@ -47,7 +45,9 @@ def random_flow(
     **keywords: int,
 ) -> AutoregressiveFlow:
     fewest = latents if isinstance(latents, int) else latents[0]
-    flow = AutoregressiveFlow(latents, depth, hidden=fewest + extra, mean_only=mean_only, **keywords).double()
+    flow = AutoregressiveFlow(
+        latents, depth, hidden=fewest + extra, mean_only=mean_only, **keywords
+    ).double()
     randomize(flow, seed)
     return flow
 
@@ -68,31 +68,64 @@ def jacobians(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
 def before(positions: int, channels: int = 1) -> Tensor:
     """Whether element j of the flat vector comes before element i: (size, size)."""
     channel, position = (
-        grid.flatten() for grid in torch.meshgrid(torch.arange(channels), torch.arange(positions), indexing="ij")
+        grid.flatten()
+        for grid in torch.meshgrid(torch.arange(channels), torch.arange(positions), indexing="ij")
     )
     number = position * channels + channel
     return number[:, None] > number
 
 
-@given(LATENTS, st.integers(1, 4), st.booleans(), st.integers(0, 16), st.integers(1, 3), st.sampled_from([0, 2]))
+@given(
+    LATENTS,
+    st.integers(1, 4),
+    st.booleans(),
+    st.integers(0, 16),
+    st.integers(1, 3),
+    st.sampled_from([0, 2]),
+)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_the_inverse_undoes_sampling_and_sampling_the_inverse(
-    randomize: Randomize, latents: Latents, depth: int, mean_only: bool, extra: int, layers: int, context: int
+def test_inverse_and_sample_undo_each_other(
+    randomize: Randomize,
+    latents: Latents,
+    depth: int,
+    mean_only: bool,
+    extra: int,
+    layers: int,
+    context: int,
 ) -> None:
-    flow = random_flow(randomize, latents, depth, mean_only, seed=extra, extra=extra, layers=layers, context=context)
+    flow = random_flow(
+        randomize,
+        latents,
+        depth,
+        mean_only,
+        seed=extra,
+        extra=extra,
+        layers=layers,
+        context=context,
+    )
     said = None
     if context:
-        said = normal(6, context if isinstance(latents, int) else context * latents[1] * latents[2], seed=1)
+        said = normal(
+            6, context if isinstance(latents, int) else context * latents[1] * latents[2], seed=1
+        )
     noise = normal(6, length(latents))
-    assert (flow.sample(noise, said) - noise).abs().max() > 0.01, "the test is vacuous for a flow that is the identity"
-    torch.testing.assert_close(flow.inverse(flow.sample(noise, said), said)[0], noise, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(flow.sample(flow.inverse(noise, said)[0], said), noise, rtol=1e-8, atol=1e-8)
-    one_by_one = torch.cat([flow.sample(noise[i : i + 1], None if said is None else said[i : i + 1]) for i in range(6)])
+    assert (flow.sample(noise, said) - noise).abs().max() > 0.01, (
+        "the test is vacuous for a flow that is the identity"
+    )
+    torch.testing.assert_close(
+        flow.inverse(flow.sample(noise, said), said)[0], noise, rtol=1e-8, atol=1e-8
+    )
+    torch.testing.assert_close(
+        flow.sample(flow.inverse(noise, said)[0], said), noise, rtol=1e-8, atol=1e-8
+    )
+    one_by_one = torch.cat(
+        [flow.sample(noise[i : i + 1], None if said is None else said[i : i + 1]) for i in range(6)]
+    )
     torch.testing.assert_close(flow.sample(noise, said), one_by_one, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("latents", "depth", "mean_only"), KINDS)
-def test_the_log_determinant_is_that_of_the_jacobian_of_the_inverse(
+def test_the_log_determinant_is_that_of_the_inverse_by_autograd(
     randomize: Randomize, latents: Latents, depth: int, mean_only: bool
 ) -> None:
     flow = random_flow(randomize, latents, depth, mean_only)
@@ -101,33 +134,48 @@ def test_the_log_determinant_is_that_of_the_jacobian_of_the_inverse(
     torch.testing.assert_close(flow.inverse(z)[1].sum(-1), by_autograd, rtol=1e-9, atol=1e-9)
 
 
-def test_a_mean_only_flow_keeps_volume(randomize: Randomize) -> None:
+def test_a_mean_only_flow_preserves_volume(randomize: Randomize) -> None:
     flow = random_flow(randomize, 5, 3, mean_only=True)
     assert torch.equal(flow.inverse(normal(8, 5))[1], torch.zeros(8, 5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("latents", "depth", "mean_only"), KINDS)
-def test_the_density_is_that_of_its_own_sampler_by_change_of_variables(
+def test_the_density_is_that_of_the_sampler_by_change_of_variables(
     randomize: Randomize, latents: Latents, depth: int, mean_only: bool
 ) -> None:
     flow = random_flow(randomize, latents, depth, mean_only)
     noise = normal(8, length(latents))
     stretch = jacobians(flow.sample, noise).slogdet().logabsdet
     by_change_of_variables = torch.distributions.Normal(0, 1).log_prob(noise).sum(-1) - stretch
-    torch.testing.assert_close(flow.log_prob(flow.sample(noise)).sum(-1), by_change_of_variables, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        flow.log_prob(flow.sample(noise)).sum(-1), by_change_of_variables, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(
     ("latents", "depth", "mean_only"),
-    [(1, 1, False), (1, 3, False), (2, 1, False), (2, 2, True), (2, 3, False), ((2, 1, 1), 1, False), ((1, 1, 2), 2, False)],
+    [
+        (1, 1, False),
+        (1, 3, False),
+        (2, 1, False),
+        (2, 2, True),
+        (2, 3, False),
+        ((2, 1, 1), 1, False),
+        ((1, 1, 2), 2, False),
+    ],
 )
-def test_the_density_integrates_to_one(randomize: Randomize, latents: Latents, depth: int, mean_only: bool) -> None:
+def test_the_density_integrates_to_one(
+    randomize: Randomize, latents: Latents, depth: int, mean_only: bool
+) -> None:
     flow = random_flow(randomize, latents, depth, mean_only, seed=3, extra=6)
     with torch.no_grad():
         samples = flow.sample(normal(20_000, length(latents)))
         low, high = samples.amin(0), samples.amax(0)
         low, high = low - 0.5 * (high - low), high + 0.5 * (high - low)
-        axes = [torch.linspace(a, b, 501, dtype=torch.float64) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+        axes = [
+            torch.linspace(a, b, 501, dtype=torch.float64)
+            for a, b in zip(low.tolist(), high.tolist(), strict=True)
+        ]
         cell = torch.stack([axis[1] - axis[0] for axis in axes]).prod()
         grid = torch.cartesian_prod(*axes).reshape(-1, length(latents))
         mass = flow.log_prob(grid).sum(-1).exp().sum() * cell
@@ -146,11 +194,13 @@ def test_the_split_over_the_latents_sums_to_the_log_density(
     torch.testing.assert_close(flow.log_prob(z).sum(-1), total, rtol=1e-12, atol=1e-12)
 
 
-def test_in_a_flow_of_one_step_each_term_is_a_conditional_density_given_the_latents_before(randomize: Randomize) -> None:
+def test_in_a_flow_of_one_step_each_term_is_a_conditional_density_given_the_latents_before(
+    randomize: Randomize,
+) -> None:
     flow = random_flow(randomize, latents=4, depth=1)
     jacobian = jacobians(flow.log_prob, normal(8, 4))
     assert not jacobian[:, torch.ones(4, 4, dtype=torch.bool).triu(1)].any()
-    # Integrated over its own latent, each of them is 1 whatever the others are.
+    # Each term integrates to 1 over its own latent, for any values of the others.
     others = normal(4, seed=1)
     for latent in range(4):
         z = others.repeat(40_001, 1)
@@ -159,7 +209,7 @@ def test_in_a_flow_of_one_step_each_term_is_a_conditional_density_given_the_late
 
 
 def only(flow: AutoregressiveFlow, number: int) -> AutoregressiveFlow:
-    """The flow with every other step the identity."""
+    """The flow with all other steps set to the identity."""
     flow = copy.deepcopy(flow)
     for other, step in enumerate(flow.steps):
         if other != number:
@@ -168,10 +218,16 @@ def only(flow: AutoregressiveFlow, number: int) -> AutoregressiveFlow:
 
 
 @pytest.mark.parametrize(("channels", "positions"), [(1, 4), (2, 3)])
-def test_the_order_is_reversed_between_steps(randomize: Randomize, channels: int, positions: int) -> None:
+def test_the_order_is_reversed_between_steps(
+    randomize: Randomize, channels: int, positions: int
+) -> None:
     size = channels * positions
     flow = random_flow(randomize, size if channels == 1 else (channels, 1, positions), depth=2)
-    points, own, earlier = normal(16, size), torch.eye(size, dtype=torch.bool), before(positions, channels)
+    points, own, earlier = (
+        normal(16, size),
+        torch.eye(size, dtype=torch.bool),
+        before(positions, channels),
+    )
 
     def ties(flow: AutoregressiveFlow) -> Tensor:
         """Which z reaches which noise."""
@@ -182,28 +238,36 @@ def test_the_order_is_reversed_between_steps(randomize: Randomize, channels: int
     assert ties(flow).all(), "two steps tie every latent to every other, which one cannot"
 
 
-def test_context_maps_lie_as_the_latent_maps_do_in_every_step(randomize: Randomize) -> None:
+def test_context_maps_have_the_orientation_of_the_latent_maps_in_every_step(
+    randomize: Randomize,
+) -> None:
     flow = random_flow(randomize, (2, 2, 2), depth=2, context=3)
     points, maps, own = normal(8, 8), normal(8, 12, seed=1), torch.eye(4, dtype=torch.bool)
 
     def reached(flow: AutoregressiveFlow) -> Tensor:
         """Which position's context reaches which position's noise, over all channels: (4, 4)."""
-        jacobian = torch.cat([jacobians(lambda said, z=z: flow.inverse(z, said)[0], maps) for z in points])
+        jacobian = torch.cat(
+            [jacobians(lambda said, z=z: flow.inverse(z, said)[0], maps) for z in points]
+        )
         return (jacobian != 0).any(0).unflatten(0, (2, 4)).unflatten(-1, (3, 4)).any(2).any(0)
 
     assert torch.equal(reached(only(flow, 0)), before(4) | own)
     assert torch.equal(reached(only(flow, 1)), before(4).T | own)
 
 
-def test_a_context_where_none_is_expected_or_none_where_one_is_are_errors() -> None:
+def test_an_unexpected_or_missing_context_is_an_error() -> None:
     with pytest.raises(ValueError, match="context=0"):
         AutoregressiveFlow(3, 1, 4).inverse(torch.zeros(2, 3), torch.zeros(2, 5))
     with pytest.raises(ValueError, match="context=5"):
         AutoregressiveFlow(3, 1, 4, context=5).sample(torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize(("latents", "depth", "mean_only"), [(3, 2, False), (3, 1, True), ((2, 1, 2), 2, False)])
-def test_gradients_agree_with_finite_differences(randomize: Randomize, latents: Latents, depth: int, mean_only: bool) -> None:
+@pytest.mark.parametrize(
+    ("latents", "depth", "mean_only"), [(3, 2, False), (3, 1, True), ((2, 1, 2), 2, False)]
+)
+def test_gradients_agree_with_finite_differences(
+    randomize: Randomize, latents: Latents, depth: int, mean_only: bool
+) -> None:
     flow = random_flow(randomize, latents, depth, mean_only, extra=2)
     point = normal(2, length(latents)).requires_grad_()
     assert torch.autograd.gradcheck(flow.log_prob, point)
@@ -214,19 +278,13 @@ def test_gradients_agree_with_finite_differences(randomize: Randomize, latents: 
 def test_a_new_flow_is_the_standard_normal(randomize: Randomize) -> None:
     z = normal(6, 5)
     for prior in (AutoregressiveFlow(5, 0, 8), AutoregressiveFlow(5, 3, 8).double()):
-        torch.testing.assert_close(prior.log_prob(z), torch.distributions.Normal(0, 1).log_prob(z), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            prior.log_prob(z), torch.distributions.Normal(0, 1).log_prob(z), rtol=1e-12, atol=1e-12
+        )
         torch.testing.assert_close(prior.sample(z), z, rtol=0, atol=0)
 
 
-def test_a_flow_of_depth_0_is_built_as_the_standard_normal(small_arguments: Callable[..., dict[str, Any]]) -> None:
-    prior = vlae.build(**small_arguments((1, 4, 4), "3x1", flow_depth=0)).prior
-    assert isinstance(prior, StandardNormal)
-    z = normal(6, 2)
-    torch.testing.assert_close(prior.log_prob(z), torch.distributions.Normal(0, 1).log_prob(z), rtol=1e-12, atol=1e-12)
-    assert torch.equal(prior.sample(z), z)
-
-
-def test_the_density_is_finite_far_from_where_it_has_mass(randomize: Randomize) -> None:
+def test_the_density_is_finite_far_from_its_mass(randomize: Randomize) -> None:
     flow = random_flow(randomize, latents=4, depth=4)
     assert torch.isfinite(flow.log_prob(1e6 * normal(100, 4))).all()
     single = flow.float()

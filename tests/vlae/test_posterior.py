@@ -1,4 +1,4 @@
-"""The IAF posterior: its density is that of its samples, and it is the other face of the autoregressive prior."""
+"""The IAF posterior has the density of its samples, and is dual to the autoregressive prior."""
 
 import math
 from collections.abc import Callable
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import vlae
 from vlae.distributions import DiagonalGaussian
-from vlae.flow import AutoregressiveFlow, StandardNormal
+from vlae.flow import AutoregressiveFlow
 from vlae.likelihood import Bernoulli
 from vlae.model import VLAE
 from vlae.posterior import IAFPosterior
+from vlae.prior import StandardNormal
 
 Randomize = Callable[..., None]
 Latents = int | tuple[int, int, int]
@@ -28,10 +29,19 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def random_posterior(
-    randomize: Randomize, latents: Latents, depth: int, context: int = 0, mean_only: bool = False, batch: int = 3
+    randomize: Randomize,
+    latents: Latents,
+    depth: int,
+    context: int = 0,
+    mean_only: bool = False,
+    batch: int = 3,
 ) -> IAFPosterior:
-    size, positions = (latents, 1) if isinstance(latents, int) else (math.prod(latents), math.prod(latents[1:]))
-    flow = AutoregressiveFlow(latents, depth, hidden=size + 6, mean_only=mean_only, context=context).double()
+    size, positions = (
+        (latents, 1) if isinstance(latents, int) else (math.prod(latents), math.prod(latents[1:]))
+    )
+    flow = AutoregressiveFlow(
+        latents, depth, hidden=size + 6, mean_only=mean_only, context=context
+    ).double()
     randomize(flow, seed=depth)
     base = DiagonalGaussian(normal(batch, size, seed=1), 0.5 * normal(batch, size, seed=2))
     return IAFPosterior(base, flow, normal(batch, context * positions, seed=3) if context else None)
@@ -56,7 +66,7 @@ def test_the_density_of_a_sample_is_that_of_its_noise_by_change_of_variables(
 
 @given(LATENTS, st.integers(1, 4), st.sampled_from([0, 3]), st.booleans())
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-def test_the_density_of_a_given_z_is_the_one_it_was_drawn_with(
+def test_the_log_prob_of_a_sample_is_the_one_it_was_drawn_with(
     randomize: Randomize, latents: Latents, depth: int, context: int, mean_only: bool
 ) -> None:
     posterior = random_posterior(randomize, latents, depth, context, mean_only)
@@ -65,7 +75,9 @@ def test_the_density_of_a_given_z_is_the_one_it_was_drawn_with(
 
 
 @pytest.mark.parametrize("latents", [4, (1, 2, 2)])
-def test_several_codes_for_each_image_are_as_many_single_ones(randomize: Randomize, latents: Latents) -> None:
+def test_drawing_several_codes_of_an_image_equals_drawing_each_alone(
+    randomize: Randomize, latents: Latents
+) -> None:
     posterior = random_posterior(randomize, latents, depth=2, context=3)
     noise = normal(5, 3, 4, seed=4)
     z, terms = posterior.sample_with_log_prob(noise)
@@ -84,14 +96,19 @@ def test_the_density_integrates_to_one(randomize: Randomize, latents: Latents, d
         samples = posterior.sample(normal(20_000, 1, size, seed=4))[:, 0]
         low, high = samples.amin(0), samples.amax(0)
         low, high = low - 0.5 * (high - low), high + 0.5 * (high - low)
-        axes = [torch.linspace(a, b, 401, dtype=torch.float64) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+        axes = [
+            torch.linspace(a, b, 401, dtype=torch.float64)
+            for a, b in zip(low.tolist(), high.tolist(), strict=True)
+        ]
         cell = torch.stack([axis[1] - axis[0] for axis in axes]).prod()
         grid = torch.cartesian_prod(*axes).reshape(-1, 1, size)
         mass = posterior.log_prob(grid).sum(-1).exp().sum() * cell
     assert mass.item() == pytest.approx(1, abs=2e-3)
 
 
-def test_with_one_step_each_term_is_a_conditional_density_given_the_latents_before(randomize: Randomize) -> None:
+def test_with_one_step_each_term_is_a_conditional_density_given_the_latents_before(
+    randomize: Randomize,
+) -> None:
     posterior = random_posterior(randomize, 3, depth=1, context=2, batch=1)
     others = normal(1, 3, seed=5)
     jacobian = torch.autograd.functional.jacobian(posterior.log_prob, others)[0, :, 0]
@@ -104,11 +121,15 @@ def test_with_one_step_each_term_is_a_conditional_density_given_the_latents_befo
         assert mass == pytest.approx(1, abs=1e-4)
 
 
-def test_a_new_flow_leaves_the_gaussian(randomize: Randomize) -> None:
+def test_a_new_flow_leaves_the_gaussian_unchanged(randomize: Randomize) -> None:
     trained = random_posterior(randomize, 4, depth=3, context=2)
-    posterior = IAFPosterior(trained.base, AutoregressiveFlow(4, 3, 8, context=2).double(), trained.context)
+    posterior = IAFPosterior(
+        trained.base, AutoregressiveFlow(4, 3, 8, context=2).double(), trained.context
+    )
     noise = normal(3, 4, seed=4)
-    for mine, gaussian in zip(posterior.sample_with_log_prob(noise), trained.base.sample_with_log_prob(noise), strict=True):
+    for mine, gaussian in zip(
+        posterior.sample_with_log_prob(noise), trained.base.sample_with_log_prob(noise), strict=True
+    ):
         torch.testing.assert_close(mine, gaussian, rtol=0, atol=0)
 
 
@@ -116,9 +137,16 @@ def test_a_new_flow_leaves_the_gaussian(randomize: Randomize) -> None:
 def test_gradients_agree_with_finite_differences(randomize: Randomize, latents: Latents) -> None:
     posterior = random_posterior(randomize, latents, depth=2, context=1, batch=2)
     assert posterior.context is not None
-    inputs = [posterior.base.mean, posterior.base.log_scale, posterior.context, normal(*posterior.base.mean.shape, seed=4)]
+    inputs = [
+        posterior.base.mean,
+        posterior.base.log_scale,
+        posterior.context,
+        normal(*posterior.base.mean.shape, seed=4),
+    ]
 
-    def terms(mean: Tensor, log_scale: Tensor, context: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def terms(
+        mean: Tensor, log_scale: Tensor, context: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         made = IAFPosterior(DiagonalGaussian(mean, log_scale), posterior.flow, context)
         return *made.sample_with_log_prob(noise), made.log_prob(noise)
 
@@ -126,7 +154,7 @@ def test_gradients_agree_with_finite_differences(randomize: Randomize, latents: 
 
 
 class FlowingEncoder(nn.Module):
-    """An encoder whose Gaussian over z is seen through the flow, as a posterior over the flow's noise."""
+    """An encoder of the flow's noise: another encoder's Gaussian over z, mapped by the flow."""
 
     def __init__(self, encoder: nn.Module, flow: AutoregressiveFlow) -> None:
         super().__init__()
@@ -137,7 +165,7 @@ class FlowingEncoder(nn.Module):
 
 
 class FlowingDecoder(nn.Module):
-    """A decoder of the flow's noise."""
+    """A decoder of the flow's noise: another decoder of z, after the flow."""
 
     def __init__(self, decoder: nn.Module, flow: AutoregressiveFlow) -> None:
         super().__init__()
@@ -150,7 +178,11 @@ class FlowingDecoder(nn.Module):
 @pytest.mark.parametrize("latents", [3, (3, 1, 1), (2, 2, 2), (1, 2, 3)])
 @pytest.mark.parametrize(("depth", "mean_only"), [(1, False), (2, False), (3, True)])
 def test_an_autoregressive_prior_on_z_and_an_iaf_posterior_on_its_noise_are_the_same_bound(
-    randomize: Randomize, make_model: Callable[..., vlae.VLAE], latents: Latents, depth: int, mean_only: bool
+    randomize: Randomize,
+    make_model: Callable[..., vlae.VLAE],
+    latents: Latents,
+    depth: int,
+    mean_only: bool,
 ) -> None:
     size = latents if isinstance(latents, int) else math.prod(latents)
     model = make_model((1, 4, 4), "3x1", latents=size)
@@ -166,6 +198,8 @@ def test_an_autoregressive_prior_on_z_and_an_iaf_posterior_on_its_noise_are_the_
     x = (normal(6, 1, 4, 4) > 0).double()
     noise = normal(2, 6, size, seed=1)
     one, other = with_prior(x, noise), with_posterior(x, noise)
-    assert (model.encoder(x).sample(noise) - flow.inverse(model.encoder(x).sample(noise))[0]).abs().max() > 0.1
+    assert (
+        model.encoder(x).sample(noise) - flow.inverse(model.encoder(x).sample(noise))[0]
+    ).abs().max() > 0.1
     for name in ("distortion", "rate", "elbo"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-10, atol=1e-10)
