@@ -1,4 +1,4 @@
-"""What the tests of the model library share: small models whose every weight is random."""
+"""Fixtures of the model library's tests: small models whose weights are all random."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ SMALL = {
 def randomize() -> Callable[..., None]:
     """Replace every parameter of a module by random values.
 
-    Several layers start at zero, where what a test claims of them would hold for nothing.
+    Several layers are initialised to zero, where many claims of the tests would hold trivially.
     """
 
     def randomize(module: nn.Module, seed: int = 0, gain: float = 1.2) -> None:
@@ -33,7 +33,9 @@ def randomize() -> Callable[..., None]:
         with torch.no_grad():
             for parameter in module.parameters():
                 scale = gain / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 0.25 * gain
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+                parameter.copy_(
+                    scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                )
 
     return randomize
 
@@ -42,14 +44,18 @@ def randomize() -> Callable[..., None]:
 def small_arguments() -> Callable[..., dict[str, Any]]:
     """The arguments of ``vlae.build`` for a small model."""
 
-    def small_arguments(image_shape: tuple[int, int, int], window: str, **widths: int) -> dict[str, Any]:
+    def small_arguments(
+        image_shape: tuple[int, int, int], window: str, **widths: int
+    ) -> dict[str, Any]:
         return {"image_shape": image_shape, "window": window, **SMALL, **widths}
 
     return small_arguments
 
 
 @pytest.fixture(scope="session")
-def make_model(randomize: Callable[..., None], small_arguments: Callable[..., dict[str, Any]]) -> Callable[..., vlae.VLAE]:
+def make_model(
+    randomize: Callable[..., None], small_arguments: Callable[..., dict[str, Any]]
+) -> Callable[..., vlae.VLAE]:
     """A small model with random weights, in double precision unless asked otherwise."""
 
     def make_model(
@@ -70,7 +76,10 @@ def make_model(randomize: Callable[..., None], small_arguments: Callable[..., di
 
 @pytest.fixture(scope="session")
 def all_images() -> Callable[..., torch.Tensor]:
-    """Every binary image of a shape: (2 ** sub-pixels, channels, height, width), image number n spelling n in binary."""
+    """Every binary image of a shape: (2 ** sub-pixels, channels, height, width).
+
+    The pixels of image number n are the binary digits of n.
+    """
 
     def all_images(channels: int, height: int, width: int) -> torch.Tensor:
         size = channels * height * width

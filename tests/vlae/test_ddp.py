@@ -1,4 +1,4 @@
-"""Training on two processes is training on one: DistributedDataParallel gives the gradient of the whole batch."""
+"""Training on two processes equals training on one: DDP gives the gradient of the whole batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,9 @@ from vlae import VLAE, training_loss
 WORLD_SIZE = 2
 
 
-def gradient(model: nn.Module, x: Tensor, noise: Tensor, free_nats: float, world_size: int) -> Tensor:
+def gradient(
+    model: nn.Module, x: Tensor, noise: Tensor, free_nats: float, world_size: int
+) -> Tensor:
     bound = model(x, noise)
     mean_rate = bound.rate.detach().mean()
     if world_size > 1:
@@ -21,24 +23,37 @@ def gradient(model: nn.Module, x: Tensor, noise: Tensor, free_nats: float, world
         mean_rate /= world_size
     model.zero_grad()
     training_loss(bound, mean_rate, free_nats, rate_weight=0.7).backward()
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    return torch.cat(
+        [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    )
 
 
 def train_on_one_rank(
-    rank: int, folder: str, models: dict[str, VLAE], x: Tensor, noise: Tensor, free_nats: dict[str, list[float]]
+    rank: int,
+    folder: str,
+    models: dict[str, VLAE],
+    x: Tensor,
+    noise: Tensor,
+    free_nats: dict[str, list[float]],
 ) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE
+    )
     x, noise = x.chunk(WORLD_SIZE)[rank], noise.chunk(WORLD_SIZE)[rank]
     gradients = {}
     for name, model in models.items():
         replica = nn.parallel.DistributedDataParallel(model)
-        gradients[name] = [gradient(replica, x, noise, floor, WORLD_SIZE) for floor in free_nats[name]]
+        gradients[name] = [
+            gradient(replica, x, noise, floor, WORLD_SIZE) for floor in free_nats[name]
+        ]
     torch.save(gradients, f"{folder}/rank_{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_give_the_gradient_of_one_process_on_the_whole_batch(tmp_path: Path, make_model: Callable[..., VLAE]) -> None:
+def test_two_ranks_give_the_gradient_of_one_process_on_the_whole_batch(
+    tmp_path: Path, make_model: Callable[..., VLAE]
+) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(8, 2, generator=generator, dtype=torch.float64)
     brightness = torch.linspace(0.2, 0.8, 8, dtype=torch.float64).reshape(8, 1, 1, 1)
@@ -49,12 +64,15 @@ def test_two_ranks_give_the_gradient_of_one_process_on_the_whole_batch(tmp_path:
         rate = model(x, noise).rate.detach()
         low, high = sorted(half.mean().item() for half in rate.chunk(WORLD_SIZE))
         middle, margin = (low + high) / 2, (high - low) / 10
-        # Free bits off; inactive; active. By its own rate alone each rank would take another branch in the last two.
+        # Free bits off, inactive, active. In the last two cases the ranks would take different
+        # branches if each looked only at its own rate.
         free_nats[name] = [0.0, middle - margin, middle + margin]
         assert low < middle - margin < middle + margin < high
 
     spawn(train_on_one_rank, (str(tmp_path), models, x, noise, free_nats), nprocs=WORLD_SIZE)
-    by_rank = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
+    by_rank = [
+        torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)
+    ]
     for name, model in models.items():
         for index, floor in enumerate(free_nats[name]):
             expected = gradient(model, x, noise, floor, world_size=1)
