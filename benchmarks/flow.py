@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.machine import keep_freed_memory
+from vlae.flow import AutoregressiveFlow, _scale_and_shift, _turned
 from vlae.made import MapMADE
-from vlae.prior import AutoregressiveFlow, _scale_and_shift, _turned
 
 BATCH = 64
 FLOWS: list[tuple[int | tuple[int, int, int], int, int]] = [

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import vlae
-from vlae.prior import AutoregressiveFlow, StandardNormal
+from vlae.flow import AutoregressiveFlow
+from vlae.prior import Prior
 from vlae.sampling import decode, decode_naively
 
 
@@ -34,7 +35,7 @@ def make(size: int) -> vlae.VLAE:
 
 
 @torch.no_grad()
-def invert_naively(prior: StandardNormal | AutoregressiveFlow, noise: Tensor) -> Tensor:
+def invert_naively(prior: Prior, noise: Tensor) -> Tensor:
     """z by as many passes of each step as there are latents: after pass i the first i + 1 in its order are final."""
     assert isinstance(prior, AutoregressiveFlow)
     for number in range(len(prior.steps)):

@@ -1,12 +1,10 @@
 """The Variational Lossy Autoencoder, in plain PyTorch."""
 
-from vlae.build import build, load, save
-from vlae.ema import EMA
-from vlae.flat import flatten
-from vlae.free_bits import SoftFreeBits
+from vlae.build import build, describe, load, save
 from vlae.model import VLAE, Bound
-from vlae.objective import Estimate, estimate, group_rates, training_loss
+from vlae.objective import Estimate, SoftFreeBits, estimate, group_rates, training_loss
 from vlae.sampling import reconstruct, sample
+from vlae.weights import EMA, flatten
 from vlae.window import Window
 
 __all__ = [
@@ -17,6 +15,7 @@ __all__ = [
     "SoftFreeBits",
     "Window",
     "build",
+    "describe",
     "estimate",
     "flatten",
     "group_rates",

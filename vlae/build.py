@@ -1,9 +1,15 @@
-"""Models from plain keyword arguments, and to and from a folder."""
+"""Models from plain keyword arguments, and to and from a folder.
+
+A new likelihood is its class and a row of ``LIKELIHOODS``. A new prior is its class, a row of
+``PRIORS``, and the argument of ``build`` that selects it. What either is made from is in
+``Options``.
+"""
 
 import inspect
 import json
 import math
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +19,77 @@ from safetensors.torch import load_file, save_file
 
 from vlae.decoder import Decoder
 from vlae.encoder import Encoder
-from vlae.layers import ACTIVATIONS, Trunk
-from vlae.likelihood import BernoulliLikelihood, LogisticMixtureLikelihood
+from vlae.flow import AutoregressiveFlow
+from vlae.layers import ACTIVATIONS, Trunk, scales
+from vlae.likelihood import BernoulliLikelihood, Likelihood, LogisticMixtureLikelihood
 from vlae.model import VLAE
-from vlae.prior import AutoregressiveFlow, StandardNormal
+from vlae.prior import Prior, StandardNormal
 from vlae.window import Window
 
 WEIGHTS_FILE, MODEL_FILE = "model.safetensors", "model.json"
-CHOICES = {"code": ("vector", "maps"), "likelihood": ("bernoulli", "logistic"), "activation": tuple(ACTIVATIONS)}
-LAYERS = ("flow_depth", "flow_layers", "posterior_depth", "blocks", "image_blocks", "decoder_blocks", "context_layers")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of ``build`` that likelihoods and priors are made from."""
+
+    channels: int
+    mixtures: int
+    code_shape: int | tuple[int, int, int]
+    """The length of z, or the (channels, height, width) of a code of maps."""
+    flow_depth: int
+    flow_hidden: int
+    flow_layers: int
+    flow_mean_only: bool
+
+    def flow(self, depth: int, context: int = 0) -> AutoregressiveFlow:
+        """An autoregressive flow over the code, with fresh weights."""
+        return AutoregressiveFlow(
+            self.code_shape,
+            depth,
+            self.flow_hidden,
+            layers=self.flow_layers,
+            mean_only=self.flow_mean_only,
+            context=context,
+        )
+
+
+LIKELIHOODS: dict[str, Callable[[Options], Likelihood]] = {
+    "bernoulli": lambda options: BernoulliLikelihood(options.channels),
+    "logistic": lambda options: LogisticMixtureLikelihood(options.channels, options.mixtures),
+}
+PRIORS: dict[str, Callable[[Options], Prior]] = {
+    "standard_normal": lambda options: StandardNormal(),
+    "autoregressive_flow": lambda options: options.flow(options.flow_depth),
+}
+CHOICES = {
+    "code": ("vector", "maps"),
+    "likelihood": tuple(LIKELIHOODS),
+    "activation": tuple(ACTIVATIONS),
+}
+LAYERS = (
+    "flow_depth",
+    "flow_layers",
+    "posterior_depth",
+    "blocks",
+    "image_blocks",
+    "decoder_blocks",
+    "context_layers",
+)
+"""Arguments that count layers; a saved model has at least one weight for each layer."""
+MAY_BE_ZERO = (
+    "flow_depth",
+    "posterior_depth",
+    "flow_mean_only",
+    "decoder_blocks",
+    "image_blocks",
+    "context_layers",
+)
 MAX_VALUES = 1 << 26
-"""Of an image of a saved model: a few tables grow with it that are no weights."""
-MAY_BE_ZERO = ("flow_depth", "posterior_depth", "flow_mean_only", "decoder_blocks", "image_blocks", "context_layers")
+"""Upper limit for the sub-pixels of a saved model's images.
+
+A few tables that are not weights, and so not bounded by the weights' file, grow with the image.
+"""
 
 
 def build(
@@ -50,40 +115,66 @@ def build(
     context_layers: int = 0,
     activation: str = "relu",
 ) -> VLAE:
-    """A VLAE with fresh weights (drawn from torch's global generator).
+    """A VLAE with fresh weights, drawn from torch's global generator.
 
-    image_shape: (channels, height, width). window: the decoder's receptive field, as ``Window.parse`` reads it.
-    context_layers: 0 looks at the window with one linear layer, more stack it from so many, as the paper does.
-    latents: size of the code z if ``code`` is ``"vector"``; if it is ``"maps"``, how many maps z has, each of the size at which
-    the encoder ends. flow_depth: steps of the autoregressive-flow prior; 0 is a standard normal prior.
-    posterior_depth: steps of an inverse autoregressive flow that follows the encoder's diagonal Gaussian; 0 is that Gaussian.
-    flow_hidden, flow_layers, flow_mean_only: of either flow's steps, their width, hidden layers, and whether they only shift.
-    likelihood: ``"bernoulli"`` for binary images, ``"logistic"`` for 8-bit ones (``mixtures`` discretized logistics).
-    blocks, image_blocks: residual blocks at each smaller size and at the image's own, in the encoder and the decoder.
-    The rest are widths: ``decoder_features`` and ``decoder_blocks`` of the per-pixel network, ``decoder_maps`` the image-sized maps
-    unfolded from z. activation: ``"relu"``, or the paper's ``"elu"``.
+    image_shape: (channels, height, width).
+    window: the decoder's receptive field, in the notation of ``Window.parse``.
+    context_layers: layers that cover the window. 0 covers it with a single linear layer; more are
+    stacked, as in the paper.
+    code, latents: a ``"vector"`` of ``latents`` numbers, or ``latents`` ``"maps"`` of the size at
+    which the encoder ends.
+    flow_depth: steps of the autoregressive-flow prior; 0 is a standard normal prior.
+    posterior_depth: steps of an inverse autoregressive flow after the encoder's diagonal Gaussian;
+    0 is that Gaussian.
+    flow_hidden, flow_layers, flow_mean_only: width and hidden layers of a step of either flow, and
+    whether steps only shift.
+    likelihood: ``"bernoulli"`` for binary images, ``"logistic"`` for 8-bit ones: a mixture of
+    ``mixtures`` discretized logistics.
+    encoder_channels, decoder_channels: width of the convolutions of each.
+    blocks, image_blocks: residual blocks of encoder and decoder, at each size below the image's
+    and at the image's own.
+    decoder_maps: image-sized maps unfolded from z.
+    decoder_features, decoder_blocks: width and layers of the per-pixel network.
+    activation: ``"relu"``, or the paper's ``"elu"``.
 
-    The arguments, defaults included, are kept as ``model.arguments``, from which a saved model is rebuilt.
-
-    Raises ValueError on a window that does not parse or fit, and on sizes that are impossible.
+    ``model.arguments`` holds all arguments, defaults included; ``load`` rebuilds a saved model from
+    them. Raises ValueError on a window that does not parse or fit, and on impossible sizes.
     """
     arguments = dict(locals())
     if len(image_shape) != 3 or min(image_shape) < 1:
-        raise ValueError(f"image_shape is {tuple(image_shape)}; it must be (channels, height, width), each at least 1")
+        raise ValueError(
+            f"image_shape is {tuple(image_shape)}; it must be (channels, height, width), "
+            "each at least 1"
+        )
     for name, value in arguments.items():
-        if isinstance(value, int) and value < (0 if name in MAY_BE_ZERO else 1):
-            raise ValueError(f"{name} is {value}, which is too small")
+        least = 0 if name in MAY_BE_ZERO else 1
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
     for name, choices in CHOICES.items():
         if arguments[name] not in choices:
-            raise ValueError(f"{name} is {arguments[name]!r}; it must be one of {', '.join(choices)}")
+            raise ValueError(
+                f"{name} is {arguments[name]!r}; it must be one of {', '.join(choices)}"
+            )
     channels, height, width = image_shape
     shape, maps = (channels, height, width), code == "maps"
+    smallest = scales(height, width)[-1]
+    options = Options(
+        channels=channels,
+        mixtures=mixtures,
+        code_shape=(latents, *smallest) if maps else latents,
+        flow_depth=flow_depth,
+        flow_hidden=flow_hidden,
+        flow_layers=flow_layers,
+        flow_mean_only=flow_mean_only,
+    )
+    # The order in which the parts draw their weights is part of what a seed means: decoder, prior,
+    # posterior, encoder.
     trunk = Trunk(blocks, image_blocks, ACTIVATIONS[activation])
     decoder = Decoder(
         shape,
         latents,
         Window.parse(window),
-        BernoulliLikelihood(channels) if likelihood == "bernoulli" else LogisticMixtureLikelihood(channels, mixtures),
+        LIKELIHOODS[likelihood](options),
         channels=decoder_channels,
         maps=decoder_maps,
         features=decoder_features,
@@ -92,52 +183,68 @@ def build(
         code_maps=maps,
         trunk=trunk,
     )
-    code_shape = (latents, *decoder.sizes[0]) if maps else latents
-    flow = partial(AutoregressiveFlow, code_shape, hidden=flow_hidden, layers=flow_layers, mean_only=flow_mean_only)
-    prior = flow(flow_depth) if flow_depth else StandardNormal()
-    posterior = flow(posterior_depth, context=flow_hidden) if posterior_depth else None
+    prior = PRIORS["autoregressive_flow" if flow_depth else "standard_normal"](options)
+    posterior = options.flow(posterior_depth, context=flow_hidden) if posterior_depth else None
     encoder = Encoder(shape, latents, encoder_channels, maps=maps, flow=posterior, trunk=trunk)
-    size = latents * math.prod(decoder.sizes[0]) if maps else latents
-    model = VLAE(encoder, decoder, prior, size)
+    model = VLAE(encoder, decoder, prior, latents * math.prod(smallest) if maps else latents)
     model.arguments = arguments
     return model
 
 
+def describe(arguments: Mapping[str, object]) -> str:
+    """A model in a few words, from its arguments: ``window 5x2, 32 latents, flow depth 2``."""
+    window, latents, depth = (arguments[name] for name in ("window", "latents", "flow_depth"))
+    return f"window {window}, {latents} latents, flow depth {depth}"
+
+
 def save(model: VLAE, folder: str | Path) -> None:
-    """Write a built model into ``folder``: its weights, and the arguments of ``build`` that made it."""
+    """Write a built model to ``folder``: its weights, and the arguments of ``build``."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS_FILE)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_FILE)
     (folder / MODEL_FILE).write_text(json.dumps(model.arguments, indent=2) + "\n")
 
 
 def load(folder: str | Path) -> VLAE:
-    """Rebuild a saved model from ``folder``, in evaluation mode, on the CPU. Nothing is unpickled or executed.
+    """Rebuild a saved model from ``folder``, in evaluation mode, on the CPU.
 
-    The files may come from anybody: what the arguments ask for is held to what the weights' file holds before any of it is made.
+    The files may come from anybody. Nothing is unpickled or executed, and no memory is allocated
+    for the model before its arguments agree with the weights' file.
 
-    Raises FileNotFoundError if the folder holds no model, and ValueError, naming the file, if it is not one that ``save`` wrote.
+    Raises FileNotFoundError if the folder holds no model, and ValueError, naming the file, on a
+    file that ``save`` did not write.
     """
     folder = Path(folder)
     for name in (MODEL_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no saved model: {name} is missing; give a folder that vlae.save wrote")
-    arguments, shapes = _read_arguments(folder / MODEL_FILE), _read_shapes(folder / WEIGHTS_FILE)
-    # No layer is without a weight, and no weight without an element: so nothing here takes longer than its weights are large.
-    most = {True: len(shapes), False: sum(map(math.prod, shapes.values()))}
+            raise FileNotFoundError(
+                f"{folder} holds no saved model: {name} is missing; use a folder that vlae.save "
+                "wrote"
+            )
+    arguments = _read_arguments(folder / MODEL_FILE)
+    shapes = _read_shapes(folder / WEIGHTS_FILE)
+    # Every layer has a weight, and every weight an element. These limits bound the time that the
+    # check below takes by the size of the weights' file.
+    num_tensors, num_elements = len(shapes), sum(map(math.prod, shapes.values()))
     for name, value in arguments.items():
-        if isinstance(value, int) and value > most[name in LAYERS]:
-            raise ValueError(f"{folder / MODEL_FILE}: {name} is {value}, which is more than {WEIGHTS_FILE} has weights for")
+        most = num_tensors if name in LAYERS else num_elements
+        if isinstance(value, int) and value > most:
+            raise ValueError(
+                f"{folder / MODEL_FILE}: {name} is {value}, more than {WEIGHTS_FILE} has weights "
+                "for"
+            )
     try:
-        with torch.device("meta"):  # shapes alone, without memory
-            expected = {name: tuple(value.shape) for name, value in build(**arguments).state_dict().items()}
+        with torch.device("meta"):  # shapes only, without memory
+            state = build(**arguments).state_dict()
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{folder / MODEL_FILE}: {error}") from None
+    expected = {name: tuple(value.shape) for name, value in state.items()}
     wrong = sorted(name for name in expected | shapes if expected.get(name) != shapes.get(name))
     if wrong:
         raise ValueError(
-            f"{folder / WEIGHTS_FILE} does not belong to {MODEL_FILE}: {wrong[0]} has the shape {shapes.get(wrong[0])}, "
-            f"the model's is {expected.get(wrong[0])}"
+            f"{folder / WEIGHTS_FILE} does not belong to {MODEL_FILE}: {wrong[0]} has the shape "
+            f"{shapes.get(wrong[0])}, the model's is {expected.get(wrong[0])}"
         )
     model = build(**arguments)
     model.load_state_dict(load_file(folder / WEIGHTS_FILE))
@@ -145,7 +252,10 @@ def load(folder: str | Path) -> VLAE:
 
 
 def _read_arguments(path: Path) -> dict[str, Any]:
-    """The arguments of ``build`` from a file; ValueError unless they are known by name and of their type."""
+    """The arguments of ``build`` from a file.
+
+    Raises ValueError unless ``build`` has arguments of these names and types.
+    """
     try:
         arguments = json.loads(path.read_bytes())
     except ValueError as error:
@@ -155,21 +265,23 @@ def _read_arguments(path: Path) -> dict[str, Any]:
     defaults = {name: each.default for name, each in inspect.signature(build).parameters.items()}
     for name, value in arguments.items():
         if name not in defaults:
-            raise ValueError(f"{path}: {name!r} is no argument of vlae.build")
+            raise ValueError(f"{path}: vlae.build has no argument {name!r}")
         if name == "image_shape":
-            fits = isinstance(value, list) and len(value) == 3 and all(type(each) is int for each in value)
+            fits = isinstance(value, list) and len(value) == 3
+            fits = fits and all(type(each) is int for each in value)
             fits = fits and math.prod(value) <= MAX_VALUES
         else:
             fits = type(value) is type(defaults[name])
         if not fits:
-            raise ValueError(f"{path}: {name} is {value!r:.100}, which is no value of its kind")
+            raise ValueError(f"{path}: {name} cannot be {value!r:.100}")
     return arguments
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a safetensors file; ValueError if it is none."""
+    """The shape of every tensor in a safetensors file; ValueError if it is no such file."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from None

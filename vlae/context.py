@@ -1,12 +1,12 @@
-"""What a pixel of the decoder knows of the image so far: one module for each kind of receptive field.
+"""Contexts: what the decoder sees of the earlier pixels, one module for each receptive field.
 
-A context maps an image in [-1, 1] of shape (batch, channels, height, width) to features of shape (batch, height, width,
-features), where those of a pixel depend on earlier pixels only. Everything after it works on each pixel by itself, so a
-decoder's receptive field is exactly its context's.
+A context maps an image in [-1, 1], (batch, channels, height, width), to features, (batch, height,
+width, features). The features of a pixel depend on earlier pixels only. The decoder's remaining
+layers work on each pixel separately, so its receptive field is exactly that of its context.
 
-For sampling, ``context.front(...)`` gives the same features a few pixels at a time, as the image becomes known, each
-evaluated once. It asks for a *shear*: the features of pixel (row, column) can be had as soon as all pixels with a smaller
-``column + shear * row`` are drawn.
+For sampling, ``context.front(...)`` computes the same features a few pixels at a time, while the
+image is drawn, and evaluates each only once. A front has a *shear*: the features of pixel (row,
+column) are available once all pixels with a smaller ``column + shear * row`` are drawn.
 """
 
 from collections import Counter
@@ -19,11 +19,17 @@ from torch import Tensor, nn
 from vlae.window import Window
 
 Offsets = Sequence[tuple[int, int]]
+"""(rows up, columns left) offsets of the pixels that a layer reads."""
+
 LUMINANCE = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue (ITU-R BT.601)."""
 
 
 def visible(x: Tensor, window: Window) -> Tensor:
-    """What a window may see of pixels, (batch, channels, ...): all of it, or the luminance of RGB, (batch, 1, ...)."""
+    """The channels that a window sees of pixels, (batch, channels, ...).
+
+    All of them; or, if the window is grey, the luminance of RGB, (batch, 1, ...).
+    """
     if not window.grey:
         return x
     weights = torch.tensor(LUMINANCE, dtype=x.dtype, device=x.device)
@@ -33,8 +39,9 @@ def visible(x: Tensor, window: Window) -> Tensor:
 class WindowContext(nn.Module):
     """A linear map of the pixels in an A x B window; pixels outside the image count as 0.
 
-    One layer with the whole field, and per-pixel layers after it, in place of the paper's stack of 3x3 masked layers:
-    ``benchmarks/decoder.py`` compares the two. In a down-sampled window all pixels of a cell have the same weight.
+    A single layer covers the whole window and per-pixel layers follow, where the paper stacks 3x3
+    masked layers; ``benchmarks/decoder.py`` compares the two. In a down-sampled window all pixels
+    of a cell have the same weight.
     """
 
     cells: Tensor
@@ -45,27 +52,33 @@ class WindowContext(nn.Module):
         self.window = window
         sizes = Counter(window.cells)
         self.register_buffer("cells", torch.tensor(window.cells), persistent=False)
-        self.register_buffer("cell_sizes", torch.tensor([float(sizes[cell]) for cell in window.cells]), persistent=False)
+        cell_sizes = torch.tensor([float(sizes[cell]) for cell in window.cells])
+        self.register_buffer("cell_sizes", cell_sizes, persistent=False)
         self.linear = nn.Linear(channels * (max(window.cells) + 1), features, bias=False)
 
     def weight(self) -> Tensor:
-        """The weight of each pixel of the window: (features, channels * pixels)."""
+        """The weight of each pixel in the window: (features, channels * pixels)."""
         if self.window.down == 1:
             return self.linear.weight
         by_cell = self.linear.weight.unflatten(1, (-1, int(self.cells.max()) + 1))
         return (by_cell[..., self.cells] / self.cell_sizes).flatten(1)
 
     def pad(self, x: Tensor) -> Tensor:
-        """Surround an image with the zeros that a pixel at its border sees."""
+        """Pad an image with the zeros that pixels at its border see."""
         return F.pad(x, (self.window.left, self.window.right, self.window.rows, 0))
 
     def patches(self, padded: Tensor) -> Tensor:
-        """What the window of each pixel holds, as a view: (batch, channels, height, width, taps of the window's bounding box)."""
-        return padded.unfold(2, self.window.rows + 1, 1).unfold(3, self.window.left + 1 + self.window.right, 1)
+        """The bounding box of each pixel's window in a padded image, as a view.
+
+        (batch, channels, height, width, rows, columns).
+        """
+        rows, columns = self.window.rows + 1, self.window.left + 1 + self.window.right
+        return padded.unfold(2, rows, 1).unfold(3, columns, 1)
 
     def project(self, patches: Tensor, weight: Tensor) -> Tensor:
         """(batch, channels, ..., rows, columns) -> (batch, ..., features)."""
-        # In raster order the window is the first taps of its bounding box: what follows is the pixel itself, and later ones.
+        # In raster order the window comes first in its bounding box, before the pixel itself and
+        # later pixels.
         taps = patches.flatten(-2)[..., : len(self.window.offsets)]
         return F.linear(taps.movedim(1, -2).flatten(-2), weight)
 
@@ -73,12 +86,12 @@ class WindowContext(nn.Module):
         return self.project(self.patches(self.pad(x)), self.weight())
 
     def front(self, batch: int, height: int, width: int) -> "WindowFront":
-        """The features pixel by pixel, of ``batch`` images of ``height`` x ``width`` that are yet to be drawn."""
+        """The features of ``batch`` images of ``height`` x ``width`` while they are drawn."""
         return WindowFront(self, batch, height, width)
 
 
 class WindowFront:
-    """A ``WindowContext``, a few pixels at a time."""
+    """The features of a ``WindowContext``, a few pixels at a time."""
 
     ahead = 0
 
@@ -90,46 +103,63 @@ class WindowFront:
         self.canvas = context.pad(self.weight.new_zeros(batch, channels, height, width))
 
     def features(self, row: Tensor, column: Tensor) -> Tensor:
-        """Of the pixels at (row, column), each of shape (points,): (batch, points, features)."""
-        return self.context.project(self.context.patches(self.canvas)[:, :, row, column], self.weight)
+        """The features of the pixels at (row, column), each of shape (points,).
+
+        Returns (batch, points, features).
+        """
+        patches = self.context.patches(self.canvas)[:, :, row, column]
+        return self.context.project(patches, self.weight)
 
     def draw(self, row: Tensor, column: Tensor, pixels: Tensor) -> None:
-        """Make pixels known: in [-1, 1], (batch, channels, points)."""
-        self.canvas[:, :, row + self.window.rows, column + self.window.left] = pixels.to(self.canvas.dtype)
+        """Record drawn pixels, in [-1, 1]: (batch, channels, points)."""
+        row, column = row + self.window.rows, column + self.window.left
+        self.canvas[:, :, row, column] = pixels.to(self.canvas.dtype)
 
 
 class StackContext(nn.Module):
-    """Several layers that each look a little further, without blind spot.
+    """A stack of layers without blind spot, each of which extends the receptive field.
 
-    A *vertical* stack sees the rows above: it starts one row up, and each layer of it looks at its own row and further up, to
-    the left and to the right. A *horizontal* stack sees the pixels to the left in the same way, starting one pixel to the left,
-    and reads the vertical one at every layer. The two stacks and the absence of a blind spot follow van den Oord et al.,
-    *Conditional Image Generation with PixelCNN Decoders*, NeurIPS 2016, arXiv:1606.05328.
+    The *vertical* stack sees the rows above. It starts one row up, and each of its layers reads
+    its own row and rows further up, to the left and to the right. The *horizontal* stack sees the
+    pixels to the left. It starts one pixel to the left, and each of its layers also reads the
+    vertical stack.
 
-    ``layers`` holds for each layer the (rows up, columns left) offsets that its vertical and its horizontal part look at.
+    ``layers`` holds, for each layer, the (rows up, columns left) offsets that its vertical and its
+    horizontal part read.
+
+    Reference: van den Oord et al., *Conditional Image Generation with PixelCNN Decoders*,
+    NeurIPS 2016, arXiv:1606.05328.
     """
 
-    def __init__(self, layers: Sequence[tuple[Offsets, Offsets]], channels: int, hidden: int, features: int) -> None:
+    def __init__(
+        self, layers: Sequence[tuple[Offsets, Offsets]], channels: int, hidden: int, features: int
+    ) -> None:
         super().__init__()
         self.layers = list(layers)
         self.hidden = hidden
         self.start_vertical = nn.Linear(channels, hidden)
         self.start_horizontal = nn.Linear(channels, hidden)
         self.vertical = nn.ModuleList(nn.Linear(len(up) * hidden, hidden) for up, _ in self.layers)
-        self.horizontal = nn.ModuleList(nn.Linear((len(left) + 1) * hidden, hidden) for _, left in self.layers)
+        self.horizontal = nn.ModuleList(
+            nn.Linear((len(left) + 1) * hidden, hidden) for _, left in self.layers
+        )
         self.end = nn.Linear(hidden, features)
 
     @classmethod
     def windowed(cls, window: Window, depth: int, channels: int, features: int) -> "StackContext":
-        """``depth`` layers that together see exactly ``window``, each its share of it.
+        """``depth`` layers that together see exactly ``window``, in equal shares.
 
-        The paper's way: 7x4 are three layers, each one row up and one column to both sides. Raises ValueError for windows
-        without a row above or without a pixel to the left, and for down-sampled ones.
+        This is the paper's form: 7x4 is three layers, each one row up and one column to either
+        side. Raises ValueError for windows without a row above or a pixel to the left, and for
+        down-sampled windows.
         """
         window.check_stacks()
-        ups, lefts, rights = (_shares(total, depth) for total in (window.height - 1, window.left, window.right))
-        # The horizontal stack starts one pixel to the left, so it has one column less to go. No layer of it goes further than
-        # the vertical one's, or what the vertical stack sees would be carried out of the window.
+        ups, lefts, rights = (
+            _shares(total, depth) for total in (window.height - 1, window.left, window.right)
+        )
+        # The horizontal stack starts one pixel to the left, so its layers share one column less.
+        # None of them may reach further left than the vertical layer of the same number: it would
+        # carry what the vertical stack sees out of the window.
         own = list(lefts)
         own[next(n for n, share in enumerate(own) if share)] -= 1
         return cls(
@@ -147,17 +177,27 @@ class StackContext(nn.Module):
 
     @classmethod
     def unlimited(cls, height: int, width: int, channels: int, features: int) -> "StackContext":
-        """Every earlier pixel: layers whose reach doubles, so log2(size) of them suffice; half as wide as what they give."""
+        """Layers that see every earlier pixel.
+
+        Their reach doubles from layer to layer, so about log2(size) layers suffice. Hidden layers
+        are half as wide as the features.
+        """
         dilations = [1]
         while sum(dilations) < max(height, width) - 1:
             dilations.append(2 * dilations[-1])
-        layers = [([(row, column) for row in (0, d) for column in (-d, 0, d)], [(0, 0), (0, d)]) for d in dilations]
+        layers = [
+            ([(row, column) for row in (0, d) for column in (-d, 0, d)], [(0, 0), (0, d)])
+            for d in dilations
+        ]
         return cls(layers, channels, max(1, features // 2), features)
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = x.permute(0, 2, 3, 1)
-        vertical, horizontal = _shift(self.start_vertical(pixels), 1, 0), _shift(self.start_horizontal(pixels), 0, 1)
-        for (up, left), look_up, look_left in zip(self.layers, self.vertical, self.horizontal, strict=True):
+        vertical = _shift(self.start_vertical(pixels), 1, 0)
+        horizontal = _shift(self.start_horizontal(pixels), 0, 1)
+        for (up, left), look_up, look_left in zip(
+            self.layers, self.vertical, self.horizontal, strict=True
+        ):
             above = F.relu(vertical)
             vertical = vertical + look_up(torch.cat([_shift(above, *offset) for offset in up], -1))
             before = F.relu(horizontal)
@@ -166,15 +206,16 @@ class StackContext(nn.Module):
         return self.end(F.relu(horizontal))
 
     def front(self, batch: int, height: int, width: int) -> "StackFront":
-        """The features pixel by pixel, of ``batch`` images of ``height`` x ``width`` that are yet to be drawn."""
+        """The features of ``batch`` images of ``height`` x ``width`` while they are drawn."""
         return StackFront(self, batch, height, width)
 
 
 class StackFront:
-    """A ``StackContext``, a few pixels at a time: every layer keeps what it has evaluated.
+    """The features of a ``StackContext``, a few pixels at a time; each layer keeps its values.
 
-    The vertical stack depends on rows above only, so it can run ahead in a pixel's own row: layer n is evaluated as many
-    columns further right as the layers after it still look to the right. ``ahead`` is how far the first one is.
+    The vertical stack depends only on the rows above, so it can run ahead of the current pixel.
+    Layer n is evaluated further right by as many columns as the layers after it reach to the
+    right. ``ahead`` is this lead of the first layer.
     """
 
     def __init__(self, context: StackContext, batch: int, height: int, width: int) -> None:
@@ -183,24 +224,31 @@ class StackFront:
         self.ahead = sum(rights)
         self.shear = self.ahead + 1
         self.leads = [sum(rights[n + 1 :]) for n in range(len(rights))]
-        reach = [abs(number) for up, left in context.layers for offset in (*up, *left) for number in offset]
-        self.margin = max(reach) + 1  # on every side: zeros, as outside the image
+        reach = [
+            abs(number)
+            for up, left in context.layers
+            for offset in (*up, *left)
+            for number in offset
+        ]
+        self.margin = max(reach) + 1  # zeros on every side, as outside the image
         shape = (batch, height + 2 * self.margin, width + 2 * self.margin, context.hidden)
         weight = context.end.weight
         self.vertical = [weight.new_zeros(shape) for _ in range(len(rights) + 1)]
         self.horizontal = [weight.new_zeros(shape) for _ in range(len(rights) + 1)]
 
     def features(self, row: Tensor, column: Tensor) -> Tensor:
-        """Of the pixels at (row, column), each of shape (points,); those with a column below 0 only run ahead and have none.
+        """The features of the pixels at (row, column), each of shape (points,).
 
-        Returns (batch, points with a column of at least 0, features).
+        Columns below 0 are for the layers that run ahead: these points have no features. Returns
+        (batch, points with a column of at least 0, features).
         """
         context = self.context
         for number, (up, _) in enumerate(context.layers):
             at = column + self.leads[number]
             inside = (at >= 0) & (at < self.width)
             place = (row[inside], at[inside])
-            seen = F.relu(torch.cat([self._read(self.vertical[number], place, offset) for offset in up], -1))
+            taps = [self._read(self.vertical[number], place, offset) for offset in up]
+            seen = F.relu(torch.cat(taps, -1))
             value = self._read(self.vertical[number], place) + context.vertical[number](seen)
             self._write(self.vertical[number + 1], place, value)
         inside = column >= 0
@@ -213,14 +261,24 @@ class StackFront:
         return context.end(F.relu(self._read(self.horizontal[-1], place)))
 
     def draw(self, row: Tensor, column: Tensor, pixels: Tensor) -> None:
-        """Make pixels known: in [-1, 1], (batch, channels, points)."""
+        """Record drawn pixels, in [-1, 1]: (batch, channels, points)."""
         pixels = pixels.transpose(1, 2)
-        # What lies beyond the last row or column goes to the margin, which must stay zero.
+        # Values beyond the last row or column would fall into the margin, which must stay zero.
         below, beside = row + 1 < self.height, column + 1 < self.width
-        self._write(self.vertical[0], (row[below] + 1, column[below]), self.context.start_vertical(pixels[:, below]))
-        self._write(self.horizontal[0], (row[beside], column[beside] + 1), self.context.start_horizontal(pixels[:, beside]))
+        self._write(
+            self.vertical[0],
+            (row[below] + 1, column[below]),
+            self.context.start_vertical(pixels[:, below]),
+        )
+        self._write(
+            self.horizontal[0],
+            (row[beside], column[beside] + 1),
+            self.context.start_horizontal(pixels[:, beside]),
+        )
 
-    def _read(self, canvas: Tensor, place: tuple[Tensor, Tensor], offset: tuple[int, int] = (0, 0)) -> Tensor:
+    def _read(
+        self, canvas: Tensor, place: tuple[Tensor, Tensor], offset: tuple[int, int] = (0, 0)
+    ) -> Tensor:
         return canvas[:, place[0] - offset[0] + self.margin, place[1] - offset[1] + self.margin]
 
     def _write(self, canvas: Tensor, place: tuple[Tensor, Tensor], value: Tensor) -> None:
@@ -228,12 +286,15 @@ class StackFront:
 
 
 def _shares(total: int, parts: int) -> list[int]:
-    """``total`` as a sum of ``parts`` integers that differ by one at most."""
+    """``total`` as a sum of ``parts`` integers that differ by at most one."""
     return [total * (n + 1) // parts - total * n // parts for n in range(parts)]
 
 
 def _shift(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Each pixel takes over the features of the one ``rows`` above and ``columns`` to its left; zeros come in."""
+    """Move features down by ``rows`` and right by ``columns``, with zeros entering at the border.
+
+    (batch, height, width, features) -> the same shape.
+    """
     height, width = x.shape[1:3]
     padded = F.pad(x, (0, 0, max(columns, 0), max(-columns, 0), rows, 0))
     return padded[:, :height, max(-columns, 0) : max(-columns, 0) + width]

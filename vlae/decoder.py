@@ -13,13 +13,14 @@ from vlae.window import Window
 class Decoder(nn.Module):
     """p(x|z) = prod_i p(x_i | z, x_window(i)), for pixels i in raster order.
 
-    The code is unfolded to ``maps`` feature maps at image size; these and the context of earlier pixels enter a network that
-    looks at each pixel by itself. Hence the context alone decides which pixels are seen: tests prove
-    it from gradients. With window ``0x0`` there is no context, and the pixels are independent given z.
-    Whether a channel of a pixel sees the ones before it is up to the likelihood.
+    The code is unfolded to ``maps`` feature maps of the image's size. These and the context of
+    earlier pixels enter a network that works on each pixel separately. So the context alone
+    decides which pixels are seen; tests prove it from gradients. With window ``0x0`` there is no
+    context, and pixels are independent given z. Whether a channel of a pixel sees the channels
+    before it is decided by the likelihood.
 
-    ``context_layers``: 0 looks at the window with one linear layer, more stack it from so many. ``code_maps``: z is
-    (latents, height, width) at the smallest size, flattened.
+    ``context_layers``: 0 covers the window with a single linear layer; more are stacked.
+    ``code_maps``: z is (latents, height, width) at the smallest size, flattened.
     """
 
     def __init__(
@@ -38,11 +39,19 @@ class Decoder(nn.Module):
         trunk: Trunk = Trunk(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
-        self.image_shape, self.window, self.likelihood, self.activation = image_shape, window, likelihood, trunk.activation
+        self.image_shape, self.window, self.likelihood, self.activation = (
+            image_shape,
+            window,
+            likelihood,
+            trunk.activation,
+        )
         image_channels, height, width = image_shape
         window.check_fits(height, width)
         if window.grey and image_channels != 3:
-            raise ValueError(f"window {window} shows the luminance of RGB images; these have {image_channels} channels")
+            raise ValueError(
+                f"window {window} shows the luminance of RGB images, but these have "
+                f"{image_channels} channels; use a window without -grey"
+            )
         self.sizes = scales(height, width)[::-1]
         self.code_shape = (latents, *self.sizes[0]) if code_maps else None
         size = 1 if code_maps else self.sizes[0][0] * self.sizes[0][1]
@@ -67,11 +76,13 @@ class Decoder(nn.Module):
         elif window.offsets:
             self.context = WindowContext(window, seen_channels, features)
         self.from_maps = nn.Linear(maps, features)
-        self.per_pixel = nn.Sequential(*[PixelLayer(features, trunk.activation) for _ in range(pixel_layers)])
+        self.per_pixel = nn.Sequential(
+            *[PixelLayer(features, trunk.activation) for _ in range(pixel_layers)]
+        )
         self.head = nn.Linear(features, likelihood.num_parameters)
 
     def condition(self, z: Tensor) -> Tensor:
-        """What the code says about each pixel: (..., size of z) -> (..., height, width, features)."""
+        """The features of each pixel from z: (..., size of z) -> (..., height, width, features)."""
         h = z.flatten(0, -2)
         if self.code_shape:
             h = self.unfold(h.unflatten(1, self.code_shape).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -90,20 +101,30 @@ class Decoder(nn.Module):
         return self.from_maps(h.permute(0, 2, 3, 1)).unflatten(0, z.shape[:-1])
 
     def see(self, x: Tensor) -> Tensor | float:
-        """What the window says about each pixel: pixels in [0, 1], (batch, channels, height, width) -> (batch, height, width,
-        features); plain 0 for window 0x0."""
+        """The features of each pixel from its window; 0.0 for window 0x0.
+
+        Pixels in [0, 1], (batch, channels, height, width) -> (batch, height, width, features).
+        """
         return 0.0 if self.context is None else self.context(self.show(x))
 
     def show(self, x: Tensor) -> Tensor:
-        """Pixels in [0, 1], (batch, channels, ...), as the context is shown them: in [-1, 1], and grey if the window is."""
+        """Pixels in [0, 1], (batch, channels, ...), as the context's input.
+
+        They are scaled to [-1, 1], and reduced to the luminance if the window is grey.
+        """
         return visible(2 * x - 1, self.window)
 
     def predict(self, hidden: Tensor) -> Distribution:
-        """The distribution of pixels from ``condition + see``: (..., features) -> (..., channels)."""
+        """Pixels from ``condition + see``: (..., features) -> a distribution of (..., channels)."""
         h = self.per_pixel(self.activation(hidden))
-        with torch.autocast(h.device.type, enabled=False):  # a distribution's parameters need more digits than bfloat16 has
+        # The parameters of a distribution need more precision than bfloat16 has.
+        with torch.autocast(h.device.type, enabled=False):
             return self.likelihood(self.head(h.to(self.head.weight.dtype)))
 
     def forward(self, z: Tensor, x: Tensor) -> Distribution:
-        """p(x|z) with every pixel given its window: z (..., batch, latents) -> pixels (..., batch, height, width, channels)."""
+        """p(x|z), with every pixel given its window in x.
+
+        z (..., batch, latents), x (batch, channels, height, width) -> a distribution of pixels,
+        (..., batch, height, width, channels).
+        """
         return self.predict(self.condition(z) + self.see(x))

@@ -1,28 +1,30 @@
-"""The encoder: an image to the posterior q(z|x)."""
+"""The encoder: from an image to the posterior q(z|x)."""
 
 import torch
 from torch import Tensor, nn
 
 from vlae.distributions import DiagonalGaussian
+from vlae.flow import AutoregressiveFlow
 from vlae.layers import Trunk, scales
-from vlae.posterior import IAFPosterior
-from vlae.prior import AutoregressiveFlow
+from vlae.posterior import IAFPosterior, Posterior
 
 
 class Encoder(nn.Module):
-    """A small residual network that halves the image until its shorter side is about 7, and ends in a diagonal Gaussian over z.
+    """A small residual network from an image to a diagonal Gaussian over z.
 
-    With a ``flow`` (whose context has ``flow.context`` features) that Gaussian is the start of an inverse autoregressive flow.
+    It halves the image until its shorter side is about 7. With a ``flow``, whose context has
+    ``flow.context`` features, the Gaussian is the start of an inverse autoregressive flow.
 
-    The code is a vector of ``latents``, or, if ``maps``, one such vector at each place of the smallest size; then z is
-    (latents, height, width) flattened.
+    The code is a vector of ``latents``. With ``maps`` it is such a vector at each position of the
+    smallest size, (latents, height, width) flattened.
 
-    The posterior's log scale is bounded to [-5, 1] by a scaled sigmoid: a single step can neither collapse a latent's
-    scale to zero nor blow it up.
+    A scaled sigmoid bounds the posterior's log scale to [-5, 1], so that no single step can
+    collapse the scale of a latent to zero or blow it up.
     """
 
     MIN_LOG_SCALE, MAX_LOG_SCALE = -5.0, 1.0
-    START = 1.5  # scales begin near 1, the prior's
+    START = 1.5
+    """Added to the raw log scale, so that scales start near 1, the prior's."""
 
     def __init__(
         self,
@@ -54,17 +56,23 @@ class Encoder(nn.Module):
         self.flow = flow
         self.context = nn.Linear(features, flow.context) if flow else None
 
-    def forward(self, x: Tensor) -> DiagonalGaussian | IAFPosterior:
+    @property
+    def splits_over_latents(self) -> bool:
+        """Whether the terms of its posteriors' log densities are those of single latents."""
+        return self.flow is None or self.flow.splits_over_latents
+
+    def forward(self, x: Tensor) -> Posterior:
         """Pixels in [0, 1], (batch, channels, height, width) -> q(z|x) over (batch, size of z)."""
         h = self.activation(self.layers((2 * x - 1).contiguous(memory_format=torch.channels_last)))
         h = h.permute(0, 2, 3, 1) if self.maps else h.flatten(1)
         mean, raw = (self._flat(part) for part in self.head(h).chunk(2, -1))
         span = self.MAX_LOG_SCALE - self.MIN_LOG_SCALE
-        gaussian = DiagonalGaussian(mean, self.MIN_LOG_SCALE + span * torch.sigmoid(raw + self.START))
+        log_scale = self.MIN_LOG_SCALE + span * torch.sigmoid(raw + self.START)
+        gaussian = DiagonalGaussian(mean, log_scale)
         if self.flow is None or self.context is None:
             return gaussian
         return IAFPosterior(gaussian, self.flow, self._flat(self.context(h)))
 
     def _flat(self, h: Tensor) -> Tensor:
-        """Maps, (batch, height, width, maps), as a vector, (batch, maps * height * width); a vector as it is."""
+        """Maps, (batch, height, width, maps) -> (batch, maps * height * width); a vector as is."""
         return h.permute(0, 3, 1, 2).flatten(1) if self.maps else h

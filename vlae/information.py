@@ -1,4 +1,7 @@
-"""What the code tells about the image, and in which latents: from the posteriors q(z|x) of many images, in nats."""
+"""The information that the code holds about the image, and in which latents.
+
+Everything is computed from the posteriors q(z|x) of many images, in nats.
+"""
 
 import math
 
@@ -10,44 +13,49 @@ from vlae.distributions import HALF_LOG_2PI, DiagonalGaussian
 ACTIVE_VARIANCE = 0.01
 """A latent is active if its posterior mean varies by more than this over the images.
 
-Reference: Burda, Grosse, Salakhutdinov, *Importance Weighted Autoencoders*, ICLR 2016, arXiv:1509.00519, section 5.2.
+Reference: Burda, Grosse, Salakhutdinov, *Importance Weighted Autoencoders*, ICLR 2016,
+arXiv:1509.00519, section 5.2.
 """
 
 
 def capacity(mean_variance: Tensor, mean_square_scale: Tensor, mean_log_scale: Tensor) -> Tensor:
-    """The most that each latent by itself can tell about the image: an upper bound on I(x; z_i), without regard to any prior.
+    """The capacity of each latent: an upper bound on I(x; z_i), independent of the prior.
 
         0.5 log(Var_x[mean_i] + E_x[scale_i^2]) - E_x[log scale_i]
 
-    It rests on the Gaussian's being the distribution of largest entropy for its variance; it is exact where the means are
-    Gaussian and the scale is the same for all images, the capacity 0.5 log(1 + signal / noise) of a Gaussian channel. It is also the
-    rate of z_i under the Gaussian prior that suits it best. The sum over the latents is at least I(x; z), by as much as the latents
-    repeat each other.
+    The bound holds because a Gaussian has the largest entropy for its variance. It is exact if the
+    means are Gaussian and the scale is the same for all images: the capacity 0.5 log(1 + signal /
+    noise) of a Gaussian channel. It is also the rate of z_i under the best Gaussian prior. The sum
+    over the latents is at least I(x; z), and exceeds it if latents are redundant.
 
-    All arguments and the result have one value for each latent: the moments over images of the posterior's mean and scale.
+    The arguments are moments over images of the posterior's mean and scale. They and the result
+    have one value for each latent.
     """
     return 0.5 * torch.log(mean_variance + mean_square_scale) - mean_log_scale
 
 
 @torch.no_grad()
 def mutual_information(posterior: DiagonalGaussian, noise: Tensor, rows: int = 256) -> Tensor:
-    """I(x; z) between N equally likely images and their codes, estimated from one code of each: (N,), whose mean is the estimate.
+    """I(x; z) between N equally likely images and their codes, estimated from one code of each.
 
         log q(z_n|x_n) - log (1/N) sum_m q(z_n|x_m),   z_n from q(z|x_n)
 
-    No term exceeds log N, which is all that there is to know of which of N images it is. For images from a larger population
-    the mean is, in expectation, a lower bound on its I(x; z); a useless one where that is above log N.
+    Returns these terms, (N,); their mean is the estimate. No term exceeds log N, the entropy of
+    the choice among N images. For images from a larger population the mean is, in expectation, a
+    lower bound on its I(x; z), and useless if that is above log N.
 
-    The posterior's parameters and the standard normal ``noise`` have the shape (N, latents). The N x N densities are evaluated
-    ``rows`` codes at a time, in float64.
+    The posterior's parameters and the standard normal ``noise`` have the shape (N, latents). The
+    N x N densities are evaluated for ``rows`` codes at a time, in float64.
 
-    References: Hoffman, Johnson, *ELBO surgery*, NeurIPS 2016 workshop on approximate inference, for what is estimated; Poole,
-    Ozair, van den Oord, Alemi, Tucker, *On variational bounds of mutual information*, ICML 2019, arXiv:1905.06922, for the bound.
+    References: Hoffman, Johnson, *ELBO surgery*, NeurIPS 2016 workshop on approximate inference,
+    for the quantity. Poole, Ozair, van den Oord, Alemi, Tucker, *On variational bounds of mutual
+    information*, ICML 2019, arXiv:1905.06922, for the bound.
     """
     mean, log_scale = posterior.mean.double(), posterior.log_scale.double()
-    mean = mean - mean.mean(0)  # z^2 and mean^2 are about to be subtracted from each other
+    # Below, z^2 and mean^2 are subtracted from each other: centering limits the cancellation.
+    mean = mean - mean.mean(0)
     z = DiagonalGaussian(mean, log_scale).sample(noise.double())
-    # log q(z|x_m) is linear in z^2 and z: one matrix product gives it for all pairs.
+    # log q(z|x_m) is linear in z^2 and z, so one matrix product gives it for all pairs.
     precision = torch.exp(-2 * log_scale)
     slopes = torch.cat([-0.5 * precision, mean * precision], 1)  # (N, 2 * latents)
     constants = -(0.5 * mean.square() * precision + log_scale + HALF_LOG_2PI).sum(1)  # (N,)

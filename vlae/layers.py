@@ -12,7 +12,7 @@ ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "elu": F.elu}
 
 @dataclass(frozen=True)
 class Trunk:
-    """What the encoder and the decoder have in common."""
+    """The settings that the encoder and the decoder share."""
 
     blocks: int = 1
     """Residual blocks at each size below the image's own."""
@@ -21,12 +21,15 @@ class Trunk:
     activation: Activation = F.relu
 
     def residual(self, channels: int, number: int) -> list[nn.Module]:
-        """So many residual blocks."""
+        """``number`` residual blocks."""
         return [ResidualConv(channels, self.activation) for _ in range(number)]
 
 
 class ResidualConv(nn.Module):
-    """x + conv(f(conv(f(x)))), both 3x3; it starts as the identity. (batch, channels, height, width) -> same."""
+    """x + conv(f(conv(f(x)))), both 3x3, initialised to the identity.
+
+    (batch, channels, height, width) -> the same shape.
+    """
 
     def __init__(self, channels: int, activation: Activation = F.relu) -> None:
         super().__init__()
@@ -42,9 +45,10 @@ class ResidualConv(nn.Module):
 
 
 class PixelLayer(nn.Module):
-    """f(linear(x)) of each pixel by itself: (..., features) -> same.
+    """f(linear(x)) of each pixel separately: (..., features) -> the same shape.
 
-    It has no bias, and a relu overwrites its input: on a CPU, passes over memory cost as much here as the matrix product.
+    The layer has no bias, and a ReLU overwrites its input: on a CPU, passes over memory cost as
+    much here as the matrix product.
     """
 
     def __init__(self, features: int, activation: Activation = F.relu) -> None:
@@ -59,9 +63,10 @@ class PixelLayer(nn.Module):
 
 
 def scales(height: int, width: int, smallest: int = 7) -> list[tuple[int, int]]:
-    """The sizes an image passes through when it is halved (rounding up) while its shorter side stays >= ``smallest``.
+    """The (height, width) of an image each time it is halved, rounding up.
 
-    28 x 28 gives [(28, 28), (14, 14), (7, 7)].
+    Halving stops before the shorter side would fall below ``smallest``: 28 x 28 gives
+    [(28, 28), (14, 14), (7, 7)].
     """
     sizes = [(height, width)]
     while (min(sizes[-1]) + 1) // 2 >= smallest:

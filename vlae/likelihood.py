@@ -1,7 +1,9 @@
-"""Likelihoods p(pixel | parameters): Bernoulli for binary images, a mixture of discretized logistics for 8-bit grey and RGB.
+"""Likelihoods p(pixel | parameters): Bernoulli, and a mixture of discretized logistics.
 
-A likelihood says how many parameters a pixel needs and how many uniform numbers drawing one takes, and makes a distribution of
-pixels from parameters. Pixels lie in [0, 1], and here their channels come last: (..., height, width, channels).
+Bernoulli is for binary images, the mixture for 8-bit grey and RGB. A likelihood states how many
+parameters a pixel has and how many uniform numbers a sample of it takes, and turns parameters into
+a distribution of pixels. Pixels lie in [0, 1]. In this module channels are the last dimension:
+(..., height, width, channels).
 """
 
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from torch import Tensor
 
 
 class Distribution(Protocol):
-    """A distribution of images, or of some of their pixels."""
+    """A distribution of images, or of some pixels of them."""
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats, summed over the image: (..., height, width, channels) -> (...)."""
@@ -23,17 +25,19 @@ class Distribution(Protocol):
 
 
 class Likelihood(Protocol):
-    """A family of distributions."""
+    """A family of distributions of a pixel."""
 
     num_parameters: int
+    """Parameters of a pixel."""
     num_uniforms: int
+    """Uniform random numbers that a sample of a pixel takes."""
 
     def __call__(self, parameters: Tensor) -> Distribution:
         """The distribution with these parameters: (..., num_parameters)."""
 
 
 class BernoulliLikelihood:
-    """Binary sub-pixels, 0 or 1, independent of each other given their logits."""
+    """Binary sub-pixels, 0 or 1, independent given their logits."""
 
     def __init__(self, channels: int) -> None:
         self.num_parameters = self.num_uniforms = channels
@@ -58,10 +62,12 @@ class Bernoulli:
 
 
 class LogisticMixtureLikelihood:
-    """8-bit sub-pixels k / 255, a mixture of logistics rounded to the 256 values, the channels of a pixel one after the other.
+    """8-bit sub-pixels k / 255: a mixture of logistics, discretized to the 256 values.
 
-    In each component a channel's mean moves linearly with the channels before it. Reference: Salimans, Karpathy, Chen, Kingma,
-    *PixelCNN++*, ICLR 2017, arXiv:1701.05517.
+    A pixel is autoregressive over its channels: in each component the mean of a channel is linear
+    in the channels before it.
+
+    Reference: Salimans, Karpathy, Chen, Kingma, *PixelCNN++*, ICLR 2017, arXiv:1701.05517.
     """
 
     def __init__(self, channels: int, mixtures: int) -> None:
@@ -74,22 +80,30 @@ class LogisticMixtureLikelihood:
         logits, means, raw, slopes = parameters.unflatten(-1, (-1, self.mixtures)).split(
             (1, self.channels, self.channels, len(self.pairs)), -2
         )
-        coefficients = means.new_zeros(*means.shape[:-2], self.channels, self.channels, self.mixtures)
+        coefficients = means.new_zeros(
+            *means.shape[:-2], self.channels, self.channels, self.mixtures
+        )
         for number, (later, earlier) in enumerate(self.pairs):
             coefficients[..., later, earlier, :] = torch.tanh(slopes[..., number, :])
-        return LogisticMixture(logits.squeeze(-2), means, raw.clamp(*LogisticMixture.LOG_SCALES), coefficients)
+        return LogisticMixture(
+            logits.squeeze(-2), means, raw.clamp(*LogisticMixture.LOG_SCALES), coefficients
+        )
 
 
 @dataclass(frozen=True)
 class LogisticMixture:
-    """A mixture of discretized logistics over the channels of a pixel, these in [-1, 1] here.
+    """A mixture of discretized logistics over the channels of a pixel.
 
-    logits: (..., mixtures); means, log_scales: (..., channels, mixtures); coefficients: (..., channels, channels, mixtures), of
-    the channel before in the mean of the channel after it, zero elsewhere.
+    logits: (..., mixtures). means, log_scales: (..., channels, mixtures), for channels scaled to
+    [-1, 1]. coefficients: (..., channels, channels, mixtures); entry [later, earlier] is the weight
+    of the earlier channel in the mean of the later one, and all others are zero.
     """
 
     LOG_SCALES = (-7.0, 5.0)
-    """Bounds: narrower than a 256th or wider than the range by far says nothing more."""
+    """Bounds of a log scale.
+
+    Scales far below the distance of two values, or far above the whole range, make no difference.
+    """
 
     logits: Tensor
     means: Tensor
@@ -97,11 +111,15 @@ class LogisticMixture:
     coefficients: Tensor
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) in nats, summed over the image, x in 0, 1/255, ..., 1: (..., height, width, channels) -> (...).
+        """log p(x) in nats, summed over the image: (..., height, width, channels) -> (...).
 
-        A value has the logistic's mass between the midpoints to its neighbours; the lowest and the highest have all that lies
-        beyond, so that the 256 probabilities sum to 1. With a and b the upper and the lower midpoint in units of the scale,
-        sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)): no difference of nearly equal numbers is taken.
+        Values of x are 0, 1/255, ..., 1. The probability of a value is the logistic's mass between
+        the midpoints to its neighbours. The lowest and the highest value also take the tails, so
+        the 256 probabilities sum to 1. With a and b the standardized upper and lower midpoint,
+
+            sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)),
+
+        which avoids the cancellation of nearly equal numbers.
         """
         y = 2 * x - 1
         means = self.means + torch.einsum("...cdk,...d->...ck", self.coefficients, y)
@@ -116,7 +134,10 @@ class LogisticMixture:
         return torch.logsumexp(components + F.log_softmax(self.logits, -1), -1).sum((-2, -1))
 
     def sample(self, uniform: Tensor) -> Tensor:
-        """Pixels in 0, 1/255, ..., 1: the first uniform number chooses the component, the others draw the channels in turn."""
+        """Pixels with values 0, 1/255, ..., 1: (..., 1 + channels) -> (..., channels).
+
+        The first uniform number selects the component; the others give the channels in order.
+        """
         up_to = torch.softmax(self.logits, -1).cumsum(-1)[..., :-1]
         chosen = (uniform[..., :1] >= up_to).sum(-1, keepdim=True)
         logistic = torch.logit(uniform[..., 1:].clamp(2**-25, 1 - 2**-24))
@@ -125,7 +146,8 @@ class LogisticMixture:
             mean = self.means[..., channel, :].gather(-1, chosen).squeeze(-1)
             scale = self.log_scales[..., channel, :].gather(-1, chosen).squeeze(-1).exp()
             for earlier, value in enumerate(drawn):
-                mean = mean + self.coefficients[..., channel, earlier, :].gather(-1, chosen).squeeze(-1) * value
+                coefficients = self.coefficients[..., channel, earlier, :]
+                mean = mean + coefficients.gather(-1, chosen).squeeze(-1) * value
             y = (mean + scale * logistic[..., channel]).clamp(-1, 1)
             drawn.append(torch.round((y + 1) * 127.5) / 127.5 - 1)
         return (torch.stack(drawn, -1) + 1) / 2

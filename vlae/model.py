@@ -1,21 +1,22 @@
-"""The Variational Lossy Autoencoder: its three parts put together, and its bound."""
+"""The Variational Lossy Autoencoder: encoder, decoder and prior put together, and the bound."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vlae.decoder import Decoder
 from vlae.encoder import Encoder
-from vlae.prior import AutoregressiveFlow, StandardNormal
+from vlae.prior import Prior
 
 
 class Bound(NamedTuple):
     """The evidence lower bound of a batch in nats per image, estimated from one sample of z.
 
-    Shapes are those of one code for each image; with several, all have the samples in front: (samples, batch, ...).
-    ``elbo = -(distortion + rate)`` is a lower bound on log p(x) in expectation; its negative, the *code length*, is what
-    bits-back coding achieves.
+    Shapes are those of one code for each image. With several, the samples are the first dimension
+    of all: (samples, batch, ...). ``elbo = -(distortion + rate)`` is a lower bound on log p(x) in
+    expectation. Its negative, the *code length*, is what bits-back coding achieves.
     """
 
     distortion: Tensor
@@ -23,7 +24,8 @@ class Bound(NamedTuple):
     rate_per_latent: Tensor
     """log q(z|x) - log p(z), split over the latents: (batch, latents).
 
-    With a flow of more than one step only the sum over the latents is a rate; single terms are not, and may be negative.
+    Unless ``VLAE.rate_splits``, only the sum over the latents is a rate: single terms are not, and
+    may be negative.
     """
 
     @property
@@ -38,19 +40,19 @@ class Bound(NamedTuple):
 
 
 class VLAE(nn.Module):
-    """A VAE whose autoregressive decoder sees a window, with an autoregressive-flow prior.
+    """A VAE whose autoregressive decoder sees only a window, with a flexible prior over the code.
 
-    ``forward`` is the evaluation of the bound, so that wrapping the module in DistributedDataParallel is all that
-    distributed training needs.
+    ``forward`` evaluates the bound, so distributed training only has to wrap the module in
+    DistributedDataParallel.
 
-    Reference: Chen, Kingma, Salimans, Duan, Dhariwal, Schulman, Sutskever, Abbeel, *Variational Lossy Autoencoder*,
-    ICLR 2017, arXiv:1611.02731.
+    Reference: Chen, Kingma, Salimans, Duan, Dhariwal, Schulman, Sutskever, Abbeel, *Variational
+    Lossy Autoencoder*, ICLR 2017, arXiv:1611.02731.
     """
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, prior: StandardNormal | AutoregressiveFlow, latents: int) -> None:
+    def __init__(self, encoder: Encoder, decoder: Decoder, prior: Prior, latents: int) -> None:
         super().__init__()
-        self.arguments: dict[str, Any] = {}
-        """What ``vlae.build`` was called with, if it made this model."""
+        self.arguments: Mapping[str, object] = {}
+        """The arguments of ``vlae.build``, if it made this model."""
         self.encoder, self.decoder, self.prior, self.latents = encoder, decoder, prior, latents
 
     @property
@@ -58,20 +60,27 @@ class VLAE(nn.Module):
         """(channels, height, width)."""
         return self.decoder.image_shape
 
-    def forward(self, x: Tensor, noise: Tensor) -> Bound:
-        """The bound of images, pixels in [0, 1] (0 or 1, or k / 255, as the likelihood wants them).
+    @property
+    def rate_splits(self) -> bool:
+        """Whether each term of ``rate_per_latent`` is the rate of a single latent."""
+        return self.prior.splits_over_latents and self.encoder.splits_over_latents
 
-        x: (batch, channels, height, width). noise: standard normal, (batch, latents), or (samples, batch, latents) for several
-        codes of each image; then the terms are (samples, batch), and what does not depend on z, the encoder and the
-        decoder's window, is evaluated once for all of them.
+    def forward(self, x: Tensor, noise: Tensor) -> Bound:
+        """The bound of images, whose pixels are 0 or 1, or k / 255, as the likelihood requires.
+
+        x: (batch, channels, height, width). noise: standard normal, (batch, latents); or
+        (samples, batch, latents) for several codes of each image. Then the terms of the bound are
+        (samples, batch), and the encoder and the decoder's window, which do not depend on z, are
+        evaluated once for all samples.
         """
         z, log_posterior = self.encoder(x).sample_with_log_prob(noise)
         pixels = self.decoder(z, x)
-        with torch.autocast(x.device.type, enabled=False):  # a sum of hundreds of terms, of which each needs its digits
+        # The distortion sums hundreds of terms, which bfloat16 would round too coarsely.
+        with torch.autocast(x.device.type, enabled=False):
             distortion = -pixels.log_prob(x.permute(0, 2, 3, 1))
         return Bound(distortion, log_posterior - self.prior.log_prob(z))
 
     def rate_per_latent(self, x: Tensor, noise: Tensor) -> Tensor:
-        """That term of the bound alone, which needs no decoder: (batch, latents)."""
+        """The same term of the bound, without evaluating the decoder: (batch, latents)."""
         z, log_posterior = self.encoder(x).sample_with_log_prob(noise)
         return log_posterior - self.prior.log_prob(z)

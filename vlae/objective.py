@@ -1,4 +1,4 @@
-"""What is minimised in training, and the bounds that are reported."""
+"""The training loss with its free bits, and the bounds that are reported."""
 
 import math
 from collections.abc import Callable
@@ -11,22 +11,31 @@ from vlae.model import Bound
 
 
 def group_rates(rate_per_latent: Tensor, groups: int) -> Tensor:
-    """The batch's mean rate of each of ``groups`` equal parts of the code, in nats: (batch, latents) -> (groups,).
+    """The batch's mean rate of each of ``groups`` equal parts of the code, in nats.
 
-    A group is a run of neighbouring latents. Its rate is one, log q(z_g|x) - log p(z_g|...), where the prior's log density splits
-    over the latents: with no flow, or a flow of one step.
+    (batch, latents) -> (groups,). A group is a run of neighbouring latents. Its value is a rate,
+    log q(z_g|x) - log p(z_g|...), only if the rate splits over latents (``VLAE.rate_splits``).
     """
     return rate_per_latent.unflatten(-1, (groups, -1)).sum(-1).mean(0)
 
 
-def training_loss(bound: Bound, mean_rates: Tensor, free_nats: float, rate_weight: float | Tensor) -> Tensor:
-    """The scalar to minimise, in nats per image: mean distortion + rate_weight * sum_g max(mean rate of group g, free_nats / groups).
+def training_loss(
+    bound: Bound, mean_rates: Tensor, free_nats: float, rate_weight: float | Tensor
+) -> Tensor:
+    """The scalar to minimise, in nats per image.
 
-    ``mean_rates`` is ``group_rates`` averaged over the *global* batch, without gradient, (groups,); or a scalar, the mean rate of all
-    latents together. It decides whether a group's floor is active, so that every rank takes the same branch and the gradient does
-    not depend on how the batch is split. While a group's rate is below its floor its gradient vanishes, and the decoder has no reason
-    yet to stop using it. ``free_nats`` is the floor of the whole code, shared equally by the groups. Free bits: Kingma et al.,
-    *Improved Variational Inference with Inverse Autoregressive Flow*, NeurIPS 2016, arXiv:1606.04934.
+        mean distortion + rate_weight * sum_g max(mean rate of group g, free_nats / groups)
+
+    ``free_nats`` is the floor under the rate of the whole code; the groups share it equally. While
+    the rate of a group is below its floor, the rate's gradient vanishes, so that nothing pushes
+    the group's rate further down.
+
+    ``mean_rates`` is ``group_rates`` averaged over the *global* batch, without gradient, (groups,);
+    or a scalar, the mean rate of the whole code. It decides whether a floor is active. So every
+    rank takes the same branch, and the gradient does not depend on how the batch is split.
+
+    Reference for free bits: Kingma et al., *Improved Variational Inference with Inverse
+    Autoregressive Flow*, NeurIPS 2016, arXiv:1606.04934.
     """
     groups = mean_rates.numel()
     rates, floor = group_rates(bound.rate_per_latent, groups), free_nats / groups
@@ -34,18 +43,85 @@ def training_loss(bound: Bound, mean_rates: Tensor, free_nats: float, rate_weigh
     return bound.distortion.mean() + rate_weight * floored.sum()
 
 
+class SoftFreeBits:
+    """Soft free bits: adapts gamma in (0, 1], the weight of the rate in the loss.
+
+        loss = distortion + gamma * rate
+
+    Every ``INTERVAL`` steps gamma falls by 10 % if the rate is below ``target`` nats, and rises by
+    10 % if the rate is more than 5 % above it. At gamma = 1 the loss is the code length itself, so
+    a target below the rate that the model would choose anyway changes nothing in the end. Unlike
+    the hard floor, the loss has no kink, and the rate's gradient never vanishes.
+
+    The paper does not say how often gamma changes, nor which rate decides. The rate of a single
+    mini-batch is noisy, so we average it over about ``INTERVAL`` steps. If gamma changes at every
+    step, it oscillates widely; if it changes every 20 steps, it lags and overshoots.
+
+    The state is tensors on ``device``, and no operation waits for the device. ``state_dict`` is
+    part of a run's state.
+
+    Reference: Chen et al., *Variational Lossy Autoencoder*, ICLR 2017, arXiv:1611.02731,
+    appendix C.
+    """
+
+    FACTOR = 1.1
+    """Gamma is multiplied or divided by this."""
+    TOLERANCE = 0.05
+    """How far above the target the rate may lie, relative to it, before gamma rises."""
+    INTERVAL = 5
+    """Steps between two changes of gamma, and over which the rate is averaged."""
+
+    def __init__(self, target: float, device: torch.device | None = None) -> None:
+        self.target = target
+        self.gamma = torch.ones((), device=device)
+        self.rate = torch.full((), target, device=device)
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update(self, mean_rate: Tensor) -> None:
+        """Update gamma from a step's rate in nats, averaged over the global batch.
+
+        ``mean_rate`` is a scalar without gradient. If it is not finite, the step is ignored.
+        """
+        finite = mean_rate.isfinite()
+        self.steps = self.steps + finite
+        average = self.rate.lerp(mean_rate.to(self.rate), 1 / self.INTERVAL)
+        self.rate = torch.where(finite, average, self.rate)
+        high = self.rate > (1 + self.TOLERANCE) * self.target
+        low = self.rate < self.target
+        lowered = torch.where(low, self.gamma / self.FACTOR, self.gamma)
+        changed = torch.where(high, self.gamma * self.FACTOR, lowered)
+        due = finite & (self.steps % self.INTERVAL == 0)
+        self.gamma = torch.where(due, changed.clamp(max=1.0), self.gamma)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"gamma": self.gamma, "rate": self.rate, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.gamma, self.rate, self.steps = (
+            state[name].to(self.gamma.device) for name in ("gamma", "rate", "steps")
+        )
+
+
 class Estimate(NamedTuple):
-    """What k samples of z tell about each image, in nats per image; all of shape (batch,) but ``rate_per_latent``."""
+    """Bounds of each image from k samples of z, in nats per image.
+
+    All are (batch,), except ``rate_per_latent``.
+    """
 
     distortion: Tensor
     """-log p(x|z), averaged over the samples."""
     rate_per_latent: Tensor
-    """log q(z|x) - log p(z), averaged over the samples and split over the latents, as far as ``Bound`` says: (batch, latents)."""
-    iwae: Tensor
-    """The importance-weighted bound log (1/k) sum_j p(x, z_j) / q(z_j|x): a lower bound on log p(x) in expectation, tighter as
-    k grows; with k = 1 it is the ELBO.
+    """log q(z|x) - log p(z), averaged over the samples and split over the latents.
 
-    Reference: Burda, Grosse, Salakhutdinov, *Importance Weighted Autoencoders*, ICLR 2016, arXiv:1509.00519.
+    (batch, latents). Single terms are rates only where those of ``Bound`` are.
+    """
+    iwae: Tensor
+    """The importance-weighted bound log (1/k) sum_j p(x, z_j) / q(z_j|x).
+
+    A lower bound on log p(x) in expectation, tighter as k grows; with k = 1 it is the ELBO.
+
+    Reference: Burda, Grosse, Salakhutdinov, *Importance Weighted Autoencoders*, ICLR 2016,
+    arXiv:1509.00519.
     """
 
     @property
@@ -60,25 +136,33 @@ class Estimate(NamedTuple):
 
     @property
     def slack(self) -> Tensor:
-        """What the posterior costs: iwae - elbo, never negative, in expectation at most KL(q(z|x) || p(z|x))."""
+        """The cost of the approximate posterior: iwae - elbo.
+
+        Never negative, and in expectation at most KL(q(z|x) || p(z|x)).
+        """
         return self.iwae - self.elbo
 
 
 @torch.no_grad()
-def estimate(model: Callable[[Tensor, Tensor], Bound], x: Tensor, noise: Tensor, max_pairs: int = 64) -> Estimate:
-    """Measure the bounds of images x (batch, channels, height, width) with standard normal ``noise`` (k, batch, latents).
+def estimate(
+    model: Callable[[Tensor, Tensor], Bound], x: Tensor, noise: Tensor, max_pairs: int = 64
+) -> Estimate:
+    """Estimate the bounds of images x, (batch, channels, height, width).
 
-    ``max_pairs`` bounds the memory: the number of (image, sample) pairs evaluated at once.
-    Raises ValueError if the noise is not of that shape.
+    ``noise`` is standard normal, (k, batch, latents). ``max_pairs``, the number of (image, sample)
+    pairs evaluated at once, limits the memory. Raises ValueError on noise of another shape.
     """
     if noise.dim() != 3 or noise.shape[1] != len(x):
         raise ValueError(
-            f"noise has the shape {tuple(noise.shape)}; it must be (samples, {len(x)}, latents), one row for each image"
+            f"noise has the shape {tuple(noise.shape)}; it must be (samples, {len(x)}, latents), "
+            "with one row for each image"
         )
     if len(x) > max_pairs:
-        parts = [estimate(model, *pair, max_pairs) for pair in zip(x.split(max_pairs), noise.split(max_pairs, 1), strict=True)]
+        pairs = zip(x.split(max_pairs), noise.split(max_pairs, 1), strict=True)
+        parts = [estimate(model, *pair, max_pairs) for pair in pairs]
         return Estimate(*(torch.cat(values) for values in zip(*parts, strict=True)))
     bounds = [model(x, part) for part in noise.split(max(1, max_pairs // max(1, len(x))))]
-    distortion, rate = (torch.cat([getattr(bound, name) for bound in bounds]) for name in ("distortion", "rate_per_latent"))
+    distortion = torch.cat([bound.distortion for bound in bounds])
+    rate = torch.cat([bound.rate_per_latent for bound in bounds])
     iwae = torch.logsumexp(-(distortion + rate.sum(-1)), 0) - math.log(len(noise))
     return Estimate(distortion.mean(0), rate.mean(0), iwae)

@@ -1,28 +1,60 @@
-"""The posterior q(z|x) of an inverse autoregressive flow (IAF)."""
+"""Posteriors q(z|x), as the encoder returns them, and the inverse autoregressive flow (IAF)."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from vlae.distributions import DiagonalGaussian
-from vlae.prior import AutoregressiveFlow
+from vlae.flow import AutoregressiveFlow
+
+
+class Posterior(Protocol):
+    """The distributions of a batch's codes, one for each image."""
+
+    @property
+    def code(self) -> Tensor:
+        """The code that represents each image, without noise: (batch, latents)."""
+
+    @property
+    def splits_over_latents(self) -> bool:
+        """Whether each term of the log density is that of a single latent.
+
+        It may be conditional on the latents before it. Where it is not, only the sum of the terms
+        has a meaning.
+        """
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """z from standard normal ``noise`` of shape (..., batch, latents)."""
+
+    def sample_with_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """``sample(noise)``, and terms that sum to its log density in nats.
+
+        Both have the shape (..., batch, latents).
+        """
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Terms that sum to the log density of any z, in nats, of the shape of ``z``."""
 
 
 @dataclass(frozen=True)
 class IAFPosterior:
-    """q(z|x) of z = g_T(... g_1(z_0)), z_0 from the encoder's diagonal Gaussian, each step autoregressive in what goes into it.
+    """q(z|x) of z = g_T(... g_1(z_0)): a diagonal Gaussian followed by an autoregressive flow.
 
-        z_0 = mean(x) + scale(x) * noise,   z = flow.inverse(z_0, context(x)),   log q(z|x) = log q(z_0|x) - log |d z / d z_0|
+        z_0 = mean(x) + scale(x) * noise,   z = flow.inverse(z_0, context(x))
+        log q(z|x) = log q(z_0|x) - log |d z / d z_0|
 
-    These are the steps of ``AutoregressiveFlow`` in their parallel direction, so sampling, which is what training needs, takes one
-    pass for each, and the density of a z that was not just drawn is sequential over the latents. ``context``, what the encoder
-    says to every step, is (batch, features), or None.
+    Each step is autoregressive in its input. The steps are those of ``AutoregressiveFlow`` in the
+    parallel direction: sampling, which is what training needs, takes one pass a step. The density
+    of a z that was not just sampled is sequential over the latents. ``context``, the features of
+    the image that every step sees, is (batch, features), or None.
 
-    A standard normal prior with this posterior and an unconditional flow is the same bound as the diagonal Gaussian posterior with
-    that flow as its prior; there, however, the flow is also part of the way from noise to image (section 3.2 of the VLAE paper).
+    A standard normal prior with this posterior and a flow without context gives the same bound as
+    the diagonal Gaussian posterior with that flow as its prior. With the prior, however, the flow
+    is also part of the way from noise to image (section 3.2 of the VLAE paper).
 
-    Reference: Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling, *Improving Variational Inference with Inverse
-    Autoregressive Flow*, NeurIPS 2016, arXiv:1606.04934.
+    Reference: Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling, *Improving Variational
+    Inference with Inverse Autoregressive Flow*, NeurIPS 2016, arXiv:1606.04934.
     """
 
     base: DiagonalGaussian
@@ -31,23 +63,31 @@ class IAFPosterior:
 
     @property
     def code(self) -> Tensor:
-        """The one code that stands for the image: what the mean of z_0 becomes, (batch, latents)."""
+        """The image of the mean of z_0 under the flow: (batch, latents)."""
         return self.flow.inverse(self.base.mean, self.context)[0]
+
+    @property
+    def splits_over_latents(self) -> bool:
+        """Whether each term of the log density is log q(z_i | z_<i, x): with one step at most."""
+        return self.flow.splits_over_latents
 
     def sample(self, noise: Tensor) -> Tensor:
         """z from standard normal ``noise`` of shape (..., batch, latents)."""
         return self.flow.inverse(self.base.sample(noise), self.context)[0]
 
     def sample_with_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """``sample(noise)`` and terms that sum to its log density in nats, both (..., batch, latents).
+        """``sample(noise)``, and terms that sum to its log density in nats.
 
-        With one step the terms are log q(z_i | the latents before it); with more, only their sum has a meaning.
+        Both have the shape (..., batch, latents).
         """
         start, log_prob = self.base.sample_with_log_prob(noise)
         z, log_det = self.flow.inverse(start, self.context)
         return z, log_prob - log_det
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Terms that sum to the log density in nats, of the shape of ``z``, (..., batch, latents); sequential over the latents."""
+        """Terms that sum to the log density in nats: (..., batch, latents) -> the same shape.
+
+        Sequential over the latents.
+        """
         start = self.flow.sample(z, self.context)
         return self.base.log_prob(start) - self.flow.inverse(start, self.context)[1]

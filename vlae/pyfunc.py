@@ -1,7 +1,10 @@
-"""A saved model as MLflow's ``pyfunc.load_model`` wants it. MLflow imports this module by its name; it does not import MLflow."""
+"""A saved model behind MLflow's ``pyfunc.load_model``.
 
+MLflow imports this module by its name; the module does not import MLflow.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +19,13 @@ class Codes:
     def __init__(self, folder: str | Path) -> None:
         self.model = load(folder)
 
-    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> npt.NDArray[np.float32]:
-        """The code of each image, (batch, latents), of images (batch, channels, height, width): pixels in [0, 1], as in training."""
+    def predict(
+        self, model_input: npt.ArrayLike, params: Mapping[str, object] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """The codes, (batch, latents), of images, (batch, channels, height, width).
+
+        Pixels lie in [0, 1], as in training. ``params`` is part of MLflow's interface and unused.
+        """
         images = torch.as_tensor(np.asarray(model_input), dtype=torch.float32)
         with torch.no_grad():
             return np.asarray(self.model.encoder(images).code)

@@ -1,9 +1,10 @@
 """Drawing images: from the prior, or from the code of a given image.
 
-An autoregressive decoder draws pixels one after the other, but not all of them depend on each other. With a window that
-reaches ``right`` columns to the right, pixel (row, column) needs the row above only up to column + right. So the pixels
-with equal ``column + (right + 1) row``, a sheared diagonal or *wavefront*, can be drawn together once the wavefronts before
-them are known: width + (right + 1)(height - 1) rounds instead of width * height, each on a few pixels only.
+An autoregressive decoder draws pixels in order, but not every pixel depends on every earlier one.
+With a window that reaches ``right`` columns to the right, pixel (row, column) needs the rows above
+only up to column + right. So the pixels with equal ``column + (right + 1) row``, a sheared diagonal
+or *wavefront*, can be drawn together once the wavefronts before them are drawn. This takes
+width + (right + 1)(height - 1) rounds on a few pixels each, instead of width * height.
 """
 
 import torch
@@ -15,11 +16,11 @@ from vlae.model import VLAE
 
 @torch.no_grad()
 def decode(decoder: Decoder, z: Tensor, uniform: Tensor) -> Tensor:
-    """x ~ p(x|z), exactly, by the shortest way that the decoder's window allows.
+    """x ~ p(x|z), exactly, in as few rounds as the decoder's window allows.
 
-    z: (batch, latents); uniform: noise in [0, 1), (batch, uniforms that the likelihood takes for a pixel, height, width).
-    Returns (batch, channels, height, width). The same noise gives the same image as ``decode_naively``, up to the rounding of
-    a probability.
+    z: (batch, latents). uniform: noise in [0, 1), (batch, ``likelihood.num_uniforms``, height,
+    width). Returns (batch, channels, height, width). The same noise gives the same images as
+    ``decode_naively``, up to the rounding of a probability.
     """
     channels, height, width = decoder.image_shape
     condition, noise = decoder.condition(z), uniform.permute(0, 2, 3, 1)
@@ -36,7 +37,8 @@ def decode(decoder: Decoder, z: Tensor, uniform: Tensor) -> Tensor:
         row, column = row[column >= 0], column[column >= 0]
         if not len(row):
             continue
-        pixels = decoder.predict(condition[:, row, column] + seen).sample(noise[:, row, column]).transpose(1, 2)
+        distribution = decoder.predict(condition[:, row, column] + seen)
+        pixels = distribution.sample(noise[:, row, column]).transpose(1, 2)
         x[:, :, row, column] = pixels.to(x.dtype)
         front.draw(row, column, decoder.show(pixels))
     return x
@@ -44,7 +46,7 @@ def decode(decoder: Decoder, z: Tensor, uniform: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_naively(decoder: Decoder, z: Tensor, uniform: Tensor) -> Tensor:
-    """x ~ p(x|z) by one whole pass of the decoder for every pixel; arguments as for ``decode``."""
+    """x ~ p(x|z), with a whole pass of the decoder for every pixel; arguments as for ``decode``."""
     channels, height, width = decoder.image_shape
     condition, noise = decoder.condition(z), uniform.permute(0, 2, 3, 1)
     x = uniform.new_zeros(len(z), channels, height, width)
@@ -57,9 +59,10 @@ def decode_naively(decoder: Decoder, z: Tensor, uniform: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(model: VLAE, num_images: int, generator: torch.Generator) -> Tensor:
-    """``num_images`` images from the model: z ~ p(z), x ~ p(x|z); (num_images, channels, height, width), pixels in [0, 1].
+    """Images from the model: z ~ p(z), then x ~ p(x|z).
 
-    The generator is one of the CPU's, so that it draws the same images on every device.
+    Returns (num_images, channels, height, width), pixels in [0, 1]. The generator is a CPU
+    generator, so that a seed gives the same noise on every device.
     """
     noise = torch.randn(num_images, model.latents, generator=generator)
     weight = next(model.parameters())
@@ -69,9 +72,10 @@ def sample(model: VLAE, num_images: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(model: VLAE, x: Tensor, generator: torch.Generator) -> Tensor:
-    """What the code keeps of ``x``: z ~ q(z|x), then a new x ~ p(x|z) (the paper's "decompression"). Same shape as x.
+    """Reconstructions of ``x`` from its code: z ~ q(z|x), then x' ~ p(x'|z).
 
-    The generator is one of the CPU's, as for ``sample``.
+    The paper calls this decompression. Returns the shape of ``x``. The generator is a CPU
+    generator, as for ``sample``.
     """
     noise = torch.randn(len(x), model.latents, generator=generator)
     uniform = _uniform(model.decoder, len(x), generator).to(x)
@@ -79,5 +83,7 @@ def reconstruct(model: VLAE, x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _uniform(decoder: Decoder, num_images: int, generator: torch.Generator) -> Tensor:
+    """The noise that ``decode`` takes."""
     _, height, width = decoder.image_shape
-    return torch.rand(num_images, decoder.likelihood.num_uniforms, height, width, generator=generator)
+    shape = (num_images, decoder.likelihood.num_uniforms, height, width)
+    return torch.rand(shape, generator=generator)

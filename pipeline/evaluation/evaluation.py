@@ -117,10 +117,6 @@ class Evaluation:
         groups = self.training["config"]["train"].get(
             "free_groups", 1
         )  # parts of the code that had their own free bits
-        # Latents have rates of their own if no flow has more than one step.
-        rate_splits = (
-            max(self.model.arguments["flow_depth"], self.model.arguments["posterior_depth"]) <= 1
-        )
         images = self.loader(
             self.config.split, BATCH, bounds.num_images
         )  # first, since it finds out whether there is such a split
@@ -150,7 +146,9 @@ class Evaluation:
                 threads=num_threads(self.device),
                 visit=account,
             )
-        measured = report(moments, self.model, bounds.samples) | information.report(rate_splits)
+        measured = report(moments, self.model, bounds.samples) | information.report(
+            self.model.rate_splits
+        )
         if probes and right.sums:
             measured["probe"] = {
                 name: {

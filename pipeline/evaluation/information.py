@@ -12,7 +12,7 @@ import vlae
 from pipeline.evaluation.moments import Moments
 from vlae.distributions import DiagonalGaussian
 from vlae.information import ACTIVE_VARIANCE, capacity, mutual_information
-from vlae.posterior import IAFPosterior
+from vlae.posterior import Posterior
 
 LN_2 = math.log(2)
 MAX_IMAGES = 10_000
@@ -37,9 +37,7 @@ class Information:
         self.kept: list[tuple[Tensor, ...]] = []
         self.room = MAX_IMAGES
 
-    def add(
-        self, posterior: DiagonalGaussian | IAFPosterior, noise: Tensor, estimate: vlae.Estimate
-    ) -> None:
+    def add(self, posterior: Posterior, noise: Tensor, estimate: vlae.Estimate) -> None:
         """Take in a batch: its posteriors and standard normal noise for a code of each, (batch,
         latents), and its bounds.
         """
@@ -51,8 +49,8 @@ class Information:
                 "group_rate": rate.unflatten(1, (self.groups, -1)).sum(-1),
             }
         )
-        if isinstance(posterior, IAFPosterior):
-            # Its density at another image's code takes one pass for each latent: too slow for all
+        if not isinstance(posterior, DiagonalGaussian):
+            # An IAF's density at another image's code takes one pass for each latent: too slow for all
             # pairs
             return
         mean, log_scale = posterior.mean.double().cpu(), posterior.log_scale.double().cpu()

@@ -31,8 +31,7 @@ from pipeline.data.manifest import Integers
 from pipeline.errors import UserError
 from pipeline.evaluation.measure import several_at_once
 from pipeline.noise import Purpose, normal
-from vlae.distributions import DiagonalGaussian
-from vlae.posterior import IAFPosterior
+from vlae.posterior import Posterior
 
 Floats = npt.NDArray[np.float64]
 
@@ -52,9 +51,7 @@ class Codes:
     labels: Integers  # (num_images,)
 
     @classmethod
-    def of(
-        cls, posterior: DiagonalGaussian | IAFPosterior, noise: Tensor, labels: Tensor
-    ) -> "Codes":
+    def of(cls, posterior: Posterior, noise: Tensor, labels: Tensor) -> "Codes":
         """The codes of those images that have a label; all arguments of a batch."""
         known = labels >= 0
         code, sample = (

@@ -1,4 +1,4 @@
-"""What the tests of the model library share: small models whose every weight is random."""
+"""Fixtures of the model library's tests: small models whose weights are all random."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ SMALL = {
 def randomize() -> Callable[..., None]:
     """Replace every parameter of a module by random values.
 
-    Several layers start at zero, where what a test claims of them would hold for nothing.
+    Several layers are initialised to zero, where many claims of the tests would hold trivially.
     """
 
     def randomize(module: nn.Module, seed: int = 0, gain: float = 1.2) -> None:
@@ -76,7 +76,10 @@ def make_model(
 
 @pytest.fixture(scope="session")
 def all_images() -> Callable[..., torch.Tensor]:
-    """Every binary image of a shape: (2 ** sub-pixels, channels, height, width), image number n spelling n in binary."""
+    """Every binary image of a shape: (2 ** sub-pixels, channels, height, width).
+
+    The pixels of image number n are the binary digits of n.
+    """
 
     def all_images(channels: int, height: int, width: int) -> torch.Tensor:
         size = channels * height * width

@@ -1,4 +1,4 @@
-"""Models are built from plain arguments for any image size, and come back from a folder bit for bit."""
+"""Models are built from plain arguments for any image size, and load bit for bit as saved."""
 
 import inspect
 import json
@@ -38,7 +38,8 @@ for folder in Path(sys.argv[1]).iterdir():
     with torch.no_grad():
         bound = model(inputs["x"], inputs["noise"])
     images = vlae.sample(model, 4, torch.Generator().manual_seed(0))
-    save_file({"distortion": bound.distortion, "rate": bound.rate_per_latent, "images": images}, folder / "outputs")
+    outputs = {"distortion": bound.distortion, "rate": bound.rate_per_latent, "images": images}
+    save_file(outputs, folder / "outputs")
 for name in ("ray", "pipeline", "hydra", "mlflow", "boto3"):
     assert name not in sys.modules, name
 """
@@ -119,12 +120,12 @@ def test_a_saved_model_is_json_and_tensors(
     assert load_file(by_kind[".safetensors"])
 
 
-def test_loading_an_empty_folder_says_that_there_is_no_model(tmp_path: Path) -> None:
+def test_loading_an_empty_folder_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         vlae.load(tmp_path)
 
 
-def test_loading_a_folder_without_weights_says_so(
+def test_loading_a_folder_without_weights_is_an_error_that_names_the_missing_file(
     tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]
 ) -> None:
     arguments = small_arguments((1, 5, 6), "3x2")
@@ -180,14 +181,14 @@ def test_a_window_that_does_not_parse_is_an_error_that_quotes_it(
         ("image_shape", (28, 28)),
     ],
 )
-def test_sizes_that_make_no_model_are_an_error_that_names_the_argument(
+def test_an_impossible_size_is_an_error_that_names_the_argument(
     small_arguments: Callable[..., dict[str, Any]], name: str, value: object
 ) -> None:
     with pytest.raises(ValueError, match=name):
         vlae.build(**{**small_arguments((1, 5, 6), "0x0"), name: value})
 
 
-def test_a_saved_model_does_not_rest_on_the_defaults_of_build(tmp_path: Path) -> None:
+def test_a_saved_model_holds_the_default_arguments_too(tmp_path: Path) -> None:
     vlae.save(vlae.build(image_shape=(1, 8, 8)), tmp_path)
     (file,) = tmp_path.glob("*.json")
     assert json.loads(file.read_text()).keys() == inspect.signature(vlae.build).parameters.keys()
@@ -260,3 +261,11 @@ def test_the_global_generator_decides_the_weights(
 def test_the_defaults_build_a_model_for_28_by_28_images() -> None:
     model = vlae.build(image_shape=(1, 28, 28))
     assert torch.isfinite(model(binary(2, 1, 28, 28), normal(2, model.latents)).elbo).all()
+
+
+def test_a_model_is_described_by_its_window_latents_and_flow_depth() -> None:
+    arguments = vlae.build(image_shape=(1, 8, 8), latents=4).arguments
+    assert vlae.describe(arguments) == "window 5x2, 4 latents, flow depth 2"
+    assert vlae.describe({"window": "full", "latents": "32", "flow_depth": "0"}) == (
+        "window full, 32 latents, flow depth 0"
+    )

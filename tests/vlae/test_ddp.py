@@ -1,4 +1,4 @@
-"""Training on two processes is training on one: DistributedDataParallel gives the gradient of the whole batch."""
+"""Training on two processes equals training on one: DDP gives the gradient of the whole batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +64,8 @@ def test_two_ranks_give_the_gradient_of_one_process_on_the_whole_batch(
         rate = model(x, noise).rate.detach()
         low, high = sorted(half.mean().item() for half in rate.chunk(WORLD_SIZE))
         middle, margin = (low + high) / 2, (high - low) / 10
-        # Free bits off; inactive; active. By its own rate alone each rank would take another branch in the last two.
+        # Free bits off, inactive, active. In the last two cases the ranks would take different
+        # branches if each looked only at its own rate.
         free_nats[name] = [0.0, middle - margin, middle + margin]
         assert low < middle - margin < middle + margin < high
 

@@ -1,4 +1,4 @@
-"""The decoder is a distribution over images, and each of its pixels sees the declared window and nothing else."""
+"""The decoder is a distribution over images, and each pixel sees exactly the declared window."""
 
 from collections.abc import Callable
 
@@ -56,9 +56,10 @@ MakeModel = Callable[..., VLAE]
 
 
 def seen_by_each_pixel(decoder: Decoder, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Whether an input has any gradient to a logit: (channel, row, column) of the logit, then those of the input.
+    """Whether a logit has a gradient with respect to an input pixel.
 
-    A ReLU may be shut for one input, so gradients are taken at many.
+    Dimensions: (channel, row, column) of the logit, then of the input. Gradients are taken at many
+    inputs, since a ReLU may be zero at a single one.
     """
     num_points = 32
     generator = torch.Generator().manual_seed(1)
@@ -83,7 +84,7 @@ def seen_by_each_pixel(decoder: Decoder, dtype: torch.dtype = torch.float64) -> 
 
 
 def declared(window: Window, image_shape: tuple[int, int, int]) -> Tensor:
-    """The same, as the window declares it: its pixels clipped to the image, all channels of them."""
+    """The same from the declared window: all channels of its pixels within the image."""
     channels, height, width = image_shape
     declared = torch.zeros(height, width, height, width, dtype=torch.bool)
     for row in range(height):
@@ -118,7 +119,7 @@ def test_the_receptive_field_of_every_pixel_is_exactly_the_window(
 
 @pytest.mark.parametrize("image_shape", [(1, 7, 9), (3, 6, 7)])
 @pytest.mark.parametrize(("text", "layers"), STACKED)
-def test_the_receptive_field_of_stacked_layers_is_exactly_the_window_that_they_make_up(
+def test_the_receptive_field_of_stacked_layers_is_exactly_the_window(
     make_model: MakeModel, image_shape: tuple[int, int, int], text: str, layers: int
 ) -> None:
     decoder = make_model(image_shape, text, context_layers=layers, decoder_features=24).decoder
@@ -127,11 +128,11 @@ def test_the_receptive_field_of_stacked_layers_is_exactly_the_window_that_they_m
 
 @pytest.mark.parametrize("layers", [0, 2])
 @pytest.mark.parametrize("text", GREY)
-def test_a_grey_window_is_as_wide_and_sees_the_luminance_only(
+def test_a_grey_window_has_the_same_pixels_and_sees_only_the_luminance(
     make_model: MakeModel, text: str, layers: int
 ) -> None:
     if layers and "down" in text:
-        return  # such a window is not stacked
+        return  # a down-sampled window cannot be stacked
     decoder = make_model((3, 6, 7), text, context_layers=layers, decoder_features=24).decoder
     assert torch.equal(seen_by_each_pixel(decoder), declared(Window.parse(text), (3, 6, 7)))
     generator = torch.Generator().manual_seed(0)
@@ -140,7 +141,7 @@ def test_a_grey_window_is_as_wide_and_sees_the_luminance_only(
         torch.rand(8, 3, 6, 7, generator=generator, dtype=torch.float64),
     )
     luminance = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
-    # Two directions of colour that leave the luminance as it is, and one that does not.
+    # Two directions of colour that preserve the luminance, and one that does not.
     for shift, same in (
         ([0.587, -0.299, 0.0], True),
         ([0.0, 0.114, -0.587], True),
@@ -160,7 +161,7 @@ def test_a_grey_window_is_as_wide_and_sees_the_luminance_only(
 
 
 @pytest.mark.parametrize("text", ["2x1-down2", "1x2-down2", "2x1-down3"])
-def test_a_down_sampled_window_sees_the_means_of_its_cells_only(
+def test_a_down_sampled_window_sees_only_the_means_of_its_cells(
     make_model: MakeModel, text: str
 ) -> None:
     decoder, window = make_model((1, 9, 10), text).decoder, Window.parse(text)
@@ -188,7 +189,7 @@ def test_a_down_sampled_window_sees_the_means_of_its_cells_only(
 
 
 @pytest.mark.parametrize("window", ["1x2", "3x0", "2x2-down2"])
-def test_a_window_that_layers_cannot_make_up_is_an_error_that_names_it(
+def test_a_window_that_cannot_be_stacked_is_an_error_that_names_it(
     make_model: MakeModel, window: str
 ) -> None:
     with pytest.raises(ValueError, match=window):
@@ -201,7 +202,7 @@ def test_a_grey_window_on_grey_images_is_an_error(make_model: MakeModel) -> None
 
 
 @pytest.mark.parametrize("text", ["2x1", "3x2", "5x2", "full"])
-def test_the_receptive_field_is_the_window_in_single_precision_too(
+def test_the_receptive_field_is_the_window_in_single_precision(
     make_model: MakeModel, text: str
 ) -> None:
     decoder = make_model((1, 6, 7), text, dtype=torch.float32).decoder
@@ -211,7 +212,7 @@ def test_the_receptive_field_is_the_window_in_single_precision_too(
 
 
 @pytest.mark.parametrize("image_shape", [(1, 28, 28), (1, 33, 20), (3, 6, 40)])
-def test_the_last_pixel_of_a_full_window_sees_every_other(
+def test_the_last_pixel_of_a_full_window_sees_every_other_pixel(
     make_model: MakeModel, image_shape: tuple[int, int, int]
 ) -> None:
     decoder = make_model(image_shape, "full").decoder
@@ -283,7 +284,7 @@ def test_probabilities_of_all_images_sum_to_one(
 
 @pytest.mark.parametrize("text", ["0x0", "4x2", "full"])
 @pytest.mark.parametrize("image_shape", [(1, 5, 7), (3, 14, 13)])
-def test_several_codes_of_an_image_are_decoded_as_one_by_one(
+def test_decoding_several_codes_of_an_image_equals_decoding_each_alone(
     make_model: MakeModel, image_shape: tuple[int, int, int], text: str
 ) -> None:
     model = make_model(image_shape, text)

@@ -1,4 +1,4 @@
-"""The diagonal Gaussian is torch's own."""
+"""The diagonal Gaussian agrees with that of torch."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Free bits: what a floor under each group's rate does to the loss, and how soft free bits steer the rate to a target."""
+"""Hard free bits put a floor under each group's rate; soft free bits steer the rate to a target."""
 
 import math
 
@@ -23,14 +23,14 @@ def a_bound(batch: int, latents: int) -> Bound:
     )
 
 
-# --- groups ------------------------------------------------------------------------------------------------------------
+# --- groups ---
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(
     st.integers(1, 5), st.integers(1, 6), st.integers(1, 4), st.floats(0, 20), st.floats(0.01, 1)
 )
-def test_every_group_has_its_share_of_the_floor(
+def test_every_group_has_an_equal_share_of_the_floor(
     batch: int, groups: int, size: int, free_nats: float, weight: float
 ) -> None:
     bound = a_bound(batch, groups * size)
@@ -50,7 +50,7 @@ def test_every_group_has_its_share_of_the_floor(
     torch.testing.assert_close(of_rates, (active.double() * weight / batch).expand_as(of_rates))
 
 
-def test_one_group_is_all_latents_together() -> None:
+def test_one_group_is_the_whole_code() -> None:
     bound = a_bound(7, 6)
     rates = group_rates(bound.rate_per_latent, 1)
     torch.testing.assert_close(rates, bound.rate.mean()[None])
@@ -59,7 +59,7 @@ def test_one_group_is_all_latents_together() -> None:
         assert torch.equal(training_loss(bound, rates.detach(), free_nats, 0.5), together)
 
 
-# --- soft free bits ----------------------------------------------------------------------------------------------------
+# --- soft free bits ---
 
 
 def after(soft: SoftFreeBits, rate: float, steps: int) -> float:
@@ -68,14 +68,14 @@ def after(soft: SoftFreeBits, rate: float, steps: int) -> float:
     return soft.gamma.item()
 
 
-def test_gamma_changes_by_a_tenth_at_a_time_and_never_exceeds_one() -> None:
+def test_gamma_changes_by_ten_percent_at_a_time_and_never_exceeds_one() -> None:
     soft = SoftFreeBits(target=10.0)
     assert after(soft, 50.0, 5 * INTERVAL) == 1
     soft = SoftFreeBits(target=10.0)
     assert after(soft, 5.0, INTERVAL - 1) == 1
     assert after(soft, 5.0, 1) == pytest.approx(1 / FACTOR)
     assert after(soft, 5.0, 2 * INTERVAL) == pytest.approx(FACTOR**-3)
-    # The average that it looks at takes a while to come up from below.
+    # The averaged rate takes several intervals to rise above the target.
     weights = [after(soft, 30.0, INTERVAL) for _ in range(6)]
     assert weights == sorted(weights)
     assert weights[-1] == 1
@@ -84,7 +84,9 @@ def test_gamma_changes_by_a_tenth_at_a_time_and_never_exceeds_one() -> None:
 @pytest.mark.parametrize(
     ("rate", "changes"), [(9.9, True), (10.1, False), (10.4, False), (10.6, True)]
 )
-def test_gamma_rests_between_the_target_and_five_percent_above(rate: float, changes: bool) -> None:
+def test_gamma_is_constant_between_the_target_and_five_percent_above(
+    rate: float, changes: bool
+) -> None:
     soft = SoftFreeBits(target=10.0)
     after(soft, 0.0, 10 * INTERVAL)
     after(soft, rate, 12 * INTERVAL)
@@ -101,7 +103,7 @@ def test_a_rate_that_is_not_finite_changes_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in soft.state_dict().items())
 
 
-def test_what_is_restored_goes_on_as_if_it_had_not_been_interrupted() -> None:
+def test_restored_soft_free_bits_continue_bit_for_bit() -> None:
     rates = torch.rand(10 * INTERVAL, generator=torch.Generator().manual_seed(0)) * 15
     whole, restored = SoftFreeBits(10.0), SoftFreeBits(10.0)
     for number, rate in enumerate(rates):
@@ -117,8 +119,8 @@ def test_what_is_restored_goes_on_as_if_it_had_not_been_interrupted() -> None:
     assert whole.gamma < 1
 
 
-def test_the_device_is_asked_for_nothing() -> None:
-    soft = SoftFreeBits(10.0, torch.device("meta"))  # whose tensors have no values to ask for
+def test_an_update_reads_no_value_from_the_device() -> None:
+    soft = SoftFreeBits(10.0, torch.device("meta"))  # tensors on meta have no values to read
     for _ in range(INTERVAL):
         soft.update(torch.empty((), device="meta"))
     assert soft.gamma.device.type == "meta"
@@ -128,7 +130,7 @@ SIZE = 6
 
 
 def bars(count: int, generator: torch.Generator) -> Tensor:
-    """Images of 6 x 6: a white bar, upright or lying, at one of six places, with a few pixels turned: (count, 1, 6, 6)."""
+    """Images, (count, 1, 6, 6), of a white bar, upright or lying, with a few pixels flipped."""
     images = torch.zeros(count, SIZE, SIZE)
     places = torch.randint(SIZE, (count,), generator=generator)
     images[torch.arange(count), places] = 1
@@ -138,12 +140,12 @@ def bars(count: int, generator: torch.Generator) -> Tensor:
     return (images + flipped).remainder(2)[:, None]
 
 
-def test_a_model_is_brought_to_a_rate_above_the_one_it_would_choose() -> None:
+def test_soft_free_bits_raise_the_rate_of_a_model_to_the_target() -> None:
     target = 3.5
     torch.manual_seed(0)
     model = vlae.build(
-        image_shape=(1, SIZE, SIZE), window="3x1", latents=4, flow_depth=0, encoder_channels=8, decoder_channels=8,
-        decoder_maps=4, decoder_features=16, decoder_blocks=1,
+        image_shape=(1, SIZE, SIZE), window="3x1", latents=4, flow_depth=0, encoder_channels=8,
+        decoder_channels=8, decoder_maps=4, decoder_features=16, decoder_blocks=1,
     )  # fmt: skip
     optimizer, soft = (
         torch.optim.Adam(model.parameters(), lr=3e-3, fused=True),
@@ -159,6 +161,4 @@ def test_a_model_is_brought_to_a_rate_above_the_one_it_would_choose() -> None:
         soft.update(rate)
         rates.append(rate.item())
     assert sum(rates[-300:]) / 300 == pytest.approx(target, rel=0.1)
-    assert 0 < soft.gamma < 1, (
-        "the test is vacuous where the model would choose that rate by itself"
-    )
+    assert 0 < soft.gamma < 1, "the test is vacuous if the model would choose that rate anyway"

@@ -1,4 +1,4 @@
-"""Information, against what it is in closed form, by quadrature, and by its inequalities."""
+"""Information agrees with closed forms, with quadrature, and with its inequalities."""
 
 import math
 
@@ -12,13 +12,11 @@ from vlae import Bound, estimate
 from vlae.distributions import DiagonalGaussian, standard_normal_log_prob
 from vlae.information import capacity, mutual_information
 
-SLOPES = [
-    2.0,
-    0.5,
-    0.0,
-    1.0,
-]  # of the latents of the channel below: how much of the image each holds
+SLOPES = [2.0, 0.5, 0.0, 1.0]
+"""The slope of each latent of ``Channel``."""
+
 INFORMATION = [0.5 * math.log(1 + slope**2) for slope in SLOPES]
+"""The exact I(x; z_i) of each latent of ``Channel``, in nats."""
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -39,9 +37,10 @@ def posteriors(num_images: int, latents: int, seed: int) -> DiagonalGaussian:
 
 
 class Channel(nn.Module):
-    """x ~ N(0, I), q(z|x) = N(slope x, 1), and the prior N(0, spread^2): every rate and information is known.
+    """x ~ N(0, I), q(z|x) = N(slope x, 1), and the prior N(0, spread^2).
 
-    It is called as a VLAE is, for images of shape (batch, 1, 1, latents). It decodes nothing: its distortion is 0.
+    Its rates and information are known in closed form. It has the interface of a VLAE, for images
+    of shape (batch, 1, 1, latents). It has no decoder: its distortion is 0.
     """
 
     def __init__(self, spread: Tensor) -> None:
@@ -68,7 +67,7 @@ class Channel(nn.Module):
 @pytest.mark.parametrize(
     "spread", [[math.hypot(slope, 1) for slope in SLOPES], [1.0] * 4, [3.0, 1.0, 0.5, 2.0]]
 )
-def test_in_a_gaussian_channel_rates_capacities_and_information_are_what_they_must_be(
+def test_rates_capacities_and_information_of_a_gaussian_channel_are_exact(
     spread: list[float],
 ) -> None:
     model = Channel(torch.tensor(spread, dtype=torch.float64))
@@ -79,42 +78,38 @@ def test_in_a_gaussian_channel_rates_capacities_and_information_are_what_they_mu
     exact = torch.tensor(INFORMATION, dtype=torch.float64)
 
     error = rates.std(0) / num_images**0.5
-    assert (
-        (rates.mean(0) - exact - model.marginal_kl()).abs() < 4 * error + 1e-9
-    ).all()  # 1e-9: a slope of 0 has no error
+    # The error is 0 for a slope of 0; 1e-9 is for rounding.
+    assert ((rates.mean(0) - exact - model.marginal_kl()).abs() < 4 * error + 1e-9).all()
     assert ((capacity_of(posterior) - exact).abs() < 4 / num_images**0.5).all()
 
     information = mutual_information(posterior, noise[0])
     error = information.std() / num_images**0.5
-    # It takes far fewer images than these to fill the space of codes as densely as exp(I) needs: there is no bias to speak of.
+    # The bias is negligible: there are far more images than exp(I).
     assert abs(information.mean() - exact.sum()) < 4 * error
     beyond = rates.sum(1) - information
     assert abs(beyond.mean() - model.marginal_kl().sum()) < 4 * beyond.std() / num_images**0.5
 
 
-def test_for_three_images_the_estimate_is_unbiased() -> None:
+def test_the_estimate_for_three_images_is_unbiased() -> None:
     posterior = DiagonalGaussian(
         torch.tensor([[0.0], [1.0], [4.0]], dtype=torch.float64),
         torch.tensor([[0.0], [-1.0], [0.5]], dtype=torch.float64),
     )
     z = torch.linspace(-12, 16, 20_001, dtype=torch.float64)[:, None]
-    log_densities = DiagonalGaussian(posterior.mean.T, posterior.log_scale.T).log_prob(
-        z
-    )  # (points, images)
+    by_image = DiagonalGaussian(posterior.mean.T, posterior.log_scale.T)
+    log_densities = by_image.log_prob(z)  # (points, images)
     log_marginal = torch.logsumexp(log_densities, 1) - math.log(3)
-    exact = ((log_densities.exp() * (log_densities - log_marginal[:, None])).mean(1)).sum() * (
-        z[1] - z[0]
-    )
-    draws = torch.stack([mutual_information(posterior, noise) for noise in normal(600, 3, 1)]).mean(
-        1
-    )
+    integrand = (log_densities.exp() * (log_densities - log_marginal[:, None])).mean(1)
+    exact = integrand.sum() * (z[1] - z[0])
+    terms = [mutual_information(posterior, noise) for noise in normal(600, 3, 1)]
+    draws = torch.stack(terms).mean(1)
     assert abs(draws.mean() - exact) < 4 * draws.std() / len(draws) ** 0.5
     assert exact < capacity_of(posterior).item()
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 1000), st.floats(-3, 6))
-def test_no_image_tells_more_than_which_of_all_it_is(
+def test_no_term_exceeds_the_log_of_the_number_of_images(
     num_images: int, latents: int, seed: int, log_distance: float
 ) -> None:
     posterior = posteriors(num_images, latents, seed)
@@ -124,7 +119,7 @@ def test_no_image_tells_more_than_which_of_all_it_is(
     assert (values <= math.log(num_images)).all()
 
 
-def test_images_far_apart_are_told_apart_and_equal_ones_are_not() -> None:
+def test_distinct_posteriors_hold_log_n_nats_and_equal_ones_none() -> None:
     noise, log_scale = normal(50, 3), torch.zeros(50, 3, dtype=torch.float64)
     apart = DiagonalGaussian(
         100 * torch.arange(50, dtype=torch.float64)[:, None].expand(50, 3), log_scale
@@ -143,7 +138,7 @@ def test_images_far_apart_are_told_apart_and_equal_ones_are_not() -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 @pytest.mark.parametrize("log_scale", [-5.0, 0.0])
-def test_it_is_what_its_definition_says_however_it_is_computed(
+def test_the_estimate_equals_its_definition_for_any_number_of_rows_and_any_order(
     offset: float, log_scale: float
 ) -> None:
     posterior, noise = posteriors(30, 4, seed=5), normal(30, 4, seed=9)
@@ -166,7 +161,7 @@ def test_it_is_what_its_definition_says_however_it_is_computed(
 
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(st.integers(2, 20), st.integers(1, 4), st.integers(0, 1000))
-def test_the_code_tells_no_more_than_its_latents_can_by_themselves(
+def test_the_information_of_the_code_is_below_the_sum_of_the_capacities(
     num_images: int, latents: int, seed: int
 ) -> None:
     posterior = posteriors(num_images, latents, seed)
@@ -177,7 +172,7 @@ def test_the_code_tells_no_more_than_its_latents_can_by_themselves(
     assert draws.mean() < capacities.sum() + 4 * draws.std() / len(draws) ** 0.5
 
 
-def test_the_capacity_is_the_least_rate_that_a_gaussian_prior_charges() -> None:
+def test_the_capacity_is_the_least_rate_under_a_gaussian_prior() -> None:
     posterior = posteriors(20, 3, seed=3)
 
     def rate(center: Tensor, spread: Tensor) -> Tensor:

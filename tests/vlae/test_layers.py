@@ -1,4 +1,4 @@
-"""The building blocks start and shrink as they say."""
+"""Residual blocks start as the identity, and image sizes are halved as documented."""
 
 import pytest
 import torch

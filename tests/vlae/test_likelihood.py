@@ -1,4 +1,4 @@
-"""The likelihoods are normalized, agree with independent derivations, and stay finite where probabilities do not."""
+"""The likelihoods are normalized, agree with independent derivations, and stay finite."""
 
 import pytest
 import torch
@@ -14,15 +14,14 @@ VALUES = torch.arange(256, dtype=torch.float64) / 255
 def random_mixture(
     channels: int, mixtures: int, seed: int = 0, spread: float = 1.0, copies: int = 1
 ) -> LogisticMixture:
-    """The distribution of one pixel, with a height and a width of 1, several times over."""
+    """The distribution of a 1 x 1 image, repeated ``copies`` times along the batch."""
     likelihood = LogisticMixtureLikelihood(channels, mixtures)
     generator = torch.Generator().manual_seed(seed)
     parameters = spread * torch.randn(
         1, 1, likelihood.num_parameters, generator=generator, dtype=torch.float64
     )
-    parameters[..., mixtures * (1 + channels) : mixtures * (1 + 2 * channels)] -= (
-        2  # scales of about a tenth of the range
-    )
+    # Scales of about a tenth of the range.
+    parameters[..., mixtures * (1 + channels) : mixtures * (1 + 2 * channels)] -= 2
     return likelihood(parameters.expand(copies, 1, 1, -1))
 
 
@@ -45,7 +44,7 @@ def test_the_256_probabilities_of_a_grey_pixel_sum_to_one(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_in_a_colour_pixel_each_channel_is_normalized_given_the_ones_before_it(seed: int) -> None:
+def test_each_channel_of_a_colour_pixel_is_normalized_given_the_channels_before(seed: int) -> None:
     mixture = random_mixture(3, 4, seed)
 
     def shorter(channels: int) -> LogisticMixture:
@@ -67,23 +66,20 @@ def test_in_a_colour_pixel_each_channel_is_normalized_given_the_ones_before_it(s
     torch.testing.assert_close(
         given_red, shorter(1).log_prob(pixels(red)).exp().squeeze(), rtol=1e-10, atol=0
     )
-    # What is known of green and blue does depend on red.
+    # The distribution of green depends on red.
     other = shorter(2).log_prob(pixels(VALUES[200], VALUES)).log_softmax(0)
     assert (other - shorter(2).log_prob(pixels(red, VALUES)).log_softmax(0)).abs().max() > 0.1
 
 
 def test_the_values_of_a_pixel_have_the_mass_between_their_midpoints() -> None:
     mean, scale = 0.3, 0.05
-    values = LogisticMixture(*(torch.tensor(v, dtype=torch.float64).reshape(1, 1, *shape) for v, shape in (
-        (0.0, (1,)), (mean, (1, 1)), (torch.tensor(scale).log().item(), (1, 1)), (0.0, (1, 1, 1))
-    )))  # fmt: skip
-    edges = torch.cat(
-        [
-            torch.tensor([-torch.inf]),
-            (2 * torch.arange(255) + 1) / 255 - 1,
-            torch.tensor([torch.inf]),
-        ]
-    ).double()
+    log_scale = torch.tensor(scale).log().item()
+    shaped = ((0.0, (1,)), (mean, (1, 1)), (log_scale, (1, 1)), (0.0, (1, 1, 1)))
+    values = LogisticMixture(
+        *(torch.full((1, 1, *shape), value, dtype=torch.float64) for value, shape in shaped)
+    )
+    midpoints, end = (2 * torch.arange(255) + 1) / 255 - 1, torch.tensor([torch.inf])
+    edges = torch.cat([-end, midpoints, end]).double()
     mass = torch.sigmoid((edges - mean) / scale).diff()
     torch.testing.assert_close(values.log_prob(pixels(VALUES)).exp(), mass, rtol=1e-5, atol=1e-10)
 
@@ -107,7 +103,7 @@ def test_extreme_parameters_give_finite_log_probs_and_gradients(
         assert (log_prob <= 0).all()
 
 
-def test_the_log_prob_is_differentiable_as_its_gradient_says() -> None:
+def test_the_gradients_of_the_log_prob_agree_with_finite_differences() -> None:
     likelihood = LogisticMixtureLikelihood(3, 2)
     parameters = torch.randn(
         2,
@@ -135,7 +131,7 @@ def test_samples_are_as_frequent_as_their_probability(channels: int, mixtures: i
     values = (x[:, 0, 0] * 255).round()
     torch.testing.assert_close(x[:, 0, 0] * 255, values, rtol=0, atol=1e-9)
     one = random_mixture(channels, mixtures, seed=5)
-    # Every pair of values, counted in 16 x 16 bins.
+    # All values, or pairs of values, counted in bins: 16 for each channel.
     every = (
         pixels(*torch.meshgrid(*[VALUES] * channels, indexing="ij"))
         if channels == 2
@@ -180,7 +176,7 @@ def test_extreme_logits_give_finite_log_probs_and_gradients(
     assert wrong.item() == pytest.approx(-abs(logit), rel=0.01)
 
 
-def test_a_bernoulli_sum_runs_over_the_image_and_not_over_the_batch() -> None:
+def test_a_bernoulli_log_prob_sums_over_the_image_and_not_over_the_batch() -> None:
     logits = torch.randn(
         4, 3, 5, 6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
@@ -207,7 +203,7 @@ def test_bernoulli_samples_have_the_probabilities_of_the_logits() -> None:
     assert ((samples.mean(0) - probability).abs() < tolerance).all()
 
 
-def test_certain_pixels_are_never_drawn_otherwise() -> None:
+def test_a_certain_pixel_is_never_drawn_with_the_other_value() -> None:
     uniform = torch.tensor([0.0, 0.5, 1 - 2**-24]).reshape(3, 1, 1, 1)
     assert Bernoulli(torch.full((3, 1, 1, 1), 200.0)).sample(uniform).eq(1).all()
     assert Bernoulli(torch.full((3, 1, 1, 1), -200.0)).sample(uniform).eq(0).all()

@@ -1,4 +1,4 @@
-"""A saved model may come from anybody: what is not what ``save`` wrote is refused by name, before any of it is made."""
+"""A saved model may come from anybody: an invalid one is refused before anything is built."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ def folder(tmp_path: Path, small_arguments: Callable[..., dict[str, Any]]) -> Pa
 
 
 class Exploit:
-    """What runs a command when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -48,13 +48,13 @@ def test_a_pickle_is_refused_and_not_unpickled(file: str, how: str, folder: Path
 @pytest.mark.parametrize(
     "content", [b"", b"\0" * 100, (1 << 62).to_bytes(8, "little") + b"{}", save({})]
 )
-def test_weights_that_are_none_are_refused(content: bytes, folder: Path) -> None:
+def test_a_file_without_valid_weights_is_refused(content: bytes, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.(safetensors|json)"):
         vlae.load(folder)
 
 
-def test_weights_of_another_shape_are_refused_with_the_name_of_the_first(folder: Path) -> None:
+def test_weights_of_another_shape_are_an_error_that_names_the_first(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     name = min(weights)
     for changed in (
@@ -95,7 +95,7 @@ def test_weights_of_another_shape_are_refused_with_the_name_of_the_first(folder:
     ],
     ids=str,
 )
-def test_arguments_that_no_model_has_are_refused(changes: dict[str, Any], folder: Path) -> None:
+def test_invalid_arguments_are_refused(changes: dict[str, Any], folder: Path) -> None:
     arguments = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps(arguments | changes))
     with pytest.raises(ValueError, match=re.escape(str(folder / "model.json"))):
@@ -103,14 +103,14 @@ def test_arguments_that_no_model_has_are_refused(changes: dict[str, Any], folder
 
 
 @pytest.mark.parametrize("size", [1 << 14, 1 << 20, 1 << 62])
-def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_made(
+def test_sizes_beyond_the_weights_are_refused_before_anything_is_built(
     size: int, folder: Path
 ) -> None:
     arguments = json.loads((folder / "model.json").read_text())
     sizes = [name for name, value in arguments.items() if type(value) is int]
     assert {"latents", "flow_hidden", "blocks", "decoder_features"} <= set(sizes)
     for name in sizes:
-        if name == "mixtures":  # of the other likelihood, so nothing is made of it
+        if name == "mixtures":  # only the other likelihood uses it
             continue
         (folder / "model.json").write_text(json.dumps(arguments | {name: size}))
         with pytest.raises(
@@ -120,7 +120,7 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_made(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "{}", "{", '"model"', '{"latents": 4}'])
-def test_arguments_that_are_none_are_refused(content: str, folder: Path) -> None:
+def test_a_file_that_does_not_hold_arguments_is_refused(content: str, folder: Path) -> None:
     (folder / "model.json").write_text(content)
     with pytest.raises(ValueError, match=r"model\.json is no saved model"):
         vlae.load(folder)

@@ -1,4 +1,4 @@
-"""What each output of a MADE, over vectors and over maps, depends on; and its inversion."""
+"""A MADE depends on exactly the inputs that it should, over vectors and maps, and is inverted."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ Randomize = Callable[..., None]
 Shape = tuple[int, int, int]
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5))
-BLIND_SPOT = (1, 3, 9)  # wide enough that something in a row above lies too far to either side
+BLIND_SPOT = (1, 3, 9)  # wide enough that layers miss positions on either side
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -28,7 +28,11 @@ def jacobians(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
 
 
 def positive(made: MADE | MapMADE) -> MADE | MapMADE:
-    """With positive weights and inputs no ReLU is shut and no two paths cancel: whatever is connected has a gradient above 0."""
+    """Set all weights to a positive value.
+
+    With positive inputs no ReLU is zero and no two paths cancel, so every connection has a
+    gradient above 0.
+    """
     with torch.no_grad():
         for parameter in made.double().parameters():
             parameter.fill_(0.1)
@@ -36,7 +40,10 @@ def positive(made: MADE | MapMADE) -> MADE | MapMADE:
 
 
 def earlier(shape: Shape, num_layers: int | None = None) -> Tensor:
-    """Whether output i may depend on input j of a map's flat vector, and, with a number of 3x3 layers, is reached by it."""
+    """Whether output i may depend on input j, both in the flat vector of the maps.
+
+    With ``num_layers``, whether that many 3x3 layers also reach it.
+    """
     channels, height, width = shape
     channel, row, column = (
         grid.flatten()
@@ -56,7 +63,7 @@ def earlier(shape: Shape, num_layers: int | None = None) -> Tensor:
 def naive_inverse(
     made: MADE | MapMADE, noise: Tensor, step: Callable[..., Tensor], context: Tensor | None
 ) -> Tensor:
-    """x = step(noise, forward(x)), repeated until the last element has had its turn."""
+    """x = step(noise, forward(x)), repeated once for each element."""
     x = torch.zeros_like(noise)
     for _ in range(noise.shape[-1]):
         x = step(noise, made(x, context))
@@ -64,7 +71,7 @@ def naive_inverse(
 
 
 def mix(noise: Tensor, outputs: Tensor) -> Tensor:
-    """Some step that uses every output, each in its own way."""
+    """A step in which every output has a different effect."""
     return noise + sum(torch.sin((k + 1) * outputs[..., k, :]) for k in range(outputs.shape[-2]))
 
 
@@ -76,7 +83,7 @@ def mix(noise: Tensor, outputs: Tensor) -> Tensor:
     st.sampled_from([0, 2]),
 )
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_an_output_of_made_has_gradient_exactly_zero_from_itself_and_what_comes_after(
+def test_an_output_of_made_has_zero_gradient_from_its_own_and_later_inputs(
     randomize: Randomize, size: int, extra: int, outputs: int, layers: int, context: int
 ) -> None:
     made = MADE(size, outputs, size + extra, layers, context).double()
@@ -95,7 +102,7 @@ def test_an_output_of_made_has_gradient_exactly_zero_from_itself_and_what_comes_
     st.sampled_from([0, 2]),
 )
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_an_output_of_made_is_reached_by_all_that_comes_before_and_by_the_context(
+def test_an_output_of_made_depends_on_all_earlier_inputs_and_on_the_context(
     size: int, extra: int, outputs: int, layers: int, context: int
 ) -> None:
     fewest = size if context else max(1, size - 1)
@@ -111,7 +118,7 @@ def test_an_output_of_made_is_reached_by_all_that_comes_before_and_by_the_contex
 @given(SHAPES, st.integers(0, 5), st.integers(1, 2), st.integers(1, 2), st.sampled_from([0, 2]))
 @example(BLIND_SPOT, 0, 1, 1, 0)
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-def test_an_output_over_maps_has_gradient_exactly_zero_from_itself_and_what_comes_after(
+def test_an_output_over_maps_has_zero_gradient_from_its_own_and_later_inputs(
     randomize: Randomize, shape: Shape, extra: int, outputs: int, layers: int, context: int
 ) -> None:
     made = MapMADE(shape, outputs, shape[0] + extra, layers, context).double()
@@ -127,7 +134,7 @@ def test_an_output_over_maps_has_gradient_exactly_zero_from_itself_and_what_come
 @example(BLIND_SPOT, 0, 1, 1)
 @example(BLIND_SPOT, 0, 2, 2)
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-def test_an_output_over_maps_is_reached_by_exactly_what_its_layers_can_see(
+def test_an_output_over_maps_depends_on_exactly_the_inputs_that_its_layers_reach(
     shape: Shape, extra: int, outputs: int, layers: int
 ) -> None:
     made = positive(MapMADE(shape, outputs, shape[0] + extra, layers))
@@ -136,19 +143,21 @@ def test_an_output_over_maps_is_reached_by_exactly_what_its_layers_can_see(
     assert torch.equal(jacobian[0] > 0, expected.expand(outputs, -1, -1))
 
 
-def test_an_output_over_maps_is_reached_by_the_context_at_its_position_and_at_those_it_sees() -> (
-    None
-):
+def test_an_output_over_maps_depends_on_the_context_at_its_position_and_those_it_sees() -> None:
     made = positive(MapMADE((2, 3, 6), 2, 4, layers=1, context=2))
     x, maps = torch.ones(36, dtype=torch.float64), torch.ones(36, dtype=torch.float64)
     jacobian = jacobians(lambda said: made(x, said), maps[None])
-    # The context enters with the first layer, so one layer fewer is left to carry it to other positions.
+    # The context enters after the taps of the first layer, so one layer fewer carries it to other
+    # positions.
     seen = earlier((1, 3, 6), num_layers=1) | torch.eye(18, dtype=torch.bool)
     assert torch.equal(jacobian[0] > 0, seen.repeat(2, 2).expand(2, -1, -1))
 
 
-def test_the_blind_spot_of_maps_is_what_lies_too_far_to_the_right_above() -> None:
-    """Row 2, column 4 of 3 rows of 9, three layers: columns 1 to 5 of the row above, and 1 to 6 of the one above that."""
+def test_the_blind_spot_of_maps_is_far_to_the_right_in_the_rows_above() -> None:
+    """Three layers at row 2, column 4 of 3 x 9 positions.
+
+    They see columns 1 to 5 of the row above, and columns 1 to 6 of the row above that.
+    """
     reached = earlier(BLIND_SPOT, num_layers=3)[2 * 9 + 4].unflatten(0, (3, 9)).int().tolist()
     assert reached == [
         [0, 1, 1, 1, 1, 1, 1, 0, 0],
@@ -165,7 +174,7 @@ def test_the_blind_spot_of_maps_is_what_lies_too_far_to_the_right_above() -> Non
     st.sampled_from([0, 3]),
 )
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_solving_one_after_the_other_is_the_naive_fixed_point(
+def test_solving_a_vector_gives_the_naive_fixed_point(
     randomize: Randomize, size: int, extra: int, outputs: int, layers: int, context: int
 ) -> None:
     made = MADE(size, outputs, size + extra, layers, context).double()
@@ -178,7 +187,7 @@ def test_solving_one_after_the_other_is_the_naive_fixed_point(
 @given(SHAPES, st.integers(0, 5), st.integers(1, 2), st.integers(1, 3), st.sampled_from([0, 3]))
 @example(BLIND_SPOT, 2, 2, 2, 1)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_solving_maps_wavefront_by_wavefront_is_the_naive_fixed_point(
+def test_solving_maps_by_wavefronts_gives_the_naive_fixed_point(
     randomize: Randomize, shape: Shape, extra: int, outputs: int, layers: int, context: int
 ) -> None:
     made = MapMADE(shape, outputs, shape[0] + extra, layers, context).double()
@@ -221,12 +230,12 @@ def test_gradients_agree_with_finite_differences(
 
 
 @pytest.mark.parametrize(("size", "hidden"), [(4, 2), (16, 14), (32, 8)])
-def test_too_few_hidden_units_for_every_dependency_are_an_error(size: int, hidden: int) -> None:
+def test_too_few_hidden_units_are_an_error(size: int, hidden: int) -> None:
     with pytest.raises(ValueError, match=str(hidden)):
         MADE(size, 2, hidden)
 
 
-def test_a_context_and_maps_need_a_hidden_unit_more_for_the_first_output() -> None:
+def test_a_context_or_maps_need_one_more_hidden_unit_for_the_first_output() -> None:
     MADE(4, 2, 3)
     with pytest.raises(ValueError, match="at least 4 hidden units, not 3"):
         MADE(4, 2, 3, context=1)

@@ -1,4 +1,4 @@
-"""The bounds are bounds, in models whose exact log p(x) is known; and what training minimises has the right gradient."""
+"""The bounds hold in models with a known log p(x), and the training loss has the right gradient."""
 
 import itertools
 import math
@@ -15,9 +15,10 @@ MakeModel = Callable[..., VLAE]
 
 
 class LinearGaussian(nn.Module):
-    """z ~ N(0, 1), x|z ~ N(slope z, scale^2), and a posterior that is the exact one, or shifted and stretched.
+    """z ~ N(0, 1), x|z ~ N(slope z, scale^2).
 
-    It is called as a VLAE is, for images of shape (batch, 1, 1, size) with as many latents, each pixel on one of its own.
+    The posterior is the exact one, or the exact one shifted and stretched. The model has the
+    interface of a VLAE, for images of shape (batch, 1, 1, size) with one latent for each pixel.
     """
 
     def __init__(self, shift: float, stretch: float) -> None:
@@ -65,7 +66,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_with_the_exact_posterior_every_single_sample_gives_the_exact_log_prob() -> None:
+def test_with_the_exact_posterior_every_sample_gives_the_exact_log_prob() -> None:
     model, x = LinearGaussian(shift=0, stretch=1), normal(5, 1, 1, 3)
     noise = normal(12, 5, 3, seed=1)
     exact = model.log_prob(x)
@@ -96,14 +97,15 @@ def test_iwae_grows_from_the_elbo_to_the_exact_log_prob_as_k_grows(
         bounds.append(estimates.mean(0))
         if k == 1:
             assert ((bounds[0] - model.exact_elbo(x)).abs() < 5 * standard_error).all()
-    # By Jensen's inequality the mean over parts of the noise is below the bound from all of it, whatever the noise.
+    # By Jensen's inequality the mean over parts of the noise is below the bound from all of it,
+    # for any noise.
     for smaller, larger in itertools.pairwise(bounds):
         assert (smaller < larger).all()
     assert (bounds[0] < exact - 0.05).all()
     torch.testing.assert_close(estimate(model, x, noise).iwae, exact, rtol=0, atol=0.05)
 
 
-def test_a_part_of_the_samples_gives_on_average_less_than_all_of_them(
+def test_parts_of_the_samples_give_a_lower_mean_than_all_of_them(
     make_model: MakeModel,
 ) -> None:
     model = make_model((1, 3, 4), "3x1")
@@ -120,7 +122,7 @@ def test_a_part_of_the_samples_gives_on_average_less_than_all_of_them(
 
 
 @pytest.mark.parametrize("rows", [1, 5, 6, 7, 12, 40, 10_000])
-def test_splitting_the_samples_over_passes_does_not_change_an_estimate(
+def test_an_estimate_does_not_depend_on_how_the_samples_are_split_over_passes(
     make_model: MakeModel, rows: int
 ) -> None:
     model = make_model((1, 3, 4), "3x1")
@@ -166,7 +168,7 @@ def test_iwae_does_not_overflow_where_probabilities_do() -> None:
 
 @pytest.mark.parametrize("text", ["0x0", "2x1", "full"])
 @pytest.mark.parametrize(("latents", "depth"), [(1, 0), (1, 2), (2, 2)])
-def test_bounds_of_a_vlae_are_below_its_exact_log_prob_by_quadrature(
+def test_the_bounds_of_a_vlae_are_below_its_log_prob_by_quadrature(
     make_model: MakeModel, all_images: Callable[..., Tensor], text: str, latents: int, depth: int
 ) -> None:
     model = make_model(
@@ -174,7 +176,7 @@ def test_bounds_of_a_vlae_are_below_its_exact_log_prob_by_quadrature(
     )
     x = all_images(1, 2, 2)
     with torch.no_grad():
-        # The integral over z of p(x|z) p(z), as far out as the prior has mass.
+        # The integral of p(x|z) p(z) over the z where the prior has mass.
         prior_samples = model.prior.sample(normal(10_000, latents))
         low, high = prior_samples.amin(0) - 3, prior_samples.amax(0) + 3
         points = 4001 if latents == 1 else 161
@@ -205,7 +207,7 @@ def test_bounds_of_a_vlae_are_below_its_exact_log_prob_by_quadrature(
         standard_error = elbos.std(0) / len(elbos) ** 0.5
         assert ((elbos.mean(0) - (log_prob - gap)).abs() < 5 * standard_error + 5e-3).all()
         assert (elbos.mean(0) < log_prob).all()
-        assert (gap > 0.01).all(), "the test is vacuous where the posterior is exact"
+        assert (gap > 0.01).all(), "the test is vacuous if the posterior is exact"
         iwae_64 = torch.stack(
             [estimate(model, x, part, max_pairs=2**14).iwae for part in noise.split(64)]
         )
@@ -213,7 +215,7 @@ def test_bounds_of_a_vlae_are_below_its_exact_log_prob_by_quadrature(
         assert (elbos.mean(0) < iwae_64.mean(0)).all()
 
 
-def test_expected_bounds_grow_with_k_up_to_the_exact_log_prob_by_quadrature_over_the_noise(
+def test_expected_bounds_grow_with_k_up_to_the_log_prob_by_quadrature_over_the_noise(
     make_model: MakeModel, all_images: Callable[..., Tensor]
 ) -> None:
     model = make_model((1, 1, 3), "2x0", latents=1, flow_depth=1)
@@ -230,19 +232,21 @@ def test_expected_bounds_grow_with_k_up_to_the_exact_log_prob_by_quadrature_over
         weight = (standard_normal_log_prob(noise) + math.log(0.1)).exp()
         elbo = model(x, noise[:, None, None].expand(-1, len(x), 1)).elbo.T  # (batch, noise)
         expected = [elbo @ weight]
-        # With two and three samples, the integral runs over a square and a cube of noise.
+        # With two and three samples, the integral is over a square and a cube of noise.
         two = torch.logaddexp(elbo[:, :, None], elbo[:, None, :])
         expected.append((two - math.log(2)) @ weight @ weight)
+        three = (
+            torch.logaddexp(pair[..., None], single) for pair, single in zip(two, elbo, strict=True)
+        )
         expected.append(
-            torch.stack([(torch.logaddexp(pair[..., None], single) - math.log(3)) @ weight @ weight @ weight
-                         for pair, single in zip(two, elbo, strict=True)])
-        )  # fmt: skip
+            torch.stack([(each - math.log(3)) @ weight @ weight @ weight for each in three])
+        )
         expected.append(log_prob)
     for looser, tighter in itertools.pairwise(expected):
         assert (looser < tighter).all()
 
 
-def test_rate_elbo_and_distortion_are_tied_by_their_definitions(make_model: MakeModel) -> None:
+def test_rate_elbo_and_distortion_agree_with_their_definitions(make_model: MakeModel) -> None:
     model = make_model((1, 3, 4), "3x1")
     x = torch.bernoulli(
         torch.full((6, 1, 3, 4), 0.5, dtype=torch.float64),
@@ -275,7 +279,7 @@ def test_without_free_bits_the_loss_is_the_negative_elbo() -> None:
 
 @pytest.mark.parametrize("rate_weight", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize(("mean_rate", "active"), [(4.99, True), (5.0, False), (5.01, False)])
-def test_free_bits_take_the_whole_rate_gradient_below_the_floor_and_none_above(
+def test_free_bits_remove_the_rate_gradient_below_the_floor_and_keep_it_above(
     rate_weight: float, mean_rate: float, active: bool
 ) -> None:
     bound = a_bound()
@@ -300,7 +304,8 @@ def test_the_gradient_of_a_batch_is_the_mean_of_the_gradients_of_its_halves(
     )
     noise = normal(8, 2)
     rate = model(x, noise).rate.detach()
-    # With the larger rates in one half, the halves by themselves would not agree on which side of the floor they are.
+    # The larger rates are all in one half, so the halves alone would be on different sides of the
+    # floor.
     order = rate.argsort()
     x, noise, mean_rate = x[order], noise[order], rate.mean()
     free_nats = mean_rate.item() + (0.01 if active else -0.01)

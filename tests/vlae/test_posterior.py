@@ -1,4 +1,4 @@
-"""The IAF posterior: its density is that of its samples, and it is the other face of the autoregressive prior."""
+"""The IAF posterior has the density of its samples, and is dual to the autoregressive prior."""
 
 import math
 from collections.abc import Callable
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import vlae
 from vlae.distributions import DiagonalGaussian
+from vlae.flow import AutoregressiveFlow
 from vlae.likelihood import Bernoulli
 from vlae.model import VLAE
 from vlae.posterior import IAFPosterior
-from vlae.prior import AutoregressiveFlow, StandardNormal
+from vlae.prior import StandardNormal
 
 Randomize = Callable[..., None]
 Latents = int | tuple[int, int, int]
@@ -65,7 +66,7 @@ def test_the_density_of_a_sample_is_that_of_its_noise_by_change_of_variables(
 
 @given(LATENTS, st.integers(1, 4), st.sampled_from([0, 3]), st.booleans())
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-def test_the_density_of_a_given_z_is_the_one_it_was_drawn_with(
+def test_the_log_prob_of_a_sample_is_the_one_it_was_drawn_with(
     randomize: Randomize, latents: Latents, depth: int, context: int, mean_only: bool
 ) -> None:
     posterior = random_posterior(randomize, latents, depth, context, mean_only)
@@ -74,7 +75,7 @@ def test_the_density_of_a_given_z_is_the_one_it_was_drawn_with(
 
 
 @pytest.mark.parametrize("latents", [4, (1, 2, 2)])
-def test_several_codes_for_each_image_are_as_many_single_ones(
+def test_drawing_several_codes_of_an_image_equals_drawing_each_alone(
     randomize: Randomize, latents: Latents
 ) -> None:
     posterior = random_posterior(randomize, latents, depth=2, context=3)
@@ -120,7 +121,7 @@ def test_with_one_step_each_term_is_a_conditional_density_given_the_latents_befo
         assert mass == pytest.approx(1, abs=1e-4)
 
 
-def test_a_new_flow_leaves_the_gaussian(randomize: Randomize) -> None:
+def test_a_new_flow_leaves_the_gaussian_unchanged(randomize: Randomize) -> None:
     trained = random_posterior(randomize, 4, depth=3, context=2)
     posterior = IAFPosterior(
         trained.base, AutoregressiveFlow(4, 3, 8, context=2).double(), trained.context
@@ -153,7 +154,7 @@ def test_gradients_agree_with_finite_differences(randomize: Randomize, latents: 
 
 
 class FlowingEncoder(nn.Module):
-    """An encoder whose Gaussian over z is seen through the flow, as a posterior over the flow's noise."""
+    """An encoder of the flow's noise: another encoder's Gaussian over z, mapped by the flow."""
 
     def __init__(self, encoder: nn.Module, flow: AutoregressiveFlow) -> None:
         super().__init__()
@@ -164,7 +165,7 @@ class FlowingEncoder(nn.Module):
 
 
 class FlowingDecoder(nn.Module):
-    """A decoder of the flow's noise."""
+    """A decoder of the flow's noise: another decoder of z, after the flow."""
 
     def __init__(self, decoder: nn.Module, flow: AutoregressiveFlow) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Samplers draw from the model's distribution, and the fast one draws what the plain one draws."""
+"""Samplers draw from the model's distribution, and the fast and the naive one agree."""
 
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +54,7 @@ def decoders(draw: st.DrawFn) -> tuple[tuple[int, int, int], str, dict[str, Any]
 
 @given(decoders(), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 1000))
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-def test_the_wavefront_draws_bit_for_bit_what_one_pixel_at_a_time_draws(
+def test_wavefronts_give_bit_for_bit_the_images_of_one_pixel_at_a_time(
     make_model: MakeModel,
     case: tuple[tuple[int, int, int], str, dict[str, Any]],
     dtype: torch.dtype,
@@ -77,7 +77,7 @@ def test_the_wavefront_draws_bit_for_bit_what_one_pixel_at_a_time_draws(
 
 
 @pytest.mark.parametrize("text", ["1x1", "2x3", "7x4", "8x5", "5x0", "1x5", "full", "0x0"])
-def test_decoding_is_the_same_on_an_image_that_the_encoder_halves(
+def test_both_samplers_agree_on_an_image_that_the_encoder_halves(
     make_model: MakeModel, text: str
 ) -> None:
     decoder = make_model((1, 14, 13), text, gain=0.8, dtype=torch.float32).decoder
@@ -87,16 +87,17 @@ def test_decoding_is_the_same_on_an_image_that_the_encoder_halves(
     )
     images = decode(decoder, z, uniform)
     assert torch.equal(images, decode_naively(decoder, z, uniform))
-    # Pixels are what the decoder says of the finished image too: each falls on its side of the probability.
+    # The decoder's probabilities for the finished image reproduce the same pixels.
     probability = torch.sigmoid(decoder(z, images).logits).permute(0, 3, 1, 2)
     assert torch.equal(images, (uniform < probability).float())
-    assert 0.1 < images.mean() < 0.9, "the test is vacuous for images of one colour"
+    assert 0.1 < images.mean() < 0.9, "the test is vacuous if images have one colour"
 
 
 def assert_drawn_from(images: Tensor, probability: Tensor) -> None:
-    """Hold the counts of images to the probabilities of all images, given in the order of their binary numbers.
+    """Check the counts of images against the probabilities of all images.
 
-    No count is farther off than five standard deviations (and five, for the rare ones), nor is chi-square.
+    ``probability`` is in the order of ``all_images``. No count may deviate by more than five
+    standard deviations plus 5, which allows for rare images; nor may chi-square, by five.
     """
     bits = images.flatten(1).long()
     numbers = (bits << torch.arange(bits.shape[1] - 1, -1, -1)).sum(1)
@@ -115,7 +116,7 @@ def assert_drawn_from(images: Tensor, probability: Tensor) -> None:
     [((1, 2, 3), text) for text in ("0x0", "1x1", "2x1", "3x2", "3x0", "full")]
     + [((3, 1, 2), "2x0"), ((3, 2, 1), "full")],
 )
-def test_images_are_drawn_as_often_as_their_probability_given_the_code(
+def test_images_given_a_code_are_drawn_with_their_probabilities(
     make_model: MakeModel,
     all_images: Callable[..., Tensor],
     image_shape: tuple[int, int, int],
@@ -131,7 +132,7 @@ def test_images_are_drawn_as_often_as_their_probability_given_the_code(
     assert_drawn_from(decode(decoder, z.expand(n, -1), uniform), probability)
 
 
-def test_samples_of_the_model_have_the_probabilities_of_its_images(
+def test_samples_of_the_model_have_its_probabilities(
     make_model: MakeModel, all_images: Callable[..., Tensor]
 ) -> None:
     model, x = (
@@ -170,7 +171,7 @@ def test_reconstructions_are_drawn_from_the_decoder_at_codes_from_the_posterior(
 @pytest.mark.parametrize("text", ["0x0", "4x2", "full"])
 @pytest.mark.parametrize("image_shape", [(1, 5, 7), (3, 6, 4)])
 @pytest.mark.parametrize("depth", [0, 2])
-def test_samples_and_reconstructions_are_binary_images_decided_by_the_generator(
+def test_samples_and_reconstructions_are_binary_images_determined_by_the_generator(
     make_model: MakeModel, image_shape: tuple[int, int, int], text: str, depth: int
 ) -> None:
     model = make_model(image_shape, text, dtype=torch.float32, flow_depth=depth)
@@ -197,9 +198,7 @@ def test_drawing_leaves_the_global_generator_alone(make_model: MakeModel) -> Non
 
 
 @pytest.mark.parametrize("text", ["0x0", "4x2", "full"])
-def test_a_model_in_double_precision_is_drawn_from_as_any_other(
-    make_model: MakeModel, text: str
-) -> None:
+def test_a_model_in_double_precision_draws_images(make_model: MakeModel, text: str) -> None:
     model = make_model((1, 5, 7), text)
     assert sample(model, 3, generator()).shape == (3, 1, 5, 7)
     assert reconstruct(model, torch.zeros(3, 1, 5, 7, dtype=torch.float64), generator()).shape == (

@@ -1,4 +1,4 @@
-"""What is known of the synthetic images is true: by enumeration where images are small, by counting where they are not."""
+"""The exact figures of synthetic images agree with enumeration (small images) and with counts."""
 
 import itertools
 import math
@@ -45,7 +45,7 @@ def textures(draw: st.DrawFn) -> PatternedTexture:
 
 
 def probability_by_definition(texture: PatternedTexture, image: list[list[int]], c: int) -> float:
-    """p(x|c) as the docstring has it, pixel by pixel."""
+    """p(x|c) by the formula of ``PatternedTexture``, pixel by pixel."""
     probability = 1.0
     for row, column in itertools.product(range(texture.height), range(texture.width)):
         log_odds = float(texture.patterns[c, row, column])
@@ -58,13 +58,13 @@ def probability_by_definition(texture: PatternedTexture, image: list[list[int]],
 
 
 def entropy(probabilities: Tensor) -> float:
-    """In nats, of probabilities that sum to 1."""
+    """The entropy in nats of probabilities that sum to 1."""
     return -float(torch.xlogy(probabilities, probabilities).sum())
 
 
 @given(textures())
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
-def test_the_likelihood_is_the_product_of_its_definition_and_sums_to_one(
+def test_the_likelihood_is_the_product_of_its_conditionals_and_sums_to_one(
     all_images: AllImages, texture: PatternedTexture
 ) -> None:
     x = all_images(*texture.image_shape)
@@ -81,14 +81,14 @@ def test_the_likelihood_is_the_product_of_its_definition_and_sums_to_one(
 
 @given(textures())
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
-def test_entropies_and_information_are_those_of_the_enumerated_probabilities(
+def test_entropies_and_information_agree_with_enumerated_probabilities(
     all_images: AllImages, texture: PatternedTexture
 ) -> None:
     x = all_images(*texture.image_shape)
     given_class, p = texture.log_prob_given_class(x).exp(), texture.log_prob(x).exp()
     expected = sum(entropy(each) for each in given_class.unbind(1)) / texture.classes
     assert texture.entropy_given_class == pytest.approx(expected, rel=1e-10)
-    # Mutual information by its own definition, sum of p(c, x) log p(c, x) / (p(c) p(x)).
+    # Mutual information by definition: the sum of p(c, x) log p(c, x) / (p(c) p(x)).
     joint = given_class / texture.classes
     information = float((joint * (joint / (p[:, None] / texture.classes)).log()).sum())
     assert math.log(texture.classes) - float(p @ texture.class_entropy(x)) == pytest.approx(
@@ -99,7 +99,7 @@ def test_entropies_and_information_are_those_of_the_enumerated_probabilities(
 
 @given(textures(), st.data())
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
-def test_no_decoder_of_a_window_does_better_without_a_code_than_its_conditional_entropies(
+def test_the_code_length_without_class_is_the_sum_of_conditional_entropies(
     all_images: AllImages, texture: PatternedTexture, data: st.DataObject
 ) -> None:
     own = texture.window
@@ -135,7 +135,7 @@ def test_no_decoder_of_a_window_does_better_without_a_code_than_its_conditional_
 
 
 @pytest.mark.parametrize("window", ["0x0", "1x1", "3x0", "2x1", "3x1"])
-def test_images_and_classes_are_drawn_as_often_as_their_probability(
+def test_images_and_classes_are_drawn_with_their_probabilities(
     all_images: AllImages, window: str
 ) -> None:
     texture, n = random_texture(3, 2, 3, window), 60_000
@@ -152,7 +152,7 @@ def test_images_and_classes_are_drawn_as_often_as_their_probability(
     ) ** 0.5
 
 
-def test_an_image_depends_on_its_own_class_and_noise_alone() -> None:
+def test_an_image_depends_only_on_its_own_class_and_noise() -> None:
     texture = clouds()
     labels, uniform = torch.tensor([5, 60, 9]), torch.rand(3, 1, 16, 16, generator=generator())
     images = texture.draw(labels, uniform)
@@ -162,7 +162,7 @@ def test_an_image_depends_on_its_own_class_and_noise_alone() -> None:
     assert not torch.equal(texture.draw(labels.flip(0), uniform), images)
 
 
-def test_a_sample_is_decided_by_its_generator_and_made_of_zeros_and_ones() -> None:
+def test_a_sample_is_binary_and_determined_by_its_generator() -> None:
     texture, before = clouds(), torch.get_rng_state()
     images, labels = texture.sample(50, generator())
     assert torch.equal(torch.get_rng_state(), before)
@@ -176,7 +176,7 @@ def test_a_sample_is_decided_by_its_generator_and_made_of_zeros_and_ones() -> No
 
 @pytest.fixture(scope="module")
 def some_clouds() -> PatternedTexture:
-    """Four of the patterns of the distribution that ``vlae theory`` uses: with all of them the exact sums take long."""
+    """``clouds`` with only four patterns: with all of them the exact sums take long."""
     whole = clouds()
     return PatternedTexture(
         whole.patterns[:: whole.classes // 4][:4], whole.window, whole.couplings
@@ -192,7 +192,7 @@ def test_at_full_size_the_entropy_is_the_mean_code_length_of_its_images(
     assert of_class.mean().item() == pytest.approx(
         some_clouds.entropy_given_class, abs=4 * of_class.std().item() / 20_000**0.5
     )
-    # What the true class is given, against what is open on average: two means of the same thing.
+    # The surprise of the true class and the class's entropy have the same mean.
     surprise = -given_class.log_softmax(1).gather(1, labels[:, None])[:, 0]
     difference = surprise - some_clouds.class_entropy(x)
     assert difference.mean().item() == pytest.approx(
@@ -204,7 +204,7 @@ def test_at_full_size_the_entropy_is_the_mean_code_length_of_its_images(
     assert lengths.mean().item() == pytest.approx(exact, abs=4 * lengths.std().item() / 20_000**0.5)
 
 
-def test_the_less_a_decoder_sees_the_more_it_pays_without_a_code(
+def test_a_smaller_window_has_a_longer_code_without_class(
     some_clouds: PatternedTexture,
 ) -> None:
     lengths = [
@@ -216,7 +216,9 @@ def test_the_less_a_decoder_sees_the_more_it_pays_without_a_code(
     assert lengths[-1] < 256 * math.log(2)
 
 
-def test_with_one_class_the_texture_is_all_there_is(some_clouds: PatternedTexture) -> None:
+def test_with_one_class_the_code_length_is_the_entropy_of_the_texture(
+    some_clouds: PatternedTexture,
+) -> None:
     one = PatternedTexture(some_clouds.patterns[:1], some_clouds.window, some_clouds.couplings)
     assert one.code_length_without_class(one.window) == pytest.approx(
         one.entropy_given_class, rel=1e-12
@@ -236,7 +238,7 @@ def test_with_one_class_the_texture_is_all_there_is(some_clouds: PatternedTextur
         ("5x1", (0.1,) * 7, "window 5x1 is larger than the image of 4x3 pixels"),
     ],
 )
-def test_what_cannot_be_is_refused(
+def test_an_impossible_texture_is_an_error(
     window: str, couplings: tuple[float, ...], sentence: str
 ) -> None:
     with pytest.raises(ValueError, match=sentence):

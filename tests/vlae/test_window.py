@@ -1,4 +1,4 @@
-"""A window in the paper's notation names exactly the pixels that the paper's figure shows."""
+"""A window in the paper's notation has exactly the pixels of the paper's figure."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vlae import Window
 
 BY_HAND = {
-    # In each row: first the block above, from the top, then the pixels to the left in the pixel's own row.
+    # First the block above, from the top, then the pixels to the left in the pixel's own row.
     "7x4": [(row, column) for row in (-4, -3, -2, -1) for column in (-3, -2, -1, 0, 1, 2, 3)]
     + [(0, -3), (0, -2), (0, -1)],
     "5x3": [(row, column) for row in (-3, -2, -1) for column in (-2, -1, 0, 1, 2)]
@@ -34,7 +34,7 @@ BY_HAND = {
     "0x0": [],
     "7x4-grey": [(row, column) for row in (-4, -3, -2, -1) for column in range(-3, 4)]
     + [(0, -3), (0, -2), (0, -1)],
-    # Cells of two by two above, of one by two to the left.
+    # Cells of 2 x 2 above, and of 1 x 2 to the left.
     "2x1-down2": [
         (-2, -2),
         (-2, -1),
@@ -60,7 +60,7 @@ def test_offsets_are_the_ones_counted_by_hand(text: str) -> None:
 
 @given(st.integers(1, 40), st.integers(0, 40))
 @settings(deadline=None, derandomize=True, database=None)
-def test_every_offset_is_earlier_in_raster_order_and_stands_once(width: int, height: int) -> None:
+def test_every_offset_is_earlier_in_raster_order_and_unique(width: int, height: int) -> None:
     offsets = Window(width, height).offsets
     assert all(row < 0 or (row == 0 and column < 0) for row, column in offsets)
     assert list(offsets) == sorted(set(offsets))
@@ -68,7 +68,7 @@ def test_every_offset_is_earlier_in_raster_order_and_stands_once(width: int, hei
 
 @given(st.integers(1, 40), st.integers(0, 40))
 @settings(deadline=None, derandomize=True, database=None)
-def test_the_block_is_width_by_height_and_its_left_half_is_the_longer(
+def test_the_block_is_width_by_height_and_reaches_further_left_than_right(
     width: int, height: int
 ) -> None:
     window = Window(width, height)
@@ -79,14 +79,14 @@ def test_the_block_is_width_by_height_and_its_left_half_is_the_longer(
 
 @given(st.integers(1, 12), st.integers(0, 12), st.integers(1, 5))
 @settings(deadline=None, derandomize=True, database=None)
-def test_the_cells_of_a_down_sampled_window_are_blocks_that_lie_as_the_pixels_of_a_plain_one(
+def test_the_cells_of_a_down_sampled_window_are_arranged_as_the_pixels_of_a_plain_one(
     width: int, height: int, down: int
 ) -> None:
     window, plain = Window(width, height, down=down), Window(width, height)
     cells: dict[int, list[tuple[int, int]]] = {}
     for cell, offset in zip(window.cells, window.offsets, strict=True):
         cells.setdefault(cell, []).append(offset)
-    # The first pixel of each cell, in cells, is the offset of a pixel in the plain window.
+    # Divided by the size of a cell, its first pixel is an offset of the plain window.
     places = {
         (math.ceil(-row / down) * -1, column // down)
         for row, column in (offsets[0] for offsets in cells.values())
@@ -134,7 +134,7 @@ def test_full_parses_prints_and_has_no_offsets() -> None:
         "7x4grey",
     ],
 )
-def test_text_that_is_no_window_is_an_error_that_quotes_it(text: str) -> None:
+def test_text_that_is_not_a_window_is_an_error_that_quotes_it(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(text))):
         Window.parse(text)
 

@@ -18,9 +18,9 @@ from pipeline.evaluation import information
 from pipeline.evaluation.information import Information
 from vlae import Estimate
 from vlae.distributions import DiagonalGaussian
+from vlae.flow import AutoregressiveFlow
 from vlae.information import mutual_information
 from vlae.posterior import IAFPosterior
-from vlae.prior import AutoregressiveFlow
 
 LATENTS, NUM_IMAGES = 6, 40
 GENERATOR = torch.Generator().manual_seed(0)
