@@ -1,9 +1,11 @@
-"""The decoder's form: one wide window and per-pixel layers (ours), or the paper's stack of masked 3x3 convolutions.
+"""Two forms of decoder: a wide window with per-pixel layers (ours), or masked 3x3 convolutions.
 
     .venv/bin/python benchmarks/decoder.py --seconds 60
 
-Both decoders have the same width and get the same code, on one core. First their training steps are timed in turn; then each is
-trained on dynamically binarized MNIST for the same time, and its bound on 1,000 validation images is compared. The last line is JSON.
+The stack of masked convolutions is the paper's. Both decoders have the same width and get the same
+code, on one core. First their training steps are timed alternately. Then each is trained on
+dynamically binarized MNIST for the same time, and their bounds on 1,000 validation images are
+compared. The last line is JSON.
 """
 
 import argparse
@@ -23,11 +25,16 @@ BATCH, ROUNDS, LAYERS = 16, 20, 6
 
 
 class MaskedStack(nn.Module):
-    """The paper's context: masked 3x3 convolutions, the first without the pixel itself (van den Oord et al., 2016)."""
+    """The paper's context: masked 3x3 convolutions, of which the first excludes the pixel itself.
+
+    Reference: van den Oord et al., 2016.
+    """
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(1 if n == 0 else features, features, 3, padding=1) for n in range(LAYERS))
+        self.layers = nn.ModuleList(
+            nn.Conv2d(1 if n == 0 else features, features, 3, padding=1) for n in range(LAYERS)
+        )
         for number, layer in enumerate(self.layers):
             mask = torch.ones(3, 3)
             mask[1, 1 + (number > 0) :] = 0
@@ -37,13 +44,15 @@ class MaskedStack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = x.contiguous(memory_format=torch.channels_last)
         for number, layer in enumerate(self.layers):
-            out = F.conv2d(F.relu(h) if number else h, layer.weight * layer.mask, layer.bias, padding=1)
+            out = F.conv2d(
+                F.relu(h) if number else h, layer.weight * layer.mask, layer.bias, padding=1
+            )
             h = h + out if number else out
         return h.permute(0, 2, 3, 1)
 
 
 class Trainer:
-    """A model and its optimizer, stepping on MNIST."""
+    """A model and its optimizer, training on MNIST."""
 
     def __init__(self, images: Tensor, stacked: bool) -> None:
         torch.manual_seed(0)
@@ -61,7 +70,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, 2 * (1 - done))
         bound = self.model(self.draw(), torch.randn(BATCH, 16, generator=self.generator))
-        loss = vlae.training_loss(bound, bound.rate.mean().detach(), 10.0 if done < 0.4 else 0.0, 1.0)
+        loss = vlae.training_loss(
+            bound, bound.rate.mean().detach(), 10.0 if done < 0.4 else 0.0, 1.0
+        )
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 200.0)
@@ -79,7 +90,10 @@ def main() -> None:
     valid = torch.from_numpy(source.read("valid", 0, 1000)[0]).permute(0, 3, 1, 2).float() / 255
     valid = (torch.rand(valid.shape, generator=torch.Generator().manual_seed(2)) < valid).float()
 
-    trainers = {name: Trainer(images, stacked) for name, stacked in (("window", False), ("masked_3x3", True))}
+    trainers = {
+        name: Trainer(images, stacked)
+        for name, stacked in (("window", False), ("masked_3x3", True))
+    }
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(ROUNDS):
         for name, trainer in trainers.items():
@@ -104,7 +118,9 @@ def main() -> None:
                 "speed_ratio": round(speed["window"] / speed["masked_3x3"], 2),
                 "seconds": seconds,
                 "images_seen": seen,
-                "valid_code_length_nats": {name: round(value, 2) for name, value in code_length.items()},
+                "valid_code_length_nats": {
+                    name: round(value, 2) for name, value in code_length.items()
+                },
             }
         )
     )

@@ -1,7 +1,8 @@
-"""What ``benchmarks/loader.py`` runs in a process of its own: one loader, some epochs, images and seconds of each.
+"""The child process of ``benchmarks/loader.py``: one loader, for some epochs.
 
-Reads the images from ``images.npy`` and ``labels.npy`` of a folder (to write them in the loader's own format) and from S3 (to
-read them back). Each loader shuffles and gives batches of tensors: images uint8 ``(batch, channels, height, width)``.
+To write a data set in a loader's format, it reads ``images.npy`` and ``labels.npy`` of a folder; to
+measure, it reads that data set back from S3. Each loader shuffles, and yields batches of tensors:
+images uint8 ``(batch, channels, height, width)``.
 """
 
 import importlib
@@ -32,10 +33,15 @@ def upload(folder: Path, prefix: str) -> None:
 
 
 def keys(prefix: str) -> list[str]:
-    return [item["Key"] for item in boto3.client("s3").list_objects_v2(Bucket="benchmark", Prefix=f"{prefix}/")["Contents"]]
+    return [
+        item["Key"]
+        for item in boto3.client("s3").list_objects_v2(Bucket="benchmark", Prefix=f"{prefix}/")[
+            "Contents"
+        ]
+    ]
 
 
-# --- ours --------------------------------------------------------------------------------------------------------------
+# --- ours ------------------------------------------------------------------------------------
 
 
 def ours_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str) -> None:
@@ -46,10 +52,17 @@ def ours_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str
 
     storage = open_storage(f"s3://benchmark/{prefix}")
     shards = tuple(
-        _write(storage, f"train/{n:05d}.tar", start, images[start : start + SHARD].transpose(0, 2, 3, 1),
-               labels[start : start + SHARD], 250, Encoding.npy)
+        _write(
+            storage,
+            f"train/{n:05d}.tar",
+            start,
+            images[start : start + SHARD].transpose(0, 2, 3, 1),
+            labels[start : start + SHARD],
+            250,
+            Encoding.npy,
+        )
         for n, start in enumerate(range(0, len(images), SHARD))
-    )  # fmt: skip
+    )
     Manifest("benchmark", images.shape[1:], 10, 250, {"train": shards}).publish(storage)
 
 
@@ -65,16 +78,26 @@ def ours(folder: Path, prefix: str, epochs: int, cached: bool = True) -> Epoch:
     cache = ShardCache(folder / "cache", 10**10) if cached else None
 
     batches = iter(
-        TrainLoader(storage, contents, seed=0, global_batch=BATCH, num_streams=8, num_steps=epochs * steps, cache=cache)
+        TrainLoader(
+            storage,
+            contents,
+            seed=0,
+            global_batch=BATCH,
+            num_streams=8,
+            num_steps=epochs * steps,
+            cache=cache,
+        )
     )
-    return lambda number: ((batch.images, batch.labels) for batch in itertools.islice(batches, steps))
+    return lambda number: (
+        (batch.images, batch.labels) for batch in itertools.islice(batches, steps)
+    )
 
 
 def ours_uncached(folder: Path, prefix: str, epochs: int) -> Epoch:
     return ours(folder, prefix.replace("ours_uncached", "ours"), epochs, cached=False)
 
 
-# --- webdataset --------------------------------------------------------------------------------------------------------
+# --- webdataset ------------------------------------------------------------------------------
 
 
 def webdataset_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str) -> None:
@@ -87,26 +110,38 @@ def webdataset_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefi
             for index in range(start, min(start + SHARD, len(images))):
                 file = io.BytesIO()
                 pixels = images[index].transpose(1, 2, 0)
-                Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
-                writer.write({"__key__": f"{index:06d}", "png": file.getvalue(), "cls": str(labels[index]).encode()})
+                Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(
+                    file, "PNG"
+                )
+                writer.write(
+                    {
+                        "__key__": f"{index:06d}",
+                        "png": file.getvalue(),
+                        "cls": str(labels[index]).encode(),
+                    }
+                )
     upload(folder / "wds", prefix)
 
 
 def webdataset(folder: Path, prefix: str, epochs: int) -> Epoch:
-    """One PNG per image, in the documented form: decode, shuffle, batch."""
+    """One PNG per image: decoded, shuffled and batched as documented."""
     import webdataset as wds
 
     from_s3(wds)
 
     def tensor(pixels: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+        return torch.from_numpy(
+            pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()
+        )
 
     def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         mode = "l8" if "grey" in prefix else "rgb8"
         urls = [f"s3://benchmark/{key}" for key in keys(prefix)]
         cache = str(folder / "cache")
         os.makedirs(cache, exist_ok=True)
-        data = wds.WebDataset(urls, shardshuffle=len(urls), seed=number, empty_check=False, cache_dir=cache)
+        data = wds.WebDataset(
+            urls, shardshuffle=len(urls), seed=number, empty_check=False, cache_dir=cache
+        )
         data = data.shuffle(1000).decode(mode).to_tuple("png", "cls").map_tuple(tensor, int)
         return iter(wds.WebLoader(data.batched(BATCH), batch_size=None, num_workers=0))
 
@@ -120,10 +155,16 @@ def hand_loop(folder: Path, prefix: str, epochs: int) -> Epoch:
     from_s3(wds)
 
     def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        urls = [f"s3://benchmark/{key}" for key in keys(prefix.replace("hand_loop", "ours")) if key.endswith(".tar")]
+        urls = [
+            f"s3://benchmark/{key}"
+            for key in keys(prefix.replace("hand_loop", "ours"))
+            if key.endswith(".tar")
+        ]
         cache = str(folder / "cache")
         os.makedirs(cache, exist_ok=True)
-        data = wds.WebDataset(urls, shardshuffle=len(urls), seed=number, empty_check=False, cache_dir=cache)
+        data = wds.WebDataset(
+            urls, shardshuffle=len(urls), seed=number, empty_check=False, cache_dir=cache
+        )
         generator, held = np.random.default_rng(number), list[Any]()
         for pair in data.shuffle(20).decode().to_tuple("images.npy", "labels.npy"):
             held.append(pair)
@@ -133,7 +174,9 @@ def hand_loop(folder: Path, prefix: str, epochs: int) -> Epoch:
         if held:
             yield from batches(held, generator)
 
-    def batches(held: list[Any], generator: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(
+        held: list[Any], generator: np.random.Generator
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         images, labels = (np.concatenate(column) for column in zip(*held, strict=True))
         order = generator.permutation(len(labels))
         for start in range(0, len(order), BATCH):
@@ -144,7 +187,7 @@ def hand_loop(folder: Path, prefix: str, epochs: int) -> Epoch:
 
 
 def from_s3(wds: Any) -> None:
-    """webdataset has no handler of its own for S3."""
+    """Give webdataset a handler for S3, which it lacks."""
     client = boto3.client("s3")
 
     def get(url: str, *_: Any, **__: Any) -> Any:
@@ -154,14 +197,16 @@ def from_s3(wds: Any) -> None:
     sys.modules["webdataset.gopen"].gopen_schemes["s3"] = get
 
 
-# --- MosaicML streaming ------------------------------------------------------------------------------------------------
+# --- MosaicML streaming ----------------------------------------------------------------------
 
 
 def streaming_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str) -> None:
     from streaming import MDSWriter
 
     shape = ",".join(map(str, images.shape[1:]))
-    with MDSWriter(out=str(folder / "mds"), columns={"x": f"ndarray:uint8:{shape}", "y": "int"}) as writer:
+    with MDSWriter(
+        out=str(folder / "mds"), columns={"x": f"ndarray:uint8:{shape}", "y": "int"}
+    ) as writer:
         for image, label in zip(images, labels, strict=True):
             writer.write({"x": image, "y": int(label)})
     upload(folder / "mds", prefix)
@@ -171,19 +216,32 @@ def streaming(folder: Path, prefix: str, epochs: int) -> Epoch:
     from streaming import StreamingDataLoader, StreamingDataset
 
     os.environ["S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL"]
-    data = StreamingDataset(remote=f"s3://benchmark/{prefix}", local=str(folder / "local"), shuffle=True, batch_size=BATCH)
+    data = StreamingDataset(
+        remote=f"s3://benchmark/{prefix}",
+        local=str(folder / "local"),
+        shuffle=True,
+        batch_size=BATCH,
+    )
     loader = StreamingDataLoader(data, batch_size=BATCH, num_workers=0)
     return lambda number: ((batch["x"], batch["y"]) for batch in loader)
 
 
-# --- litdata -----------------------------------------------------------------------------------------------------------
+# --- litdata ---------------------------------------------------------------------------------
 
 
 def litdata_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str) -> None:
     import litdata
 
-    pairs = [(torch.from_numpy(image), int(label)) for image, label in zip(images, labels, strict=True)]
-    litdata.optimize(identity, pairs, str(folder / "lit"), chunk_bytes="4MB" if len(images) > 10_000 else "16MB", num_workers=1)
+    pairs = [
+        (torch.from_numpy(image), int(label)) for image, label in zip(images, labels, strict=True)
+    ]
+    litdata.optimize(
+        identity,
+        pairs,
+        str(folder / "lit"),
+        chunk_bytes="4MB" if len(images) > 10_000 else "16MB",
+        num_workers=1,
+    )
     upload(folder / "lit", prefix)
 
 
@@ -195,20 +253,24 @@ def litdata(folder: Path, prefix: str, epochs: int) -> Epoch:
     import litdata as lit
 
     downloader = importlib.import_module("litdata.streaming.downloader")
-    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # there is no option for it
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # no public option does this
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
     data = lit.StreamingDataset(
-        f"s3://benchmark/{prefix}", cache_dir=str(folder / "local"), shuffle=True, storage_options=options, seed=0
+        f"s3://benchmark/{prefix}",
+        cache_dir=str(folder / "local"),
+        shuffle=True,
+        storage_options=options,
+        seed=0,
     )
     loader = lit.StreamingDataLoader(data, batch_size=BATCH, num_workers=0, shuffle=True)
     return lambda number: iter(loader)
 
 
-# --- ceilings ----------------------------------------------------------------------------------------------------------
+# --- ceilings --------------------------------------------------------------------------------
 
 
 def raw_get(folder: Path, prefix: str, epochs: int) -> Epoch:
-    """The bytes of our shards, and nothing done with them."""
+    """Reads the bytes of our shards and discards them."""
     client = boto3.client("s3")
     images, labels = np.load(folder.parent / "images.npy"), np.load(folder.parent / "labels.npy")
     shards = [key for key in keys(prefix.replace("raw_get", "ours")) if key.endswith(".tar")]
@@ -216,13 +278,13 @@ def raw_get(folder: Path, prefix: str, epochs: int) -> Epoch:
     def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for key in shards:
             client.get_object(Bucket="benchmark", Key=key)["Body"].read()
-        yield torch.from_numpy(images), torch.from_numpy(labels)  # to be counted
+        yield torch.from_numpy(images), torch.from_numpy(labels)  # so that they are counted
 
     return epoch
 
 
 def memory(folder: Path, prefix: str, epochs: int) -> Epoch:
-    """All images in memory, and batches of them by numpy indexing."""
+    """Batches of images in memory, by numpy indexing."""
     images, labels = np.load(folder.parent / "images.npy"), np.load(folder.parent / "labels.npy")
 
     def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -235,10 +297,19 @@ def memory(folder: Path, prefix: str, epochs: int) -> Epoch:
 
 
 def main() -> None:
-    action, name, folder, prefix, epochs = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+    action, name, folder, prefix, epochs = (
+        sys.argv[1],
+        sys.argv[2],
+        Path(sys.argv[3]),
+        sys.argv[4],
+        int(sys.argv[5]),
+    )
     random.seed(0)
     if action == "write":
-        images, labels = np.load(folder.parent / "images.npy"), np.load(folder.parent / "labels.npy")
+        images, labels = (
+            np.load(folder.parent / "images.npy"),
+            np.load(folder.parent / "labels.npy"),
+        )
         globals()[f"{name}_write"](images, labels, folder, prefix)
         return
     epoch = globals()[name](folder, prefix, epochs)
@@ -250,7 +321,7 @@ def main() -> None:
     found = {"images": count, "wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     print("found: " + json.dumps(found))
     sys.stdout.flush()
-    os._exit(0)  # some loaders leave threads that take long to end
+    os._exit(0)  # some loaders leave threads that end slowly
 
 
 if __name__ == "__main__":
