@@ -1,9 +1,11 @@
-"""The decoder's form: one wide window and per-pixel layers (ours), or the paper's stack of masked 3x3 convolutions.
+"""Two forms of decoder: a wide window with per-pixel layers (ours), or masked 3x3 convolutions.
 
     .venv/bin/python benchmarks/decoder.py --seconds 60
 
-Both decoders have the same width and get the same code, on one core. First their training steps are timed in turn; then each is
-trained on dynamically binarized MNIST for the same time, and its bound on 1,000 validation images is compared. The last line is JSON.
+The stack of masked convolutions is the paper's. Both decoders have the same width and get the same
+code, on one core. First their training steps are timed alternately. Then each is trained on
+dynamically binarized MNIST for the same time, and their bounds on 1,000 validation images are
+compared. The last line is JSON.
 """
 
 import argparse
@@ -23,7 +25,10 @@ BATCH, ROUNDS, LAYERS = 16, 20, 6
 
 
 class MaskedStack(nn.Module):
-    """The paper's context: masked 3x3 convolutions, the first without the pixel itself (van den Oord et al., 2016)."""
+    """The paper's context: masked 3x3 convolutions, of which the first excludes the pixel itself.
+
+    Reference: van den Oord et al., 2016.
+    """
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -47,7 +52,7 @@ class MaskedStack(nn.Module):
 
 
 class Trainer:
-    """A model and its optimizer, stepping on MNIST."""
+    """A model and its optimizer, training on MNIST."""
 
     def __init__(self, images: Tensor, stacked: bool) -> None:
         torch.manual_seed(0)

@@ -1,9 +1,10 @@
-"""Drawing z from the autoregressive flow: step by step as its units become known, or by repeating whole passes.
+"""Drawing z from the autoregressive flow: unit by unit, or by repeating whole passes.
 
     .venv/bin/python benchmarks/flow.py
 
-On one core, in processor time, 64 codes. Both ways must give the same z. For codes that are maps, also: a layer's form in training, a
-gather and a matrix product, against the same layer as a convolution. The last line is JSON.
+Draws 64 codes on one core and measures processor time. Both methods must give the same z. For codes
+of maps, the benchmark also compares the form that a layer has in training, a gather and a matrix
+product, with the same layer as a convolution. The last line is JSON.
 """
 
 import json
@@ -33,7 +34,10 @@ FLOWS: list[tuple[int | tuple[int, int, int], int, int]] = [
 
 
 def naive_sample(flow: AutoregressiveFlow, noise: Tensor) -> Tensor:
-    """Each step a fixed-point iteration: after pass i, the first i + 1 latents in the step's order are final."""
+    """z by a fixed-point iteration for each step.
+
+    After pass i, the first i + 1 latents in the step's order are final.
+    """
     for number, step in enumerate(flow.steps):
         noise = _turned(noise, number)
         z = torch.zeros_like(noise)
@@ -44,7 +48,7 @@ def naive_sample(flow: AutoregressiveFlow, noise: Tensor) -> Tensor:
 
 
 def convolution(made: MapMADE, x: Tensor) -> Tensor:
-    """``made.forward`` with each layer as a masked convolution over two rows of three, channels last."""
+    """``made.forward``, but each layer is a masked convolution over two rows of three taps."""
     x = x.unflatten(-1, made.shape).contiguous(memory_format=torch.channels_last)
     for layer in (*made.hidden, made.head):
         taps = F.pad((layer.weight * layer.mask).unflatten(1, (5, -1)), (0, 0, 0, 1)).unflatten(
@@ -58,7 +62,7 @@ def convolution(made: MapMADE, x: Tensor) -> Tensor:
 
 
 def seconds(functions: dict[str, Callable[[], object]], *, rounds: int = 9) -> dict[str, float]:
-    """The median processor time of each, run in turn."""
+    """The median processor time of each function; they are run alternately."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -78,7 +82,8 @@ def main() -> None:
         for step in flow.steps:
             torch.nn.init.normal_(step.head.weight, std=0.01)
         size = latents if isinstance(latents, int) else math.prod(latents)
-        # Over maps, the naive inversion of one step is 1,024 passes: one step, once, says how long six take.
+        # Over maps, the naive inversion of one step takes 1,024 passes, so only one step is timed,
+        # once, and multiplied by their number.
         checked = flow if isinstance(latents, int) else AutoregressiveFlow(latents, 1, hidden)
         checked.load_state_dict(flow.state_dict(), strict=False)
         noise = torch.randn(BATCH, size)
@@ -87,7 +92,7 @@ def main() -> None:
             expected = naive_sample(checked, noise)
             naive = (time.process_time() - started) * depth / len(checked.steps)
             difference = (checked.sample(noise) - expected).abs().max().item()
-            assert difference < 1e-3, f"the two ways differ by {difference}"
+            assert difference < 1e-3, f"the two methods differ by {difference}"
             times = seconds(
                 {
                     "incremental": lambda f=flow, z=noise: f.sample(z),

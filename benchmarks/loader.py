@@ -1,26 +1,35 @@
-"""How fast the loader gives batches from the real S3 server, beside its peers and the ceilings.
+"""How fast the loader reads batches from the object storage server, beside peers and ceilings.
 
     .venv/bin/python benchmarks/loader.py [--peers PYTHON] [--rounds N]
 
-Two data sets: 60,000 grey images of 28 x 28 (MNIST), and 3,038 colour images of 64 x 64 (pieces of scikit-learn's two
-photographs). For each, from the same server, with the same batches of 128, shuffled, in one process without workers, for
-a first epoch and for later ones (which may use what the first left on disk):
+There are two data sets: 60,000 grey images of 28 x 28 (MNIST), and 3,038 colour images of 64 x 64
+(crops of scikit-learn's two photographs). Every loader reads them from the same server in shuffled
+batches of 128, in one process without workers. A first epoch and later ones are measured; the later
+ones may use what the first left on disk. The loaders are:
 
-* ours: blocks of raw pixels, with the local cache; ours_uncached: without it, so that each epoch gets every byte from the server;
-* webdataset: a PNG for each image, decoded, shuffled and batched in the documented form;
-* streaming (MosaicML) and litdata: arrays in their own formats, in the documented form;
-* hand_loop: our own tars of blocks, read by webdataset, shuffled four blocks at a time and batched by a loop of 20 lines:
-  the least that a user can write by hand, without checksums, an exact order or a position;
-* raw_get: GETs of our shards by boto3, and nothing else; memory: numpy indexing of all images in memory.
+* ours: blocks of raw pixels, with the local cache;
+* ours_uncached: the same without the cache, so that every epoch reads every byte from the server;
+* webdataset: a PNG for each image, decoded, shuffled and batched as documented;
+* streaming (MosaicML) and litdata: arrays in their own formats, used as documented;
+* hand_loop: our tars of blocks, read by webdataset, shuffled four blocks at a time and batched by
+  a loop of 20 lines: the least that a user can write by hand, without checksums, an exact order or
+  a position;
+* raw_get: GETs of our shards by boto3, and nothing else;
+* memory: numpy indexing of all images in memory.
 
-PYTHON has the peers installed: ``python -m venv peers; peers/bin/pip install webdataset mosaicml-streaming litdata obstore``; without
-it, only those that our own environment has are run. The loaders take turns, N times. Speed is in images per second of
-processor time (on one core, so to speak; the kernel's part included, the server's not), since wall time on a shared machine is mostly
-that of others. A first epoch is a process that runs one; a later one is what a process that runs four takes more, by three, so that
-reading ahead is counted where it belongs, and what a process needs once does not pass for what an epoch needs.
+PYTHON is an interpreter with the peers installed:
+``python -m venv peers; peers/bin/pip install webdataset mosaicml-streaming litdata obstore``.
+Without it, only the peers in our own environment run. The loaders alternate, for N rounds.
 
-The last line is JSON, with medians of each round's ratios, for a first and a later epoch: ratio_to_best_peer (of webdataset, streaming
-and litdata), ratio_to_hand_loop, and ratio_to_ceiling: ours_uncached to raw_get.
+Speed is in images per second of processor time, including the kernel's part but not the server's,
+because wall time on a shared machine depends mostly on other work. A first epoch is measured in a
+process that runs one epoch. A later epoch is a third of the additional time of a process that runs
+four. So reading ahead is charged to the right epoch, and start-up costs are not charged to later
+ones.
+
+The last line is JSON, with the median over rounds of each ratio, for a first and a later epoch:
+ratio_to_best_peer (of webdataset, streaming and litdata), ratio_to_hand_loop, and ratio_to_ceiling
+(ours_uncached to raw_get).
 """
 
 import argparse
@@ -84,18 +93,19 @@ def child(
 
 
 def first_and_later(python: str, loader: str, folder: Path, prefix: str) -> list[dict[str, float]]:
-    """Images, seconds of processor time and of wall time of the first epoch, and of a later one."""
+    """Images, processor seconds and wall seconds of the first epoch, and of a later one."""
     one, all_of_them = (
         child(python, "read", loader, folder / loader, prefix, epochs) for epochs in (1, EPOCHS)
     )
     return [one, {name: (all_of_them[name] - one[name]) / (EPOCHS - 1) for name in one}]
 
 
-Speeds = dict[str, list[list[float]]]  # by loader, for each round: of the first and a later epoch
+Speeds = dict[str, list[list[float]]]
+"""Speeds of the first and a later epoch, by loader and round."""
 
 
 def ratios(speed: Speeds, ours: str, others: tuple[str, ...]) -> list[float]:
-    """The speed of ours over that of the fastest of others: the median over the rounds, for each epoch."""
+    """Our speed relative to the fastest of others: the median over rounds, for each epoch."""
     turns = list(
         zip(speed[ours], *(speed[other] for other in others if other in speed), strict=True)
     )
@@ -152,7 +162,7 @@ def main() -> None:
                     speed[loader].append(cpu)
                     texts = (f"{first:>11,.0f} {second:>11,.0f}" for first, second in (cpu, wall))
                     print(
-                        f"{data:<9}{loader:<14} images/s by epoch, of processor time and of wall time:",
+                        f"{data:<9}{loader:<14} images/s of processor time, and of wall time:",
                         *texts,
                         flush=True,
                     )

@@ -1,11 +1,12 @@
-"""Images per second of a training step, on one core: ours, the paper's architecture, and what a textbook would write.
+"""Training speed on one core: ours, the paper's architecture, and textbook models.
 
     .venv/bin/python benchmarks/model.py
 
-All see the same batches of 28x28 binary images; a step is forward, backward, clipping and Adam. Steps of the models are
-interleaved, and the medians are reported, each also with `torch.compile` unless `--no-compile` is given. The textbook models
-are plain: a factorized convolutional VAE, and the same with a decoder of six masked 3x3 convolutions, both with z of 32 and a
-standard normal prior. The last line is JSON.
+All models see the same batches of 28x28 binary images. A step is forward, backward, clipping and
+Adam. The models' steps are interleaved, and medians are reported in images per second. Each model
+also runs with `torch.compile`, unless `--no-compile` is given. The textbook models are a factorized
+convolutional VAE, and the same with a decoder of six masked 3x3 convolutions; both have 32 latents
+and a standard normal prior. The last line is JSON.
 """
 
 import argparse
@@ -26,14 +27,21 @@ BATCH, LATENTS = 16, 32
 
 
 class TextbookVAE(nn.Module):
-    """Convolutions down to 7x7, a code of 32, and back; with ``masked`` layers the decoder also sees earlier pixels."""
+    """Convolutions down to 7x7, a code of 32, and back.
+
+    With ``masked`` layers, the decoder also sees earlier pixels.
+    """
 
     def __init__(self, masked: int = 0, channels: int = 32) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Conv2d(1, channels, 3, 2, 1), nn.ELU(), nn.Conv2d(channels, 2 * channels, 3, 2, 1), nn.ELU(), nn.Flatten(),
+            nn.Conv2d(1, channels, 3, 2, 1),
+            nn.ELU(),
+            nn.Conv2d(channels, 2 * channels, 3, 2, 1),
+            nn.ELU(),
+            nn.Flatten(),
             nn.Linear(2 * channels * 49, 2 * LATENTS),
-        )  # fmt: skip
+        )
         self.unfold = nn.Linear(LATENTS, 2 * channels * 49)
         self.decoder = nn.Sequential(
             nn.ELU(),
@@ -54,7 +62,7 @@ class TextbookVAE(nn.Module):
         z = mean + log_scale.exp() * noise
         h = self.decoder(self.unfold(z).unflatten(1, (-1, 7, 7)))
         for number, layer in enumerate(cast("list[nn.Conv2d]", list(self.masked))):
-            # Shifting the image by a pixel hides each pixel from itself; later layers may look at their own place.
+            # Shifting the image by one pixel hides each pixel from itself in the first layer.
             seen = torch.cat([h, F.pad(x, (1, 0))[..., :-1]], 1) if number == 0 else h
             h = F.elu(F.conv2d(seen, layer.weight * self.mask, layer.bias, padding=1))
         distortion = F.binary_cross_entropy_with_logits(self.head(h), x, reduction="sum") / len(x)
@@ -120,13 +128,14 @@ def main() -> None:
         x = (torch.rand(BATCH, 1, 28, 28, generator=generator) < 0.13).float()
         for name, trainer in trainers.items():
             taken = trainer.step(x)
-            if number >= 5:  # the first steps compile, and fill caches
+            if number >= 5:  # the first steps compile and warm caches
                 seconds[name].append(taken)
     rates = {name: round(BATCH / statistics.median(values), 1) for name, values in seconds.items()}
     for name, rate in rates.items():
         parameters = sum(p.numel() for p in trainers[name].model.parameters())
         print(
-            f"{name:<36}{rate:>8.0f} images/s{parameters:>12,} parameters   {rate / rates['fast']:>5.2f} x fast"
+            f"{name:<36}{rate:>8.0f} images/s{parameters:>12,} parameters   "
+            f"{rate / rates['fast']:>5.2f} x fast"
         )
     print(json.dumps({"batch": BATCH, "rounds": arguments.rounds, "images_per_s": rates}))
 

@@ -1,10 +1,11 @@
-"""What it costs one rank of very many to start anywhere in a planet-sized data set: seconds and memory.
+"""What it costs one of thousands of ranks to start anywhere in a huge data set: time and memory.
 
     .venv/bin/python benchmarks/order.py
 
-Simulates 10^6 shards, 10^10 images of 64 x 64 RGB and 4096 ranks: the manifest with its pages in a folder, and, in a process of
-its own for each of several positions, everything from reading the manifest to knowing which bytes of which shards come
-next. The last line is JSON: the median and the worst of the seconds, and the most memory that a process took, all included.
+Simulates 10^6 shards, 10^10 images of 64 x 64 RGB and 4096 ranks. The manifest and its pages are in
+a folder. For each of several positions, a separate process does everything from reading the
+manifest to knowing which bytes of which shards come next. The last line is JSON: the median and the
+worst time in seconds, and the peak memory of a process, everything included.
 """
 
 import json
@@ -26,11 +27,12 @@ from pipeline.storage import open_storage
 SHARDS, RANKS, SAMPLES = 10**6, 4096, 10**10
 IMAGE_SHAPE = (3, 64, 64)
 BATCH = 4 * RANKS
-GROUP = 128 << 20  # bytes that a rank shuffles together
+GROUP = 128 << 20
+"""Bytes that a rank shuffles together."""
 
 
 def shards() -> Iterator[Shard]:
-    """Made-up shards whose sizes differ."""
+    """Simulated shards of different sizes."""
     random = np.random.default_rng(0)
     sizes = random.integers(5_000, 15_001, SHARDS)
     missing = SAMPLES - int(sizes.sum())
@@ -45,13 +47,13 @@ def shards() -> Iterator[Shard]:
 
 
 def peak_kib() -> int:
-    """The most memory that this process has taken so far. (getrusage counts what its parent had.)"""
+    """This process's peak memory. (getrusage would include its parent's.)"""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def start(folder: str, step: int, rank: int) -> None:
-    """One rank's start, as the loader does it; prints seconds and megabytes."""
+    """Start one rank as the loader does; prints seconds and megabytes."""
     before = peak_kib()
     begin, begin_cpu = time.perf_counter(), time.process_time()
     contents = manifest.load(open_storage(folder))
@@ -98,7 +100,8 @@ def main() -> None:
                 json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
             )
             print(
-                f"step {step:>12,} rank {rank:>4}: {found[-1]['seconds']:.2f} s, {found[-1]['mb']:.0f} MB"
+                f"step {step:>12,} rank {rank:>4}: {found[-1]['seconds']:.2f} s, "
+                f"{found[-1]['mb']:.0f} MB"
             )
         assert {each["samples"] for each in found} == {SAMPLES}
         pages = sum(path.stat().st_size for path in Path(folder, "pages").iterdir())

@@ -1,7 +1,8 @@
-"""What ``benchmarks/loader.py`` runs in a process of its own: one loader, some epochs, images and seconds of each.
+"""The child process of ``benchmarks/loader.py``: one loader, for some epochs.
 
-Reads the images from ``images.npy`` and ``labels.npy`` of a folder (to write them in the loader's own format) and from S3 (to
-read them back). Each loader shuffles and gives batches of tensors: images uint8 ``(batch, channels, height, width)``.
+To write a data set in a loader's format, it reads ``images.npy`` and ``labels.npy`` of a folder; to
+measure, it reads that data set back from S3. Each loader shuffles, and yields batches of tensors:
+images uint8 ``(batch, channels, height, width)``.
 """
 
 import importlib
@@ -40,7 +41,7 @@ def keys(prefix: str) -> list[str]:
     ]
 
 
-# --- ours --------------------------------------------------------------------------------------------------------------
+# --- ours ------------------------------------------------------------------------------------
 
 
 def ours_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str) -> None:
@@ -51,10 +52,17 @@ def ours_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str
 
     storage = open_storage(f"s3://benchmark/{prefix}")
     shards = tuple(
-        write_images(storage, f"train/{n:05d}.tar", start, images[start : start + SHARD].transpose(0, 2, 3, 1),
-               labels[start : start + SHARD], 250, Encoding.npy)
+        write_images(
+            storage,
+            f"train/{n:05d}.tar",
+            start,
+            images[start : start + SHARD].transpose(0, 2, 3, 1),
+            labels[start : start + SHARD],
+            250,
+            Encoding.npy,
+        )
         for n, start in enumerate(range(0, len(images), SHARD))
-    )  # fmt: skip
+    )
     Manifest("benchmark", images.shape[1:], 10, 250, {"train": shards}).publish(storage)
 
 
@@ -89,7 +97,7 @@ def ours_uncached(folder: Path, prefix: str, epochs: int) -> Epoch:
     return ours(folder, prefix.replace("ours_uncached", "ours"), epochs, cached=False)
 
 
-# --- webdataset --------------------------------------------------------------------------------------------------------
+# --- webdataset ------------------------------------------------------------------------------
 
 
 def webdataset_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str) -> None:
@@ -116,7 +124,7 @@ def webdataset_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefi
 
 
 def webdataset(folder: Path, prefix: str, epochs: int) -> Epoch:
-    """One PNG per image, in the documented form: decode, shuffle, batch."""
+    """One PNG per image: decoded, shuffled and batched as documented."""
     import webdataset as wds
 
     from_s3(wds)
@@ -179,7 +187,7 @@ def hand_loop(folder: Path, prefix: str, epochs: int) -> Epoch:
 
 
 def from_s3(wds: Any) -> None:
-    """webdataset has no handler of its own for S3."""
+    """Give webdataset a handler for S3, which it lacks."""
     client = boto3.client("s3")
 
     def get(url: str, *_: Any, **__: Any) -> Any:
@@ -189,7 +197,7 @@ def from_s3(wds: Any) -> None:
     sys.modules["webdataset.gopen"].gopen_schemes["s3"] = get
 
 
-# --- MosaicML streaming ------------------------------------------------------------------------------------------------
+# --- MosaicML streaming ----------------------------------------------------------------------
 
 
 def streaming_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str) -> None:
@@ -218,7 +226,7 @@ def streaming(folder: Path, prefix: str, epochs: int) -> Epoch:
     return lambda number: ((batch["x"], batch["y"]) for batch in loader)
 
 
-# --- litdata -----------------------------------------------------------------------------------------------------------
+# --- litdata ---------------------------------------------------------------------------------
 
 
 def litdata_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str) -> None:
@@ -245,7 +253,7 @@ def litdata(folder: Path, prefix: str, epochs: int) -> Epoch:
     import litdata as lit
 
     downloader = importlib.import_module("litdata.streaming.downloader")
-    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # there is no option for it
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # no public option does this
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
     data = lit.StreamingDataset(
         f"s3://benchmark/{prefix}",
@@ -258,11 +266,11 @@ def litdata(folder: Path, prefix: str, epochs: int) -> Epoch:
     return lambda number: iter(loader)
 
 
-# --- ceilings ----------------------------------------------------------------------------------------------------------
+# --- ceilings --------------------------------------------------------------------------------
 
 
 def raw_get(folder: Path, prefix: str, epochs: int) -> Epoch:
-    """The bytes of our shards, and nothing done with them."""
+    """Reads the bytes of our shards and discards them."""
     client = boto3.client("s3")
     images, labels = np.load(folder.parent / "images.npy"), np.load(folder.parent / "labels.npy")
     shards = [key for key in keys(prefix.replace("raw_get", "ours")) if key.endswith(".tar")]
@@ -270,13 +278,13 @@ def raw_get(folder: Path, prefix: str, epochs: int) -> Epoch:
     def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for key in shards:
             client.get_object(Bucket="benchmark", Key=key)["Body"].read()
-        yield torch.from_numpy(images), torch.from_numpy(labels)  # to be counted
+        yield torch.from_numpy(images), torch.from_numpy(labels)  # so that they are counted
 
     return epoch
 
 
 def memory(folder: Path, prefix: str, epochs: int) -> Epoch:
-    """All images in memory, and batches of them by numpy indexing."""
+    """Batches of images in memory, by numpy indexing."""
     images, labels = np.load(folder.parent / "images.npy"), np.load(folder.parent / "labels.npy")
 
     def epoch(number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -313,7 +321,7 @@ def main() -> None:
     found = {"images": count, "wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     print("found: " + json.dumps(found))
     sys.stdout.flush()
-    os._exit(0)  # some loaders leave threads that take long to end
+    os._exit(0)  # some loaders leave threads that end slowly
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""How long it takes to draw images, on one core, the prior's inversion included: naively, by patches, and by wavefronts.
+"""How long it takes to draw images: naively, by patches, and by wavefronts.
 
     .venv/bin/python benchmarks/sampling.py
 
-*naive*: one pass of the whole decoder for every pixel, and of the whole flow for every latent. *patch*: pixel by pixel as well, but only
-that pixel is evaluated, and the flow is inverted incrementally. *wavefront*: what `vlae.sample` does. All get the same noise, and
-must give the same images. At 64x64 the naive way takes too long: it is timed for some of its passes, which are all alike, and held
-to the others on a few images. The last line is JSON; `seconds` are medians over interleaved rounds.
+Everything runs on one core, and inverting the prior is included. *naive* runs the whole decoder
+once for every pixel, and the whole flow once for every latent. *patch* also goes pixel by pixel,
+but evaluates only that pixel and inverts the flow incrementally. *wavefront* is what `vlae.sample`
+does. All methods get the same noise and must give the same images. At 64x64 the naive method takes
+too long: some of its passes, which all cost the same, are timed, and its images are compared on a
+few examples. The last line is JSON; `seconds` are medians over interleaved rounds.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from vlae.sampling import decode, decode_naively
 
 
 def make(size: int) -> vlae.VLAE:
-    """`fast` with window 7x4; weights are random, and none is zero."""
+    """`fast` with window 7x4; the weights are random and none is zero."""
     torch.manual_seed(0)
     model = vlae.build(image_shape=(1, size, size), window="7x4", latents=32, flow_depth=2)
     with torch.no_grad():
@@ -36,7 +38,10 @@ def make(size: int) -> vlae.VLAE:
 
 @torch.no_grad()
 def invert_naively(prior: Prior, noise: Tensor) -> Tensor:
-    """z by as many passes of each step as there are latents: after pass i the first i + 1 in its order are final."""
+    """z by as many passes of each step as there are latents.
+
+    After pass i, the first i + 1 latents in the step's order are final.
+    """
     assert isinstance(prior, AutoregressiveFlow)
     for number in range(len(prior.steps)):
         one = AutoregressiveFlow(noise.shape[-1], 1, 32)
@@ -44,7 +49,8 @@ def invert_naively(prior: Prior, noise: Tensor) -> Tensor:
         turned = noise.flip(-1) if number % 2 else noise  # odd steps work in the reversed order
         z = torch.zeros_like(noise)
         for _ in range(noise.shape[-1]):
-            # noise = (z - mean) / scale and the log of 1 / scale: the next z is what this step makes of the wanted noise.
+            # `back` is (z - mean) / scale and `log_det` the log of 1 / scale: the next z is what
+            # this step makes of the wanted noise.
             back, log_det = one.inverse(z)
             z = z + (turned - back) * torch.exp(-log_det)
         noise = z.flip(-1) if number % 2 else z
@@ -83,7 +89,7 @@ def by_wavefronts(model: vlae.VLAE, noise: Tensor, uniform: Tensor) -> Tensor:
 
 @torch.no_grad()
 def naive_seconds(model: vlae.VLAE, noise: Tensor, uniform: Tensor, passes: int) -> float:
-    """The time of the naive way, from ``passes`` of its passes of the decoder."""
+    """The time of the naive method, extrapolated from ``passes`` of its decoder passes."""
     started = time.perf_counter()
     z = invert_naively(model.prior, noise)
     condition, thresholds = model.decoder.condition(z), uniform.permute(0, 2, 3, 1)
@@ -123,7 +129,7 @@ def main() -> None:
         for number in range(arguments.rounds):
             seconds["wavefront"].append(timed(by_wavefronts, model, noise, uniform))
             seconds["prior"].append(timed(model.prior.sample, noise))
-            if number < 3:  # these two take long, and are far from close
+            if number < 3:  # these two are slow, and the differences are large
                 seconds["patch"].append(timed(by_patches, model, noise, uniform))
                 if passes or number:
                     seconds["naive"].append(naive_seconds(model, noise, uniform, passes or 64))

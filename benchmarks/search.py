@@ -1,11 +1,12 @@
-"""What a search costs: the time that it spends outside training steps, and the images that halving saves.
+"""What a search costs: time outside training steps, and the images that ASHA saves.
 
     .venv/bin/python benchmarks/search.py --folder search-benchmark
 
-Shards MNIST, then searches the same small grid twice with two trials at once: whole, and with ASHA. Of the core time that the cluster's two
-cores have while the grid is searched, it tells what went to training steps, to validations, to measuring the finished trials and to
-nothing of that (processes that start, reports, waiting). Of ASHA, it tells how many images it had spent when a trial that
-ran to its end came within 0.5 nats of the grid's best. What is there already is not searched again. The last line is JSON.
+Writes MNIST to shards, then searches the same small grid twice with two trials at a time: in full,
+and with ASHA. For the full search it reports how the time of the cluster's two cores divides
+between training steps, validations, measuring finished trials, and the rest (starting processes,
+reports, waiting). For ASHA it reports how many images had been used when a finished trial first
+came within 0.5 nats of the grid's best. Existing searches are not repeated. The last line is JSON.
 """
 
 import argparse
@@ -20,16 +21,22 @@ from pipeline.runs import read_rows
 from pipeline.storage import open_storage
 
 GRID = [
-    "search.space.model.window=['0x0',3x1,5x2,7x4]", "search.space.model.latents=[8,32]", "search.space.model.flow_depth=[0,2]",
-    "search.constraints=[]", "search.max_concurrent=2", "search.samples=4", "search.num_images=500", "search.probe_images=1000",
+    "search.space.model.window=['0x0',3x1,5x2,7x4]",
+    "search.space.model.latents=[8,32]",
+    "search.space.model.flow_depth=[0,2]",
+    "search.constraints=[]",
+    "search.max_concurrent=2",
+    "search.samples=4",
+    "search.num_images=500",
+    "search.probe_images=1000",
     "search.num_trials=16",
-]  # fmt: skip
+]
 WITHIN = 0.5
-"""How near to the grid's best is near enough, in nats of the bound on the same validation images."""
+"""How close to the grid's best counts as good enough, in nats, on the same validation images."""
 
 
 def search(folder: str, name: str, images: int, *overrides: str) -> list[dict[str, Any]]:
-    """Search the grid; returns all that is known of its trials."""
+    """Search the grid; returns the records of its trials."""
     options = [
         f"storage.root={folder}",
         f"registry.uri=sqlite:///{folder}/registry.db",
@@ -47,9 +54,9 @@ def search(folder: str, name: str, images: int, *overrides: str) -> list[dict[st
 
 
 def where_time_went(folder: str, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Shares of the two cores' time, from the search's start to its last trial's end.
+    """Shares of the two cores' time, from the start of the search to the end of its last trial.
 
-    A step is taken to last as long as the median of those that its run has reported: validations and checkpoints do not count.
+    Each step counts as the median step of its run, so validations and checkpoints are excluded.
     """
     seconds = max(row["search_seconds"] for row in rows)
     steps = loops = 0.0
@@ -76,7 +83,10 @@ def where_time_went(folder: str, rows: list[dict[str, Any]]) -> dict[str, float]
 
 
 def images_until(rows: list[dict[str, Any]], nll: float) -> int | None:
-    """How many images all trials together had seen when one had run to its end and was at least as good; none if none was."""
+    """Images that all trials had seen when one first finished at least this well.
+
+    None if no trial did.
+    """
     ends = [
         row["curve"][-1]["seconds"]
         for row in rows
@@ -94,9 +104,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", default="search-benchmark", help="where everything is kept")
+    parser.add_argument("--folder", default="search-benchmark", help="folder for all data")
     parser.add_argument(
-        "--images", type=int, default=36_000, help="images of a trial that runs to its end"
+        "--images", type=int, default=36_000, help="images of a trial that is not stopped"
     )
     arguments = parser.parse_args()
     folder = str(Path(arguments.folder).absolute())
@@ -118,12 +128,21 @@ def main() -> None:
         print(f"{name:<28}{100 * share:6.1f} %")
     print(f"the whole grid: {whole:,} images, best NLL <= {best:.2f} nats")
     print(
-        f"the same with ASHA: {sum(row['images'] for row in halved):,} images; within {WITHIN} nats of the best after {spent}"
+        f"the same with ASHA: {sum(row['images'] for row in halved):,} images; "
+        f"within {WITHIN} nats of the best after {spent}"
     )
     seconds = max(row["search_seconds"] for row in grid)
     lost = 1 - shares["steps"]
-    print(json.dumps({"lost": lost, "shares": shares, "seconds": seconds, "best": best, "images_grid": whole, "images_asha": spent,
-                      "fraction": spent and spent / whole}))  # fmt: skip
+    result = {
+        "lost": lost,
+        "shares": shares,
+        "seconds": seconds,
+        "best": best,
+        "images_grid": whole,
+        "images_asha": spent,
+        "fraction": spent and spent / whole,
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

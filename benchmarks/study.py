@@ -1,9 +1,10 @@
-"""The paper's questions at an equal budget: how wide a window, and which prior? On dynamically binarized MNIST, three seeds each.
+"""The paper's questions at an equal budget: how wide a window, and which prior?
 
     .venv/bin/python benchmarks/study.py --folder study --jobs 2
 
-Trains every model of the study with `experiment=study` (Ray is not needed), measures it on test images, and prints a table: IWAE bound,
-rate, and the accuracy of a linear probe of the codes. What is there already is not made again. The last line is JSON.
+Trains every model of the study on dynamically binarized MNIST with `experiment=study`, with three
+seeds each and without Ray, and measures it on test images. Prints a table of IWAE bound, rate, and
+the accuracy of a linear probe of the codes. Existing results are reused. The last line is JSON.
 """
 
 import argparse
@@ -23,7 +24,10 @@ SEEDS = range(3)
 
 
 def models() -> dict[str, list[str]]:
-    """The study's models, by name: the overrides that make each. The standard one has an AF prior of depth 2 and window 5x2."""
+    """The overrides that make each model of the study, by its name.
+
+    The standard model has an AF prior of depth 2 and window 5x2.
+    """
     return {f"window {window}": [f"model.window={window}"] for window in WINDOWS} | {
         f"window 5x2, {prior}": ["model.window=5x2", *overrides]
         for prior, overrides in PRIORS.items()
@@ -64,13 +68,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", default="study", help="where everything is kept")
+    parser.add_argument("--folder", default="study", help="folder for all data")
     parser.add_argument(
-        "--jobs", type=int, default=2, help="models trained at once, each on one core"
+        "--jobs", type=int, default=2, help="models trained at a time, each on one core"
     )
     parser.add_argument("--samples", type=int, default=128, help="k of the IWAE bound")
     parser.add_argument(
-        "--images", type=int, default=1000, help="test images that the bound is measured on"
+        "--images", type=int, default=1000, help="test images on which the bound is measured"
     )
     arguments = parser.parse_args()
     from pipeline import commands

@@ -1,23 +1,26 @@
-"""What ``vlae train`` costs beside its own mathematics, and how soon it starts and starts again.
+"""The overhead of ``vlae train``, and how fast it starts and restarts.
 
     .venv/bin/python benchmarks/train.py [--rounds N] [--images N]
 
-All with ``model=fast`` on dynamically binarized MNIST, in a folder of its own.
+Everything uses ``model=fast`` on dynamically binarized MNIST, in a temporary folder.
 
-* ratio_to_bare_loop: steps per second of ``vlae train`` with one worker of one core, to those of a bare PyTorch loop in a process of its
-  own: the same model, batches of 16, all images in memory, forward, backward, clipping and Adam, and neither average of the weights,
-  guard, log nor checkpoint. The loop is run before and after; the median of each round's ratio to the mean of both.
-* two_workers_speedup: images per second of two workers of one core each, 64 images a step each, to those of one worker with 64. They take
-  turns likewise. Both need the two cores for themselves.
-* two_workers_speedup_same_batch: the same, but two workers share the batch of 64, so that they do what the one does, with twice the
-  exchange for an image.
-* two_loops_speedup: two bare loops side by side to one: what the machine itself leaves of two.
-* data_wait_share: of the time of the runs with one worker, what they waited for images.
-* seconds_to_first_step: from the command, which starts a Ray of its own, to the report of its tenth step; the median.
-* seconds_to_resume: from the SIGKILL of the only worker to the report of the tenth step after its restart.
+* ratio_to_bare_loop: steps per second of ``vlae train`` with one worker of one core, relative to a
+  bare PyTorch loop in a separate process. The loop has the same model, batches of 16 and all images
+  in memory, and does forward, backward, clipping and Adam; it has no average of the weights, no
+  check for non-finite gradients, no log and no checkpoints. It runs before and after. The figure is
+  the median over rounds of the ratio to the mean of both.
+* two_workers_speedup: images per second of two workers of one core each with 64 images per step
+  each, relative to one worker with 64. They alternate likewise. Both cores must be otherwise idle.
+* two_workers_speedup_same_batch: the same, but two workers share the batch of 64: the work of one
+  worker, with twice the communication per image.
+* two_loops_speedup: two bare loops side by side, relative to one: the limit that the machine sets.
+* data_wait_share: the share of time that the runs with one worker spent waiting for images.
+* seconds_to_first_step: from the command, which starts its own Ray, to the report of its tenth
+  step; the median.
+* seconds_to_resume: from SIGKILL of the only worker to the report of the tenth step after restart.
 
-Speeds are what the runs themselves log (``train/images_per_s``, a row for every second), their median, without the first rows. The last
-line is JSON.
+Speeds are medians of what the runs log (``train/images_per_s``, one row per second), without the
+first rows. The last line is JSON.
 """
 
 import argparse
@@ -66,7 +69,7 @@ print(json.dumps(16 * len(seconds[20:]) / sum(seconds[20:])))
 
 
 class Run:
-    """A ``vlae train`` in its own process, on its own Ray."""
+    """A ``vlae train`` in a separate process, with its own Ray."""
 
     def __init__(self, folder: Path, name: str, *options: str) -> None:
         self.storage = open_storage(f"{folder}/runs/{name}")
@@ -88,7 +91,7 @@ class Run:
         )
 
     def wait_for_report(self, since: float) -> float:
-        """Seconds from ``since`` to the next time that the run's log is written."""
+        """Seconds from ``since`` until the run's log is next written."""
         while not self.log.exists() or self.log.stat().st_mtime < since:
             if self.process.poll() is not None:
                 raise SystemExit(f"vlae train ended:\n{self.finish()}")
@@ -96,7 +99,7 @@ class Run:
         return self.log.stat().st_mtime - since
 
     def kill_worker(self) -> float:
-        """SIGKILL for the worker; the time at which it was."""
+        """Kill the worker by SIGKILL; returns the time."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
             if "RayTrainWorker" in " ".join(process.cmdline()):
                 process.send_signal(signal.SIGKILL)
@@ -108,13 +111,16 @@ class Run:
         return errors
 
     def figures(self) -> tuple[float, float]:
-        """The medians over the rows of the log of images per second and of the share of time waited, without the first three rows."""
+        """The median of images per second and the mean share of time waited.
+
+        Both are taken over the rows of the log, without the first three.
+        """
         error = self.finish()
         if self.process.returncode:
             raise SystemExit(f"vlae train failed:\n{error}")
         rows = [row for row in read_rows(self.storage) if "train/images_per_s" in row][3:]
         if len(rows) < 3:
-            raise SystemExit("the runs are too short to be measured; give more --images")
+            raise SystemExit("the runs are too short to measure; raise --images")
         speed, waited = (
             [row[f"train/{name}"] for row in rows] for name in ("images_per_s", "data_wait")
         )
@@ -122,7 +128,7 @@ class Run:
 
 
 def bare_loops(count: int, images: int) -> list[float]:
-    """Images per second of each of so many bare loops that run at the same time."""
+    """Images per second of each of ``count`` bare loops that run at the same time."""
     loops = [
         subprocess.Popen(
             [sys.executable, "-c", BARE, str(images)], stdout=subprocess.PIPE, text=True
@@ -137,7 +143,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=20_000, help="that each run sees")
+    parser.add_argument("--images", type=int, default=20_000, help="images of each run")
     arguments = parser.parse_args()
     ratios, speedups, shares, limits, waits, starts = [], [], [], [], [], []
     with tempfile.TemporaryDirectory(prefix="benchmark-train-") as name:
@@ -166,9 +172,11 @@ def main() -> None:
             shares.append(shared / one)
             waits.append(waited)
             print(
-                f"round {number + 1}: {ours:.0f} images/s, {ratios[-1]:.3f} of the bare loop's, {waited:.1%} waiting, "
-                f"{starts[-1]:.1f} s to the tenth step; batches of 64: {one:.0f} images/s, {two:.0f} on two workers "
-                f"({speedups[-1]:.2f} x), {shared:.0f} if they share one ({shares[-1]:.2f} x); two bare loops {limits[-1]:.2f} x",
+                f"round {number + 1}: {ours:.0f} images/s, {ratios[-1]:.3f} of the bare loop's, "
+                f"{waited:.1%} waiting, {starts[-1]:.1f} s to the tenth step; batches of 64: "
+                f"{one:.0f} images/s, {two:.0f} on two workers ({speedups[-1]:.2f} x), "
+                f"{shared:.0f} if they share one ({shares[-1]:.2f} x); "
+                f"two bare loops {limits[-1]:.2f} x",
                 flush=True,
             )
         run = Run(folder, "killed", "train.images=1000000", "train.checkpoint_seconds=2")

@@ -1,1 +1,1 @@
-"""The YAML files that choose values for the options declared in pipeline/config.py."""
+"""The YAML files that choose values for the options declared in pipeline/config/."""

@@ -60,7 +60,7 @@ def help_page(name: str) -> str:
 
 
 def _defaults(name: str, schema: type) -> dict[str, Any]:
-    """The values that the options have if none is given; options that must be given are left out."""
+    """The options' default values; options that must be given are left out."""
     from omegaconf import OmegaConf
 
     composed = OmegaConf.merge(OmegaConf.structured(schema), compose(name)[0])

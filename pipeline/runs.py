@@ -104,7 +104,7 @@ def open_run(run: Storage) -> OpenedModel:
 
 
 def opened(reference: str, folder: Path, version: JsonObject | None = None) -> OpenedModel:
-    """The model whose files are in ``folder``. Raises UserError if they are not those of a model."""
+    """The model whose files are in ``folder``. Raises UserError if they are not a model's."""
     training = json.loads((folder / TRAINING_FILE).read_text())
     return OpenedModel(
         reference, load(folder), training, sha256_of_file(folder / WEIGHTS_FILE), version

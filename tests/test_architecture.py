@@ -1,4 +1,4 @@
-"""What import-linter's contracts in ``pyproject.toml`` cannot say: who may unpickle, and who may use Ray."""
+"""What import-linter's contracts cannot say: who may unpickle, and who may use Ray."""
 
 import ast
 from pathlib import Path

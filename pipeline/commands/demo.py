@@ -21,7 +21,7 @@ from pipeline.values import JsonObject
 
 @dataclass
 class DemoConfig(TuneConfig):
-    """The main job from start to end on real images: store, shards, search, registry, evaluation."""
+    """The main job on real images: object storage, shards, search, registry, evaluation."""
 
     folder: str = option("where everything is kept", "demo")
     bounds: BoundOptions = section(BoundOptions, "the final evaluation, on test images")

@@ -1,4 +1,4 @@
-"""``vlae registry``: list, show, register, compare, promote and roll back models. It needs no Ray."""
+"""``vlae registry``: list, show, register, compare, promote and roll back models."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -29,7 +29,7 @@ class ServeStoreConfig:
 
 
 def run(config: ServeStoreConfig) -> int:
-    """Run the server until it is interrupted, or as long as ``config.command`` run with the server's
+    """Run the server until Ctrl-C, or as long as ``config.command`` runs with the server's
     environment.
 
     Returns the exit code: the command's, or 0.

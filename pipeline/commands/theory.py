@@ -58,13 +58,15 @@ def format_result(config: TheoryConfig, result: JsonObject) -> str:
         ),
         "",
         (
-            f"  {'decoder':<12}{'window':<8}{'rate R':<18}{'distortion D':<20}{'code length C':<20}C - H"
+            f"  {'decoder':<12}{'window':<8}{'rate R':<18}{'distortion D':<20}"
+            f"{'code length C':<20}C - H"
         ),
     ]
     for name in DECODERS:
         row = result[name]
         lines.append(
-            f"  {name:<12}{row['window']:<8}{with_error(row, 'rate', 3):<18}{with_error(row, 'distortion', 3):<20}"
+            f"  {name:<12}{row['window']:<8}{with_error(row, 'rate', 3):<18}"
+            f"{with_error(row, 'distortion', 3):<20}"
             f"{with_error(row, 'code_length', 3):<20}{with_error(row, 'excess', 3)}"
         )
     lines.append("")

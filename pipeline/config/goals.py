@@ -91,7 +91,7 @@ class Constraint:
         return cls(name, low, high)
 
     def violation(self, values: Values) -> float:
-        """By how much a value lies outside, relative to the bound that it breaks; 0 or less within."""
+        """How far a value lies outside, relative to the bound that it breaks; at most 0 inside."""
         value = values[self.name]
         return max(
             (self.low - value) / max(1.0, abs(self.low)) if math.isfinite(self.low) else -math.inf,

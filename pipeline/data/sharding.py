@@ -126,7 +126,7 @@ def _write_all(
     block_size: int,
     encoding: Encoding,
 ) -> dict[str, tuple[Shard, ...]]:
-    """Write the shards of every split that have no receipt yet, one Ray task each, and the report."""
+    """Write the shards that have no receipt yet, one Ray task each, and the report."""
     jobs = list(_jobs(source.splits, options.samples_per_shard))
     finished, sizes = receipts.names(), storage.sizes()
     done = {job: receipts.read(job.receipt) for job in jobs if job.receipt in finished}

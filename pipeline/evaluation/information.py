@@ -50,8 +50,8 @@ class Information:
             }
         )
         if not isinstance(posterior, DiagonalGaussian):
-            # An IAF's density at another image's code takes one pass for each latent: too slow for all
-            # pairs
+            # An IAF's density at another image's code takes one pass per latent: too slow for
+            # all pairs.
             return
         mean, log_scale = posterior.mean.double().cpu(), posterior.log_scale.double().cpu()
         self.moments.add({"log_scale": log_scale, "square_scale": torch.exp(2 * log_scale)})

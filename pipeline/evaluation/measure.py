@@ -1,4 +1,4 @@
-"""Measuring a model on held-out images: the same in training, in a search and in ``vlae evaluate``."""
+"""Measuring a model on held-out images, in training, in a search and in ``vlae evaluate``."""
 
 import math
 from collections import deque

@@ -29,7 +29,7 @@ class Moments:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Take in one value per image for each name: tensors of shape (batch,) or (batch, latents)."""
+        """Add one value per image for each name: tensors of shape (batch,) or (batch, latents)."""
         for name, value in values.items():
             value = value.detach().double().cpu()
             moments = torch.stack(

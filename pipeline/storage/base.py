@@ -111,7 +111,7 @@ class Storage(ABC):
         return list(self.sizes(prefix))
 
     def read_json(self, key: str) -> Any:
-        """An object's JSON value. Raises ``ObjectNotFound``, and ``UserError`` if it is not JSON."""
+        """An object's JSON value. Raises ``ObjectNotFound``, or ``UserError`` if it is no JSON."""
         try:
             return json.loads(self.read(key))
         except ValueError as error:

@@ -14,7 +14,7 @@ from pipeline.training import loop
 from tests.e2e.conftest import TINY, VLAE, Run
 
 
-def test_a_run_that_is_killed_and_then_told_to_stop_goes_on_each_time_and_ends_as_if_neither_had_been(
+def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
     run: Run, root: str, workplace: Path
 ) -> None:
     run("shard", f"storage.root={root}", standalone=True)

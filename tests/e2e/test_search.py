@@ -68,7 +68,7 @@ def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[bytes]",
         time.sleep(0.1)
 
 
-def test_a_search_that_is_interrupted_and_whose_driver_and_then_a_trial_are_killed_runs_every_trial_once(
+def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_once(
     run: Run, root: str, workplace: Path
 ) -> None:
     run("shard", f"storage.root={root}", standalone=True)

@@ -50,7 +50,7 @@ read linked  # the network is there
 ip link set lo up
 ip address add $ADDRESS/24 dev eth0
 ip link set eth0 up
-ip route add default via $GATEWAY  # it leads nowhere, but a host without one does not know its own address
+ip route add default via $GATEWAY  # leads nowhere, but tells the host its own address
 exec $(command -v sshd) -D -e -f $FOLDER/sshd_config
 """
 

@@ -148,7 +148,8 @@ class Exchange(BaseHTTPRequestHandler):
         self.wfile.write(self.head() + self.body)
 
     def refuse(self, status: int, code: str) -> None:
-        body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>fault</Message></Error>".encode()
+        error = f"<Error><Code>{code}</Code><Message>fault</Message></Error>"
+        body = f"<?xml version='1.0'?>{error}".encode()
         self.fields = [("Content-Type", "application/xml")]
         self.wfile.write(self.head(status, len(body)) + body)
 

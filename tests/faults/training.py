@@ -232,7 +232,8 @@ from tests.faults import playing
 from tests.pipeline import strokes
 uploads.PATIENCE = 3
 strokes.write(strokes.data_storage(sys.argv[1]))
-loop.fit(strokes.train_config(sys.argv[1], "name=full", "train.images=80000", "train.keep_checkpoints=100000"))
+options = ["name=full", "train.images=80000", "train.keep_checkpoints=100000"]
+loop.fit(strokes.train_config(sys.argv[1], *options))
 """
 
 

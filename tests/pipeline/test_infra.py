@@ -1,10 +1,11 @@
-"""What ``infra/`` holds is what Ray, Kubernetes and S3 take, and gives nobody more than is needed."""
+"""The files of ``infra/`` suit Ray, Kubernetes and S3, and grant no more than is needed."""
 
 import ast
 import copy
 import json
 import re
 import shutil
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -171,9 +172,13 @@ def test_the_image_is_pinned_does_not_run_as_root_and_copies_what_is_there() -> 
     copied = [source for words in instructions if words[0] == "COPY" for source in words[2:-1]]
     assert copied
     assert all((ROOT / source).exists() for source in copied)
-    packages = re.search(r"^packages = (.+)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {
+        name.partition(".")[0]
+        for name in project["tool"]["setuptools"]["packages"]["find"]["include"]
+    }
     assert packages
-    assert set(json.loads(packages[1])) <= set(copied)
+    assert packages <= set(copied)
 
 
 # --- storage --------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 
 
 def _last_part(count: int, fraction: float) -> int:
-    """Where the last ``fraction`` of ``count`` images begins; both parts hold at least one image."""
+    """Where the last ``fraction`` of ``count`` images begins; both parts hold an image or more."""
     return min(max(round(count * (1 - fraction)), 1), count - 1)
 
 

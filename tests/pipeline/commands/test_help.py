@@ -148,7 +148,8 @@ for name, words in json.load(sys.stdin).items():
         except SystemExit as ended:
             code = ended.code
     ray = sys.modules.get("ray")
-    outcomes[name] = [code, out.getvalue(), err.getvalue(), ray is not None and ray.is_initialized()]
+    started = ray is not None and ray.is_initialized()
+    outcomes[name] = [code, out.getvalue(), err.getvalue(), started]
 json.dump(outcomes, sys.stdout)
 """
 

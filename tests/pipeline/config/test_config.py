@@ -152,7 +152,7 @@ def test_every_key_of_a_groups_file_is_an_option_and_is_heeded(file: Path) -> No
 
 
 def changed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
-    """Another value for an option, which its checks allow if every other option is changed as well."""
+    """Another value for an option, which its checks allow if all other options change as well."""
     special = {
         "model.window": "7x4",
         "shard.channels": 3,

@@ -1,4 +1,4 @@
-"""Sources of image files and arrays: tars, WebDataset shards, Parquet and .npz, whole and damaged."""
+"""Image files and arrays: tars, WebDataset shards, Parquet and .npz, whole and damaged."""
 
 import io
 import tarfile

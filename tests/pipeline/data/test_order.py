@@ -1,4 +1,4 @@
-"""The order of training: a permutation, the same for every number of ranks, and entered anywhere."""
+"""The order of training is a permutation, the same for all world sizes, entered anywhere."""
 
 import doctest
 from collections import Counter

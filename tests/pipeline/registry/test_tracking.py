@@ -1,4 +1,4 @@
-"""Runs in MLflow: one for each, whatever is killed, resumed or away, and never at the run's cost."""
+"""Runs in MLflow: one for each, whatever is killed or away, and never at the run's cost."""
 
 import logging
 import subprocess
