@@ -3,6 +3,7 @@
 import functools
 import inspect
 import textwrap
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -52,11 +53,18 @@ def help_page(name: str) -> str:
         value = values.get(key)
         head = f"  {key}={_show(value)}" if value is not None else f"  {key}="
         indent = " " * 6
-        text = textwrap.fill(
-            item.metadata["help"], 96, initial_indent=indent, subsequent_indent=indent
-        )
+        sentence = item.metadata["help"] + _properties(item.metadata)
+        text = textwrap.fill(sentence, 96, initial_indent=indent, subsequent_indent=indent)
         lines += [head, text]
     return "\n".join(lines)
+
+
+def _properties(metadata: Mapping[str, Any]) -> str:
+    """What an option's declaration says besides its sentence: bounds, a path, no new run."""
+    known = [f"must be {metadata['bounds']}"] if metadata["bounds"] else []
+    known += ["a path"] if metadata["path"] else []
+    known += [] if metadata["identity"] else ["may change on resuming"]
+    return f" [{'; '.join(known)}]" if known else ""
 
 
 def _defaults(name: str, schema: type) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.values import JsonObject
-from vlae.build import MODEL_FILE, WEIGHTS_FILE
+from vlae.factory import MODEL_FILE, WEIGHTS_FILE
 
 RESULT = "result.json"
 METRICS = "metrics.jsonl"

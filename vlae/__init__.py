@@ -1,27 +1,58 @@
-"""The Variational Lossy Autoencoder, in plain PyTorch."""
+"""The Variational Lossy Autoencoder, in plain PyTorch.
 
-from vlae.build import build, describe, load, save
-from vlae.model import VLAE, Bound
-from vlae.objective import Estimate, SoftFreeBits, estimate, group_rates, training_loss
-from vlae.sampling import reconstruct, sample
-from vlae.weights import EMA, flatten
-from vlae.window import Window
+What is named here is imported when it is first used: ``vlae.window``, for one, can be had without
+loading PyTorch.
+"""
 
-__all__ = [
-    "EMA",
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlae.factory import build, describe, load, save
+    from vlae.model import VLAE, Bound
+    from vlae.objective import Estimate, SoftFreeBits, estimate, group_rates, training_loss
+    from vlae.sampling import reconstruct, sample
+    from vlae.weights import EMA, flatten
+    from vlae.window import Window
+
+MODULES = {
+    "factory": ("build", "describe", "load", "save"),
+    "model": ("VLAE", "Bound"),
+    "objective": ("Estimate", "SoftFreeBits", "estimate", "group_rates", "training_loss"),
+    "sampling": ("reconstruct", "sample"),
+    "weights": ("EMA", "flatten"),
+    "window": ("Window",),
+}
+"""The public names, by the module that holds them."""
+
+__all__ = [  # noqa: RUF022  (in the order of the modules)
+    "build",
+    "describe",
+    "load",
+    "save",
     "VLAE",
     "Bound",
     "Estimate",
     "SoftFreeBits",
-    "Window",
-    "build",
-    "describe",
     "estimate",
-    "flatten",
     "group_rates",
-    "load",
+    "training_loss",
     "reconstruct",
     "sample",
-    "save",
-    "training_loss",
+    "EMA",
+    "flatten",
+    "Window",
 ]
+
+
+def __getattr__(name: str) -> object:
+    for module, names in MODULES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"vlae.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vlae.build import load
+from vlae.factory import load
 
 
 class Codes:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from pipeline import cluster
 from pipeline.commands import Command
-from pipeline.config.options import option, require, section
+from pipeline.config.options import option, section
 from pipeline.config.sections import ClusterOptions, DatasetOptions, StorageOptions
 from pipeline.data import manifest, tar
 from pipeline.data.loader import EvalLoader
@@ -36,14 +36,11 @@ class DataConfig:
     """Look at a data set (inspect), or re-read and check every byte of it (verify)."""
 
     action: Action = option("inspect or verify; the first word after the command")
-    output: str = option("where the report goes", "outputs/data")
-    pictures: int = option("how many images of each split the contact sheet shows", 50)
+    output: str = option("where the report goes", "outputs/data", path=True)
+    pictures: int = option("how many images of each split the contact sheet shows", 50, at_least=1)
     storage: StorageOptions = section(StorageOptions, "where things are kept")
     dataset: DatasetOptions = section(DatasetOptions, "the data set")
     cluster: ClusterOptions = section(ClusterOptions, "where it runs")
-
-    def check(self) -> None:
-        require(self.pictures >= 1, f"pictures is {self.pictures}; it must be at least 1")
 
 
 LABELS = 10_000

@@ -23,7 +23,7 @@ from pipeline.values import JsonObject
 class DemoConfig(TuneConfig):
     """The main job on real images: object storage, shards, search, registry, evaluation."""
 
-    folder: str = option("where everything is kept", "demo")
+    folder: str = option("where everything is kept", "demo", path=True)
     bounds: BoundOptions = section(BoundOptions, "the final evaluation, on test images")
 
 

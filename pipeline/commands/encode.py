@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pipeline.commands import Command
 from pipeline.config.evaluation import A_MODEL, ANOTHER_DATA_SET
-from pipeline.config.options import option, require, section
+from pipeline.config.options import option, section
 from pipeline.config.sections import ClusterOptions, RegistryOptions, StorageOptions
 from pipeline.values import JsonObject
 
@@ -17,21 +17,15 @@ class EncodeConfig:
 
     model: str = option(A_MODEL)
     split: str = option("the part of the data set: train, valid or test", "train")
-    dataset_url: str | None = option(ANOTHER_DATA_SET, None)
-    output: str = option("where the codes go", "outputs/encode")
+    dataset_url: str | None = option(ANOTHER_DATA_SET, None, path=True)
+    output: str = option("where the codes go", "outputs/encode", path=True)
     images_per_part: int = option(
-        "the most images in one Parquet file, which one task encodes", 10_000
+        "the most images in one Parquet file, which one task encodes", 10_000, at_least=1
     )
     seed: int = option("decides binarization and the sample that the rate is measured with", 0)
     storage: StorageOptions = section(StorageOptions, "where things are kept")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
     cluster: ClusterOptions = section(ClusterOptions, "where it runs")
-
-    def check(self) -> None:
-        require(
-            self.images_per_part >= 1,
-            f"images_per_part is {self.images_per_part}; it must be at least 1",
-        )
 
 
 def run(config: EncodeConfig) -> JsonObject:

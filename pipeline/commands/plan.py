@@ -14,24 +14,19 @@ from pipeline.values import JsonObject
 class PlanConfig:
     """Say what a training run needs: shards, streams, batches, and memory of each worker."""
 
-    num_images: int = option("training images of the data set", 50_000)
-    image_size: int = option("their height and width in pixels", 28)
-    channels: int = option("1 is grey, 3 is RGB", 1)
+    num_images: int = option("training images of the data set", 50_000, at_least=1)
+    image_size: int = option("their height and width in pixels", 28, at_least=1)
+    channels: int = option("1 is grey, 3 is RGB", 1, at_least=1)
     binarization: Binarization = option("as dataset.binarization", Binarization.dynamic)
-    num_workers: list[int] = option("numbers of workers, each with a row of its own", [1, 2, 4, 8])
-    local_batch: int = option("images of each worker in a step", 16)
-    output: str = option("where the result goes", "outputs/plan")
+    num_workers: list[int] = option(
+        "numbers of workers, each with a row of its own", [1, 2, 4, 8], at_least=1
+    )
+    local_batch: int = option("images of each worker in a step", 16, at_least=1)
+    output: str = option("where the result goes", "outputs/plan", path=True)
     model: ModelOptions = section(ModelOptions, "the VLAE")
 
     def check(self) -> None:
-        for name in ("num_images", "image_size", "channels", "local_batch"):
-            require(
-                getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1"
-            )
-        require(
-            bool(self.num_workers) and min(self.num_workers) >= 1,
-            "num_workers must hold numbers of at least 1",
-        )
+        require(bool(self.num_workers), "num_workers is empty; give numbers of workers")
 
 
 def run(config: PlanConfig) -> JsonObject:

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.commands import Command
 from pipeline.config.evaluation import A_MODEL, ANOTHER_DATA_SET
-from pipeline.config.options import option, require, section
+from pipeline.config.options import option, section
 from pipeline.config.sections import RegistryOptions, StorageOptions
 from pipeline.data.batch import binarize
 from pipeline.data.loader import EvalLoader
@@ -24,15 +24,12 @@ class ReconstructConfig:
 
     model: str = option(A_MODEL)
     split: str = option("the part of the data set: train, valid or test", "test")
-    dataset_url: str | None = option(ANOTHER_DATA_SET, None)
-    num_images: int = option("how many of its first images", 40)
+    dataset_url: str | None = option(ANOTHER_DATA_SET, None, path=True)
+    num_images: int = option("how many of its first images", 40, at_least=1)
     seed: int = option("decides binarization and all noise", 0)
-    output: str = option("where the picture goes", "outputs/reconstruct")
+    output: str = option("where the picture goes", "outputs/reconstruct", path=True)
     storage: StorageOptions = section(StorageOptions, "where things are kept")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
-
-    def check(self) -> None:
-        require(self.num_images >= 1, f"num_images is {self.num_images}; it must be at least 1")
 
 
 def run(config: ReconstructConfig) -> JsonObject:

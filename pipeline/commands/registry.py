@@ -48,9 +48,11 @@ class RegistryConfig:
     )
     split: str = option("the part of the data set that models are compared on", "valid")
     dataset_url: str | None = option(
-        "another data set's folder to compare on; by default that of the version's training", None
+        "another data set's folder to compare on; by default that of the version's training",
+        None,
+        path=True,
     )
-    output: str = option("where the result goes", "outputs/registry")
+    output: str = option("where the result goes", "outputs/registry", path=True)
     bounds: BoundOptions = section(BoundOptions, "how models are evaluated")
     storage: StorageOptions = section(StorageOptions, "where things are kept")
     registry: RegistryOptions = section(RegistryOptions, "which registry")

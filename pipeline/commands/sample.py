@@ -6,7 +6,7 @@ import torch
 
 from pipeline.commands import Command
 from pipeline.config.evaluation import A_MODEL
-from pipeline.config.options import option, require, section
+from pipeline.config.options import option, section
 from pipeline.config.sections import RegistryOptions, StorageOptions
 from pipeline.evaluation import pictures
 from pipeline.machine import device
@@ -20,14 +20,11 @@ class SampleConfig:
     """Draw images from a model."""
 
     model: str = option(A_MODEL)
-    num_images: int = option("how many", 40)
+    num_images: int = option("how many", 40, at_least=1)
     seed: int = option("decides which", 0)
-    output: str = option("where the picture goes", "outputs/sample")
+    output: str = option("where the picture goes", "outputs/sample", path=True)
     storage: StorageOptions = section(StorageOptions, "where things are kept")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
-
-    def check(self) -> None:
-        require(self.num_images >= 1, f"num_images is {self.num_images}; it must be at least 1")
 
 
 def run(config: SampleConfig) -> JsonObject:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from pipeline.commands import Command
-from pipeline.config.options import option, require
+from pipeline.config.options import option
 from pipeline.errors import UserError
 from pipeline.storage.server import ObjectStore
 
@@ -19,13 +19,10 @@ from pipeline.storage.server import ObjectStore
 class ServeStoreConfig:
     """Run an S3 server on this machine."""
 
-    folder: str = option("where its data is kept", "vlae-objects")
+    folder: str = option("where its data is kept", "vlae-objects", path=True)
     bucket: str = option("a bucket that is made at the start", "vlae")
-    port: int = option("its port on loopback; 0 takes a free one", 8333)
+    port: int = option("its port on loopback; 0 takes a free one", 8333, at_least=0, below=1 << 16)
     command: list[str] = option("a command to run with the server, better written after --", [])
-
-    def check(self) -> None:
-        require(0 <= self.port < 1 << 16, f"port is {self.port}; it must lie in 0..65535")
 
 
 def run(config: ServeStoreConfig) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.commands import Command
-from pipeline.config.options import option, require
+from pipeline.config.options import option
 from pipeline.values import JsonObject
 
 DECODERS = ("factorized", "covering", "full")
@@ -15,17 +15,14 @@ class TheoryConfig:
     nats.
     """
 
-    images: int = option("new images that each decoder is trained on", 120_000)
-    num_images: int = option("held-out images that it is measured on", 10_000)
-    seed: int = option("decides the images, the weights' start and all noise", 0)
-    output: str = option("where the figures, the picture and the models go", "outputs/theory")
-
-    def check(self) -> None:
-        require(self.images >= 32, f"images is {self.images}; it must be at least 32, one batch")
-        require(self.num_images >= 2, f"num_images is {self.num_images}; it must be at least 2")
-        require(
-            0 <= self.seed < 1 << 60, f"seed is {self.seed}; it must be at least 0, and below 2^60"
-        )
+    images: int = option("new images that each decoder is trained on", 120_000, at_least=32)
+    num_images: int = option("held-out images that it is measured on", 10_000, at_least=2)
+    seed: int = option(
+        "decides the images, the weights' start and all noise", 0, at_least=0, below=1 << 60
+    )
+    output: str = option(
+        "where the figures, the picture and the models go", "outputs/theory", path=True
+    )
 
 
 def run(config: TheoryConfig) -> JsonObject:

@@ -63,18 +63,6 @@ def options_of(group: str) -> list[str]:
     )
 
 
-LOCAL_PATHS = (
-    "storage.root",
-    "dataset.path",
-    "dataset.url",
-    "dataset.cache",
-    "dataset_url",
-    "registry.artifacts",
-    "output",
-    "folder",
-)
-
-
 def load(command: str, schema: type[Config], overrides: list[str]) -> Config:
     """The configuration of a command, of type ``schema``, from its YAML and ``key=value``
     overrides.
@@ -144,7 +132,7 @@ def build(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:
             parent, _, name = key.rpartition(".")
             if OmegaConf.is_missing(OmegaConf.select(config, parent) if parent else config, name):
                 raise UserError(f"{key} is needed; give {key}=VALUE")
-        for key in set(LOCAL_PATHS).intersection(known):
+        for key in [key for key, item in known.items() if item.metadata["path"]]:
             # A folder means the same to every process, whatever its working directory.
             path = OmegaConf.select(config, key)
             if path and "://" not in path:

@@ -2,13 +2,11 @@
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING
 
-import vlae
-from pipeline.config.options import digest, option, require, section, to_dict
+from pipeline.config.options import digest, identity, option, require, section, to_dict
 from pipeline.config.sections import (
     Binarization,
     ClusterOptions,
@@ -17,6 +15,11 @@ from pipeline.config.sections import (
     StorageOptions,
 )
 from pipeline.errors import UserError
+from pipeline.values import JsonObject
+from vlae.window import NOTATION, Window
+
+if TYPE_CHECKING:
+    from vlae import VLAE
 
 
 class Code(Enum):
@@ -31,39 +34,52 @@ class ActivationName(Enum):
 
 @dataclass
 class ModelOptions:
-    window: str = option(f"the decoder's receptive field: {vlae.window.NOTATION}")
-    latents: int = option("size of the code z, or how many maps it has")
+    window: str = option(f"the decoder's receptive field: {NOTATION}")
+    latents: int = option("size of the code z, or how many maps it has", at_least=1)
     code: Code = option(
         "vector, or maps: z keeps the place of things, at the size at which the encoder ends",
         Code.vector,
     )
-    flow_depth: int = option("steps of the autoregressive-flow prior; 0 is a standard normal prior")
-    posterior_depth: int = option(
-        "steps of an inverse autoregressive flow in the posterior; 0 is a diagonal Gaussian", 0
+    flow_depth: int = option(
+        "steps of the autoregressive-flow prior; 0 is a standard normal prior", at_least=0
     )
-    flow_hidden: int = option("width of each step's MADE, in the prior and the posterior")
-    flow_layers: int = option("hidden layers of each step's MADE", 2)
+    posterior_depth: int = option(
+        "steps of an inverse autoregressive flow in the posterior; 0 is a diagonal Gaussian",
+        0,
+        at_least=0,
+    )
+    flow_hidden: int = option(
+        "width of each step's MADE, in the prior and the posterior", at_least=1
+    )
+    flow_layers: int = option("hidden layers of each step's MADE", 2, at_least=1)
     flow_mean_only: bool = option("steps only shift, as the paper's do, and do not scale", False)
     mixtures: int = option(
-        "components of the likelihood of 256 values, a mixture of discretized logistics", 5
+        "components of the likelihood of 256 values, a mixture of discretized logistics",
+        5,
+        at_least=1,
     )
-    encoder_channels: int = option("width of the encoder; twice that below half the image's size")
+    encoder_channels: int = option(
+        "width of the encoder; twice that below half the image's size", at_least=1
+    )
     decoder_channels: int = option(
-        "width of the network that unfolds z; twice that at its smallest"
+        "width of the network that unfolds z; twice that at its smallest", at_least=1
     )
     blocks: int = option(
-        "residual blocks at each size below the image's, in the encoder and the decoder", 1
+        "residual blocks at each size below the image's, in the encoder and the decoder",
+        1,
+        at_least=0,
     )
     image_blocks: int = option(
-        "residual blocks at the image's own size, in the encoder and the decoder", 0
+        "residual blocks at the image's own size, in the encoder and the decoder", 0, at_least=0
     )
-    decoder_maps: int = option("image-sized maps that z unfolds to")
-    decoder_features: int = option("width of the per-pixel network")
-    decoder_blocks: int = option("layers of the per-pixel network")
+    decoder_maps: int = option("image-sized maps that z unfolds to", at_least=1)
+    decoder_features: int = option("width of the per-pixel network", at_least=1)
+    decoder_blocks: int = option("layers of the per-pixel network", at_least=0)
     context_layers: int = option(
         "0 looks at the window with one linear layer; more stack it from so many, as the paper"
         " does",
         0,
+        at_least=0,
     )
     activation: ActivationName = option(
         "relu, or the paper's elu, which is slower", ActivationName.relu
@@ -71,24 +87,6 @@ class ModelOptions:
 
     def check(self) -> None:
         self.check_window(self.window, "model.window")
-        widths = ("encoder_channels", "decoder_channels", "decoder_maps", "decoder_features")
-        for name in ("latents", "flow_hidden", "flow_layers", "mixtures", *widths):
-            require(
-                getattr(self, name) >= 1,
-                f"model.{name} is {getattr(self, name)}; it must be at least 1",
-            )
-        for name in (
-            "flow_depth",
-            "posterior_depth",
-            "decoder_blocks",
-            "blocks",
-            "image_blocks",
-            "context_layers",
-        ):
-            require(
-                getattr(self, name) >= 0,
-                f"model.{name} is {getattr(self, name)}; it must be at least 0",
-            )
         self.check_flow(self.latents, self.flow_depth, "model.latents")
 
     def check_flow(self, latents: int, depth: int, key: str) -> None:
@@ -107,16 +105,18 @@ class ModelOptions:
     def check_window(self, text: str, key: str) -> None:
         """Raise UserError, naming ``key``, unless this is a window that the model can have."""
         try:
-            window = vlae.Window.parse(text)
+            window = Window.parse(text)
             if self.context_layers:
                 window.check_stacks()
         except ValueError as error:
             raise UserError(f"{key}: {error}") from None
 
-    def build(self, image_shape: tuple[int, int, int], binarization: Binarization) -> vlae.VLAE:
+    def build(self, image_shape: tuple[int, int, int], binarization: Binarization) -> "VLAE":
         """The model, with fresh weights; its likelihood is the one that the images call for. Raises
         ValueError as ``vlae.build`` does.
         """
+        import vlae  # here, since it loads PyTorch, which a check of the options does without
+
         likelihood = "logistic" if binarization is Binarization.none else "bernoulli"
         return vlae.build(image_shape=image_shape, likelihood=likelihood, **to_dict(self))
 
@@ -131,32 +131,17 @@ class OptimOptions:
     algorithm: Algorithm = option(
         "adam, or adamax, which is Adam with the largest recent gradient for a scale"
     )
-    learning_rate: float = option("the step size at its highest")
-    warmup_steps: int = option("steps over which it rises from zero")
-    decay_fraction: float = option("the last part of the run over which it falls linearly to zero")
-    clip_norm: float = option("gradients are scaled down to this norm")
-    ema_decay: float = option(
-        "decay of the weights' moving average, which is what is evaluated and registered"
+    learning_rate: float = option("the step size at its highest", above=0, below=math.inf)
+    warmup_steps: int = option("steps over which it rises from zero", at_least=0)
+    decay_fraction: float = option(
+        "the last part of the run over which it falls linearly to zero", at_least=0, at_most=1
     )
-
-    def check(self) -> None:
-        require(
-            0 < self.learning_rate < math.inf,
-            f"optim.learning_rate is {self.learning_rate}; it must be above 0, and finite",
-        )
-        require(
-            self.warmup_steps >= 0,
-            f"optim.warmup_steps is {self.warmup_steps}; it must be at least 0",
-        )
-        require(
-            0 <= self.decay_fraction <= 1,
-            f"optim.decay_fraction is {self.decay_fraction}; it must lie in 0..1",
-        )
-        require(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}; it must be above 0")
-        require(
-            0 <= self.ema_decay < 1,
-            f"optim.ema_decay is {self.ema_decay}; it must lie in 0..1, below 1",
-        )
+    clip_norm: float = option("gradients are scaled down to this norm", above=0)
+    ema_decay: float = option(
+        "decay of the weights' moving average, which is what is evaluated and registered",
+        at_least=0,
+        below=1,
+    )
 
 
 class Precision(Enum):
@@ -173,10 +158,14 @@ class FreeBits(Enum):
 
 @dataclass
 class TrainOptions:
-    images: int = option("how many images the run sees in all, repeats included")
-    global_batch: int = option("images of one step, over all workers")
+    images: int = option(
+        "how many images the run sees in all, repeats included", at_least=1, shared=True
+    )
+    global_batch: int = option("images of one step, over all workers", at_least=1, shared=True)
     num_streams: int = option(
-        "canonical streams the data is dealt to; any number of workers up to it gives the same run"
+        "canonical streams the data is dealt to; any number of workers up to it gives the same run",
+        at_least=1,
+        shared=True,
     )
     precision: Precision = option(
         "bfloat16 has matrix products in it and all else in float32; auto does so on GPUs that can,"
@@ -187,8 +176,15 @@ class TrainOptions:
         "images that a worker holds in memory at once; the gradients of several are added up, to"
         " the same result, but slower",
         None,
+        at_least=1,
+        identity=False,
     )
-    seed: int = option("decides the weights' start, the order of the data and all noise", 0)
+    seed: int = option(
+        "decides the weights' start, the order of the data and all noise",
+        0,
+        at_least=0,
+        below=1 << 63,
+    )
     free_bits: FreeBits = option(
         "how free_nats is used, so that the decoder does not learn to do without z. hard: a floor"
         " early in the run, below which the rate costs nothing; soft: a target for the rate in the"
@@ -196,59 +192,55 @@ class TrainOptions:
         FreeBits.hard,
     )
     free_nats: float = option(
-        "the floor under the rate, or its target, in nats per image; 0 is none"
+        "the floor under the rate, or its target, in nats per image; 0 is none",
+        at_least=0,
+        below=1 << 63,
     )
     free_fraction: float = option(
-        "hard: the part of the run that has this floor; over the next fifth it falls to zero"
+        "hard: the part of the run that has this floor; over the next fifth it falls to zero",
+        at_least=0,
+        at_most=1,
     )
     free_groups: int = option(
         "hard: equal parts of the code that each have their share of the floor; must divide"
         " model.latents",
         1,
+        at_least=1,
     )
     rate_warmup_fraction: float = option(
-        "the first part of the run over which the rate's weight rises from 0 to 1"
+        "the first part of the run over which the rate's weight rises from 0 to 1",
+        at_least=0,
+        at_most=1,
     )
     valid_images: int = option(
-        "validation images that progress is judged by (all of them if there are fewer)"
+        "validation images that progress is judged by (all of them if there are fewer)",
+        at_least=1,
+        identity=False,
+        shared=True,
     )
-    valid_every: int = option("images between two validations")
-    report_seconds: float = option("seconds between two reports of progress", 5.0)
-    checkpoint_seconds: float = option("seconds between two checkpoints")
-    keep_checkpoints: int = option("how many of the newest checkpoints are kept", 2)
+    valid_every: int = option(
+        "images between two validations", at_least=1, identity=False, shared=True
+    )
+    report_seconds: float = option(
+        "seconds between two reports of progress",
+        5.0,
+        at_least=0,
+        below=1 << 63,
+        identity=False,
+        shared=True,
+    )
+    checkpoint_seconds: float = option(
+        "seconds between two checkpoints", at_least=0, below=1 << 63, identity=False, shared=True
+    )
+    keep_checkpoints: int = option(
+        "how many of the newest checkpoints are kept", 2, at_least=1, identity=False, shared=True
+    )
 
     @property
     def num_steps(self) -> int:
         return self.images // self.global_batch
 
     def check(self) -> None:
-        for name in (
-            "images",
-            "global_batch",
-            "num_streams",
-            "free_groups",
-            "valid_images",
-            "valid_every",
-            "keep_checkpoints",
-        ):
-            require(
-                getattr(self, name) >= 1,
-                f"train.{name} is {getattr(self, name)}; it must be at least 1",
-            )
-        require(
-            self.micro_batch is None or self.micro_batch >= 1,
-            f"train.micro_batch is {self.micro_batch}; it must be at least 1",
-        )
-        for name in ("seed", "free_nats", "report_seconds", "checkpoint_seconds"):
-            require(
-                0 <= getattr(self, name) < 1 << 63,
-                f"train.{name} is {getattr(self, name)}; it must be at least 0, and below 2^63",
-            )
-        for name in ("free_fraction", "rate_warmup_fraction"):
-            require(
-                0 <= getattr(self, name) <= 1,
-                f"train.{name} is {getattr(self, name)}; it must lie in 0..1",
-            )
         require(
             self.global_batch % self.num_streams == 0,
             f"train.global_batch={self.global_batch} cannot be shared by"
@@ -281,13 +273,15 @@ class TrainConfig:
     """Train one model; the same command again resumes an interrupted run."""
 
     name: str | None = option(
-        "the run's name; by default one made from the data set and the configuration", None
+        "the run's name; by default one made from the data set and the configuration",
+        None,
+        identity=False,
     )
     storage: StorageOptions = section(StorageOptions, "where things are kept")
-    dataset: DatasetOptions = section(DatasetOptions, "the images")
-    model: ModelOptions = section(ModelOptions, "the VLAE")
-    optim: OptimOptions = section(OptimOptions, "how its weights are moved")
-    train: TrainOptions = section(TrainOptions, "the run")
+    dataset: DatasetOptions = section(DatasetOptions, "the images", identity=True)
+    model: ModelOptions = section(ModelOptions, "the VLAE", identity=True)
+    optim: OptimOptions = section(OptimOptions, "how its weights are moved", identity=True)
+    train: TrainOptions = section(TrainOptions, "the run", identity=True)
     cluster: ClusterOptions = section(ClusterOptions, "where it runs")
     registry: RegistryOptions = section(RegistryOptions, "where MLflow keeps account of it")
 
@@ -316,7 +310,7 @@ class TrainConfig:
             " and 1",
         )
 
-    def build(self, image_shape: tuple[int, int, int]) -> vlae.VLAE:
+    def build(self, image_shape: tuple[int, int, int]) -> "VLAE":
         """The model, with fresh weights. Raises ValueError as ``vlae.build`` does."""
         return self.model.build(image_shape, self.dataset.binarization)
 
@@ -324,16 +318,6 @@ class TrainConfig:
     def run_name(self) -> str:
         return self.name or f"{self.dataset.name}-{self.model.window}-{digest(self.identity())}"
 
-    def identity(self) -> dict[str, Any]:
-        """What makes this run this run: see ``identity``."""
-        return identity(to_dict(self))
-
-
-def identity(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of a training run's configuration, as plain values: everything that its weights depend on,
-    and nothing else.
-    """
-    no_matter = re.compile(r"keep_checkpoints|valid_.*|.*_seconds|micro_batch")
-    train = {key: value for key, value in values["train"].items() if not no_matter.fullmatch(key)}
-    dataset = {key: values["dataset"][key] for key in ("name", "url", "binarization")}
-    return {"dataset": dataset, "model": values["model"], "optim": values["optim"], "train": train}
+    def identity(self) -> JsonObject:
+        """The options that its weights depend on: with others, it is another run."""
+        return identity(TrainConfig, to_dict(self))

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -52,55 +51,47 @@ class SearchOptions:
         " those worse than most at any validation",
         Stopping.asha,
     )
-    num_trials: int = option("how many models are trained, at most")
+    num_trials: int = option("how many models are trained, at most", at_least=1, identity=False)
     hours: float | None = option(
         "how long the search may take; what runs then is interrupted, and goes on if there is more"
         " time",
         None,
+        above=0,
+        identity=False,
     )
-    core_hours: float | None = option("how many core-hours its trials may take together", None)
+    core_hours: float | None = option(
+        "how many core-hours its trials may take together", None, above=0, identity=False
+    )
     max_concurrent: int = option(
-        "trials that run at once, at most; 0 is as many as the cluster has room for", 0
+        "trials that run at once, at most; 0 is as many as the cluster has room for",
+        0,
+        at_least=0,
+        identity=False,
     )
     grace_fraction: float = option(
-        "the part of a run that every trial is given before it may be stopped early", 0.25
+        "the part of a run that every trial is given before it may be stopped early",
+        0.25,
+        above=0,
+        at_most=1,
     )
-    reduction: int = option("asha: of the trials at each rung, one in this many goes on", 3)
+    reduction: int = option(
+        "asha: of the trials at each rung, one in this many goes on", 3, at_least=2
+    )
     samples: int = option(
-        "k of the bound that finished trials are measured with; 1 is the code length", 8
+        "k of the bound that finished trials are measured with; 1 is the code length", 8, at_least=1
     )
     num_images: int = option(
-        "validation images that they are measured on (all of them if there are fewer)", 1000
+        "validation images that they are measured on (all of them if there are fewer)",
+        1000,
+        at_least=2,
     )
     probe_images: int = option(
         "training images that their probes are fitted on, where there are labels; 0 for no probe",
         2000,
+        at_least=0,
     )
 
     def check(self) -> None:
-        for name in ("num_trials", "samples"):
-            require(
-                getattr(self, name) >= 1,
-                f"search.{name} is {getattr(self, name)}; it must be at least 1",
-            )
-        for name in ("max_concurrent", "probe_images"):
-            require(
-                getattr(self, name) >= 0,
-                f"search.{name} is {getattr(self, name)}; it must be at least 0",
-            )
-        for name in ("hours", "core_hours"):
-            require(
-                getattr(self, name) is None or getattr(self, name) > 0,
-                f"search.{name} is {getattr(self, name)}; it must be above 0",
-            )
-        require(
-            self.num_images >= 2, f"search.num_images is {self.num_images}; it must be at least 2"
-        )
-        require(
-            0 < self.grace_fraction <= 1,
-            f"search.grace_fraction is {self.grace_fraction}; it must lie in 0..1, above 0",
-        )
-        require(self.reduction >= 2, f"search.reduction is {self.reduction}; it must be at least 2")
         judged = self.goals.quantities
         require(
             self.stopping is Stopping.none or bool(judged.intersection(ON_THE_WAY)),
@@ -137,11 +128,6 @@ class SearchOptions:
 MOST_POINTS = 20_000
 """How many combinations a search's space may have: each is checked before anything is trained."""
 
-SAME_FOR_ALL = re.compile(
-    r"train\.(images|global_batch|num_streams|keep_checkpoints|valid_.*|.*_seconds)"
-)
-"""What the trials of a search have in common, so that they can be compared."""
-
 
 @dataclass
 class TuneConfig(TrainConfig):
@@ -150,13 +136,12 @@ class TuneConfig(TrainConfig):
     """
 
     search: SearchOptions = section(SearchOptions, "what is searched, and how")
-    register_best: int = option("how many of the best models are registered", 1)
-    model_name: str = option("their name in the registry", "vlae-${dataset.name}")
+    register_best: int = option(
+        "how many of the best models are registered", 1, at_least=1, identity=False
+    )
+    model_name: str = option("their name in the registry", "vlae-${dataset.name}", identity=False)
 
     def check(self) -> None:
-        require(
-            self.register_best >= 1, f"register_best is {self.register_best}; it must be at least 1"
-        )
         typed = self._typed_space()
         size = math.prod(map(len, typed.values()))
         require(
@@ -181,6 +166,7 @@ class TuneConfig(TrainConfig):
         Raises UserError unless each is one that trials can differ in, and takes each of its values.
         """
         space, typed = self.search.space, dict[str, list[Any]]()
+        known = dict(describe(TrainConfig))
         require(
             bool(space),
             "search.space is empty; give at least one option to vary, as"
@@ -194,8 +180,9 @@ class TuneConfig(TrainConfig):
             )
             for name, values in options.items():
                 key = f"{part}.{name}"
+                shared = key in known and known[key].metadata["shared"]
                 require(
-                    part in ("model", "optim", "train") and not SAME_FOR_ALL.fullmatch(key),
+                    part in ("model", "optim", "train") and not shared,
                     f"search.space.{key}: trials differ in options of model, optim and train, but"
                     " not in their budget or how they are watched",
                 )
@@ -203,7 +190,6 @@ class TuneConfig(TrainConfig):
                     isinstance(values, list) and bool(values),
                     f"search.space.{key} is {values}; give a list of the values to choose from",
                 )
-                known = [option for option, _ in describe(TrainConfig)]
                 if key not in known:
                     raise UserError(f"search.space.{key}: {unknown_option(key, known)}")
                 typed[key] = [_taken(self._at({}), key, value) for value in values]

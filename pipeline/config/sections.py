@@ -9,7 +9,9 @@ from pipeline.config.options import option, require
 
 @dataclass
 class StorageOptions:
-    root: str = option("where everything is kept: a folder, or s3://bucket/prefix", "vlae-store")
+    root: str = option(
+        "where everything is kept: a folder, or s3://bucket/prefix", "vlae-store", path=True
+    )
     endpoint_url: str | None = option(
         "the S3 server's address, if not Amazon's; AWS_ENDPOINT_URL does the same", None
     )
@@ -54,15 +56,20 @@ class DatasetOptions:
     source: Source = option(
         "what path holds: mnist (fetched), idx (IDX files), folder (images, one sub-folder per"
         " class), npz (arrays), tar (a folder tree), webdataset (shards), parquet (as Hugging Face"
-        " keeps images), or synthetic (drawn from known probabilities)"
+        " keeps images), or synthetic (drawn from known probabilities)",
+        identity=False,
     )
     path: str | None = option(
         "where the source's files are: a file or folder; s3:// too for folder, tar, webdataset,"
         " parquet",
         None,
+        path=True,
+        identity=False,
     )
     url: str = option(
-        "where the shards and manifest.json are", "${storage.root}/datasets/${dataset.name}"
+        "where the shards and manifest.json are",
+        "${storage.root}/datasets/${dataset.name}",
+        path=True,
     )
     binarization: Binarization = option(
         "dynamic: every pixel is drawn black or white anew each time it is seen; static: drawn once"
@@ -73,24 +80,23 @@ class DatasetOptions:
         "a folder of each machine where training keeps the shards that it has read; none keeps"
         " none",
         None,
+        path=True,
+        identity=False,
     )
     cache_gb: float = option(
-        "how many gigabytes it may take; what was used longest ago makes way", 20.0
+        "how many gigabytes it may take; what was used longest ago makes way",
+        20.0,
+        above=0,
+        below=1 << 30,
+        identity=False,
     )
     max_skipped: int = option(
         "how many damaged or missing images a worker may replace by others, with a warning, before"
         " it gives up",
         0,
+        at_least=0,
+        identity=False,
     )
-
-    def check(self) -> None:
-        require(
-            0 < self.cache_gb < 1 << 30, f"dataset.cache_gb is {self.cache_gb}; it must be above 0"
-        )
-        require(
-            self.max_skipped >= 0,
-            f"dataset.max_skipped is {self.max_skipped}; it must be at least 0",
-        )
 
 
 @dataclass
@@ -103,10 +109,10 @@ class ClusterOptions:
         " come",
         1,
     )
-    cpus_per_worker: int = option("CPU cores of each worker", 1)
+    cpus_per_worker: int = option("CPU cores of each worker", 1, at_least=1)
     use_gpu: bool = option("give each worker a GPU", False)
     max_failures: int = option(
-        "how many times in a row a run is restarted without having got any further", 3
+        "how many times in a row a run is restarted without having got any further", 3, at_least=0
     )
 
     @property
@@ -127,14 +133,6 @@ class ClusterOptions:
             f"cluster.num_workers is {self.num_workers}; it must be at least 1, or such numbers"
             " [MIN,MAX]",
         )
-        require(
-            self.cpus_per_worker >= 1,
-            f"cluster.cpus_per_worker is {self.cpus_per_worker}; it must be at least 1",
-        )
-        require(
-            self.max_failures >= 0,
-            f"cluster.max_failures is {self.max_failures}; it must be at least 0",
-        )
 
 
 @dataclass
@@ -147,13 +145,14 @@ class RegistryOptions:
         "where a SQLite file's registry keeps the files of model versions; a server has a place of"
         " its own",
         "${storage.root}/registry",
+        path=True,
     )
 
 
 @dataclass
 class ShardOptions:
-    samples_per_shard: int = option("images in one tar", 5000)
-    block_size: int = option("images in one record of a tar", 250)
+    samples_per_shard: int = option("images in one tar", 5000, at_least=1)
+    block_size: int = option("images in one record of a tar", 250, at_least=1)
     encoding: Encoding = option(
         "npy keeps blocks of small images; png and webp (without loss) keep each large one; auto"
         " chooses by size",
@@ -162,44 +161,43 @@ class ShardOptions:
     valid_fraction: float = option(
         "part of the training images kept for validation, if the source has no split of its own",
         1 / 6,
+        above=0,
+        below=1,
     )
     test_fraction: float = option(
-        "part of the images kept for the test, if the source has no split of its own", 1 / 10
+        "part of the images kept for the test, if the source has no split of its own",
+        1 / 10,
+        above=0,
+        below=1,
     )
     image_size: int | None = option(
-        "image files are resized to this many pixels square; none keeps their size", None
+        "image files are resized to this many pixels square; none keeps their size",
+        None,
+        at_least=1,
     )
     fit: Fit = option(
         "how: crop keeps the middle square, pad the whole on white, stretch the whole", Fit.crop
     )
     channels: int = option("1 is grey, 3 is RGB; for image files", 1)
-    max_megapixels: float = option("image files with more pixels than this are not unpacked", 64.0)
+    max_megapixels: float = option(
+        "image files with more pixels than this are not unpacked", 64.0, above=0, below=1e6
+    )
     max_unreadable: int = option(
-        "image files that may be left out because they cannot be read; report.json lists them", 0
+        "image files that may be left out because they cannot be read; report.json lists them",
+        0,
+        at_least=0,
     )
     image_column: str = option("the column of Parquet files that holds images", "image")
     label_column: str = option(
         "the column of Parquet files, or the key of a sample's .json, that holds labels", "label"
     )
-    seed: int = option("decides the images of a synthetic data set", 0)
+    seed: int = option("decides the images of a synthetic data set", 0, at_least=0, below=1 << 63)
 
     def check(self) -> None:
         require(
-            self.samples_per_shard >= 1,
-            f"shard.samples_per_shard is {self.samples_per_shard}; it must be at least 1",
+            self.channels in (1, 3),
+            f"shard.channels is {self.channels}; it must be 1 (grey) or 3 (RGB)",
         )
-        require(
-            self.block_size >= 1, f"shard.block_size is {self.block_size}; it must be at least 1"
-        )
-        require(
-            self.max_unreadable >= 0,
-            f"shard.max_unreadable is {self.max_unreadable}; it must be at least 0",
-        )
-        require(
-            0 <= self.seed < 1 << 63,
-            f"shard.seed is {self.seed}; it must be at least 0, and below 2^63",
-        )
-        _check_images(self, "shard")
 
 
 @dataclass
@@ -211,14 +209,21 @@ class IndexOptions:
     valid: str | None = option("those for validation; without, some of train's", None)
     test: str | None = option("those for the test; without, some of train's", None)
     valid_fraction: float = option(
-        "part of train's shards kept for validation, if it has none of its own", 1 / 20
+        "part of train's shards kept for validation, if it has none of its own",
+        1 / 20,
+        above=0,
+        below=1,
     )
     test_fraction: float = option(
-        "part of train's shards kept for the test, if it has none of its own", 1 / 20
+        "part of train's shards kept for the test, if it has none of its own",
+        1 / 20,
+        above=0,
+        below=1,
     )
     image_size: int | None = option(
         "images become this many pixels square as they are read; none: all must be of one size",
         None,
+        at_least=1,
     )
     fit: Fit = option(
         "how: crop keeps the middle square, pad the whole on white, stretch the whole", Fit.crop
@@ -227,28 +232,12 @@ class IndexOptions:
     label_key: str = option(
         "the key of a sample's .json that holds its label, if it has no .cls", "label"
     )
-    max_megapixels: float = option("images with more pixels than this are refused", 64.0)
+    max_megapixels: float = option(
+        "images with more pixels than this are refused", 64.0, above=0, below=1e6
+    )
 
     def check(self) -> None:
-        _check_images(self, "index")
-
-
-def _check_images(options: Any, name: str) -> None:
-    """Checks of the options that shard and index share."""
-    require(
-        options.image_size is None or options.image_size >= 1,
-        f"{name}.image_size is {options.image_size}; it must be at least 1",
-    )
-    require(
-        options.channels in (1, 3),
-        f"{name}.channels is {options.channels}; it must be 1 (grey) or 3 (RGB)",
-    )
-    require(
-        0 < options.max_megapixels < 1e6,
-        f"{name}.max_megapixels is {options.max_megapixels}; it must be above 0",
-    )
-    for key in ("valid_fraction", "test_fraction"):
         require(
-            0 < getattr(options, key) < 1,
-            f"{name}.{key} is {getattr(options, key)}; it must lie between 0 and 1",
+            self.channels in (1, 3),
+            f"index.channels is {self.channels}; it must be 1 (grey) or 3 (RGB)",
         )

@@ -21,7 +21,8 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from pipeline.config import options, sections
-from pipeline.config.run import identity
+from pipeline.config.options import identity
+from pipeline.config.run import TrainConfig
 from pipeline.runs import read_rows
 from pipeline.storage.base import Storage
 
@@ -78,7 +79,7 @@ def training_run(
     """What MLflow is told of a training run, from its configuration as plain values."""
     parameters = {"manifest": manifest_digest} | {
         f"{part}.{key}": value
-        for part, values in identity(config).items()
+        for part, values in identity(TrainConfig, config).items()
         for key, value in values.items()
     }
     return TrackedRun(

@@ -39,7 +39,7 @@ from pipeline.runs import (
     sha256_of_file,
 )
 from pipeline.storage.base import Storage
-from vlae.build import WEIGHTS_FILE
+from vlae.factory import WEIGHTS_FILE
 
 PYFUNC_FILE = "MLmodel"
 PYFUNC = {

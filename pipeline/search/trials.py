@@ -7,10 +7,11 @@ from typing import Any, Self
 
 from ray.tune.experiment import Trial
 
+from pipeline.config import options
 from pipeline.config.compose import build
 from pipeline.config.options import digest, to_dict
 from pipeline.config.run import TrainConfig
-from pipeline.config.search import TuneConfig
+from pipeline.config.search import SearchOptions, TuneConfig
 from pipeline.errors import UserError
 from pipeline.search.proposals import Point, propose
 from pipeline.storage.base import Storage
@@ -33,9 +34,8 @@ def identity(config: TuneConfig) -> dict[str, Any]:
     no part of that.
     """
     values = to_dict(config)
-    budget = ("num_trials", "hours", "core_hours", "max_concurrent")
     judged = {key: values["train"][key] for key in ("valid_images", "valid_every")}
-    searched = {key: value for key, value in values["search"].items() if key not in budget}
+    searched = options.identity(SearchOptions, values["search"])
     return {**config.identity(), "valid": judged, "search": searched}
 
 

@@ -545,14 +545,14 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("train", {"model.decoder_blocks": -1}, "model.decoder_blocks is -1; it must be at least 0"),
     ("train", {"optim.learning_rate": 0}, "optim.learning_rate is 0.0; it must be above 0"),
     ("train", {"optim.learning_rate": "nan"}, "optim.learning_rate is nan; it must be above 0"),
-    ("train", {"optim.decay_fraction": 1.1}, "optim.decay_fraction is 1.1; it must lie in 0..1"),
-    ("train", {"optim.ema_decay": 1}, "optim.ema_decay is 1.0; it must lie in 0..1, below 1"),
+    ("train", {"optim.decay_fraction": 1.1}, "optim.decay_fraction is 1.1; it must be in 0..1"),
+    ("train", {"optim.ema_decay": 1}, "optim.ema_decay is 1.0; it must be at least 0, and below 1"),
     ("train", {"optim.clip_norm": 0}, "optim.clip_norm is 0.0; it must be above 0"),
     ("train", {"train.num_streams": 0}, "train.num_streams is 0; it must be at least 1"),
     ("train", {"train.global_batch": 0}, "train.global_batch is 0; it must be at least 1"),
     ("train", {"train.keep_checkpoints": 0}, "train.keep_checkpoints is 0; it must be at least 1"),
     ("train", {"train.free_nats": -1}, "train.free_nats is -1.0; it must be at least 0"),
-    ("train", {"train.free_fraction": 2}, "train.free_fraction is 2.0; it must lie in 0..1"),
+    ("train", {"train.free_fraction": 2}, "train.free_fraction is 2.0; it must be in 0..1"),
     (
         "tune",
         {"search.space.model.window": []},
@@ -582,7 +582,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     (
         "tune",
         {"search.grace_fraction": 0},
-        "search.grace_fraction is 0.0; it must lie in 0..1, above 0",
+        "search.grace_fraction is 0.0; it must be above 0, and at most 1",
     ),
     ("tune", {"search.reduction": 1}, "search.reduction is 1; it must be at least 2"),
     ("tune", {"register_best": 0}, "register_best is 0; it must be at least 1"),
@@ -594,7 +594,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     (
         "shard",
         {"shard.valid_fraction": 1},
-        "shard.valid_fraction is 1.0; it must lie between 0 and 1",
+        "shard.valid_fraction is 1.0; it must be above 0, and below 1",
     ),
     ("shard", {"shard.block_size": 0}, "shard.block_size is 0; it must be at least 1"),
 ]
