@@ -30,6 +30,7 @@ lint: install ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 dist: install ## build the wheel and the sdist in ./dist, and check them
 	rm -rf build dist vlae_pipeline.egg-info

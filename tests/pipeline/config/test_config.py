@@ -161,6 +161,7 @@ def changed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
         "search.objectives": ["min nll", "max rate_bits"],
         "search.constraints": ["nll <= 3.5"],
         "runs": ["/other/runs/one"],
+        "command": ["true"],
     }
     if key in special:
         return special[key]
@@ -687,7 +688,7 @@ def test_a_local_folder_is_absolute_whatever_the_working_directory(
     assert load("train", ["storage.root=/things"]).storage.root == "/things"
     assert load("tune", ["storage.root=things"]).registry.artifacts == f"{tmp_path}/things/registry"
     assert load("evaluate", ["model=x", "output=here"]).output == str(tmp_path / "here")
-    assert load("registry", []).output == str(tmp_path / "outputs/registry")
+    assert load("registry", ["action=list"]).output == str(tmp_path / "outputs/registry")
     assert load("serve-store", ["folder=objects"]).folder == str(tmp_path / "objects")
     assert load("demo", []).folder == str(tmp_path / "demo")
     assert load("demo", []).registry.uri == f"sqlite:///{tmp_path}/demo/registry.db"
