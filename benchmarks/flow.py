@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.machine import keep_freed_memory
 from vlae.flow import AutoregressiveFlow, _scale_and_shift, _turned
-from vlae.made import MapMADE
+from vlae.networks.made import MapMADE
 
 BATCH = 64
 FLOWS: list[tuple[int | tuple[int, int, int], int, int]] = [

@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from vlae.decoder import Decoder
-from vlae.encoder import Encoder
 from vlae.flow import AutoregressiveFlow
-from vlae.layers import ACTIVATIONS, Trunk, scales
 from vlae.likelihood import BernoulliLikelihood, Likelihood, LogisticMixtureLikelihood
 from vlae.model import VLAE
+from vlae.networks.decoder import Decoder
+from vlae.networks.encoder import Encoder
+from vlae.networks.layers import ACTIVATIONS, Trunk, scales
 from vlae.prior import Prior, StandardNormal
 from vlae.window import Window
 

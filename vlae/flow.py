@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vlae.distributions import standard_normal_log_prob
-from vlae.made import MADE, MapMADE
+from vlae.networks.made import MADE, MapMADE
 
 LOG_SCALE_BOUND = 3.0
 """The log scale of a step lies between minus this and this."""

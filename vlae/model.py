@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlae.decoder import Decoder
-from vlae.encoder import Encoder
+from vlae.networks.decoder import Decoder
+from vlae.networks.encoder import Encoder
 from vlae.prior import Prior
 
 

@@ -10,8 +10,8 @@ width + (right + 1)(height - 1) rounds on a few pixels each, instead of width * 
 import torch
 from torch import Tensor
 
-from vlae.decoder import Decoder
 from vlae.model import VLAE
+from vlae.networks.decoder import Decoder
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def test_a_job_is_submitted_watched_and_stopped(laptop: Laptop) -> None:
         "--",
         "python",
         "-c",
-        "import pipeline.order, time; print('it runs', flush=True); time.sleep(1000)",
+        "import pipeline.data.order, time; print('it runs', flush=True); time.sleep(1000)",
     )
     while "it runs" not in laptop.ray("job", "logs", "long"):
         time.sleep(0.5)

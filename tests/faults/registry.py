@@ -237,12 +237,12 @@ class Stage:
 
 REGISTER = """
 import sys
-from pipeline.config import Registry as Options
+from pipeline.config.sections import RegistryOptions
+from pipeline.registry.versions import Registry
 from pipeline.storage import open_storage
-from pipeline.versions import Registry
 
 uri, name, run = sys.argv[1:]
-registry = Registry(Options(uri=uri, artifacts="unused"))
+registry = Registry(RegistryOptions(uri=uri, artifacts="unused"))
 print("ready", flush=True)
 sys.stdin.readline()
 print(registry.register(name, open_storage(run))["version"])

@@ -227,8 +227,8 @@ def store_away(stage: Stage) -> str:
 
 FULL = """
 import sys
-from pipeline import loop, uploads
-from tests.faults import playing
+from pipeline.storage import uploads
+from pipeline.training import loop
 from tests.pipeline import strokes
 uploads.PATIENCE = 3
 strokes.write(strokes.data_storage(sys.argv[1]))

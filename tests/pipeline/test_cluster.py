@@ -13,7 +13,7 @@ from pipeline.machine import WORKER_ENVIRONMENT
 ENVIRONMENT = """
 import json, os
 from pipeline.cluster import connect, in_tasks
-from pipeline.config import load
+from pipeline.commands import load
 
 config = load("train", [])
 connect(config.cluster, config.storage)
@@ -23,8 +23,8 @@ print(json.dumps(environment))
 FAULTS = """
 import json, re, resource, threading
 import torch
-from pipeline.config import load
-from pipeline.loop import keep_freed_memory
+from pipeline.commands import load
+from pipeline.machine import keep_freed_memory
 
 faults = []
 

@@ -16,6 +16,7 @@ from pipeline.config import sections
 from pipeline.data import manifest
 from pipeline.data.loader import EvalLoader
 from pipeline.data.manifest import Manifest
+from pipeline.evaluation import evaluation
 from pipeline.evaluation.probe import Codes, Probes, encode
 from pipeline.storage import open_storage
 from pipeline.training import loop
@@ -153,8 +154,8 @@ def test_the_result_does_not_depend_on_the_number_of_threads(
 ) -> None:
     found = []
     for threads in (1, 3):
-        monkeypatch.setattr(evaluate, "num_threads", lambda device, threads=threads: threads)
-        monkeypatch.setattr(evaluate, "BATCH", 2 * threads)
+        monkeypatch.setattr(evaluation, "num_threads", lambda device, threads=threads: threads)
+        monkeypatch.setattr(evaluation, "BATCH", 2 * threads)
         _, result = evaluated(capsys, tmp_path, f"model={runs}/flow")
         test = result["test"]
         found.append([test.pop("latents"), test.pop("probe"), test])

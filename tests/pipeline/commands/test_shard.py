@@ -18,7 +18,7 @@ from pipeline.commands import shard
 from pipeline.commands.shard import ShardConfig
 from pipeline.config.sections import ClusterOptions, DatasetOptions, Encoding, ShardOptions, Source
 from pipeline.config.sections import StorageOptions as StorageOptions
-from pipeline.data import manifest
+from pipeline.data import manifest, sharding
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
@@ -270,7 +270,7 @@ def test_a_killed_run_goes_on_after_the_shards_that_are_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            shard, "_report", killed
+            sharding, "_report", killed
         )  # when all shards are written, and the manifest is not
         with pytest.raises(KeyboardInterrupt):
             shard.run(config)

@@ -152,12 +152,15 @@ def test_trials_are_children_of_their_search(
 
 KILLED = """
 import os, signal, sys, time
-from pipeline import config, tracking
+from pipeline.commands import load
+from pipeline.config.options import to_dict
+from pipeline.config.sections import RegistryOptions
+from pipeline.registry import tracking
 from pipeline.storage import open_storage
 
 uri, artifacts, folder = sys.argv[1:]
-settings = config.to_dict(config.load("train", ["model=tiny"]))
-with tracking.Tracking(config.Registry(uri=uri, artifacts=artifacts)) as tracked:
+settings = to_dict(load("train", ["model=tiny"]))
+with tracking.Tracking(RegistryOptions(uri=uri, artifacts=artifacts)) as tracked:
     run = tracking.training_run(open_storage(folder), settings, "d" * 64)
     tracked.follow(run)
     while not run.logged:
@@ -221,11 +224,12 @@ def test_a_registry_that_is_not_there_costs_a_warning_and_is_caught_up_with(
 
 CREATE = """
 import sys
-from pipeline import config, tracking
+from pipeline.config.sections import RegistryOptions
+from pipeline.registry import tracking
 
 print("ready", flush=True)
 sys.stdin.readline()
-connection = tracking.Connection(config.Registry(uri=sys.argv[1], artifacts="."))
+connection = tracking.Connection(RegistryOptions(uri=sys.argv[1], artifacts="."))
 connection.client.create_experiment(sys.argv[2])
 """
 

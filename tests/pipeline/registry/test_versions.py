@@ -353,12 +353,12 @@ def test_every_model_is_listed(local: Registry) -> None:
 
 REGISTER = """
 import json, sys
-from pipeline.config import Registry as Options
+from pipeline.config.sections import RegistryOptions
+from pipeline.registry.versions import Registry
 from pipeline.storage import open_storage
-from pipeline.versions import Registry
 
 uri, artifacts, name, *runs = sys.argv[1:]
-registry = Registry(Options(uri=uri, artifacts=artifacts))
+registry = Registry(RegistryOptions(uri=uri, artifacts=artifacts))
 print("ready", flush=True)
 sys.stdin.readline()
 print(json.dumps([registry.register(name, open_storage(run))["version"] for run in runs]))

@@ -298,8 +298,9 @@ def test_it_needs_no_ray(root: str) -> None:
     script = """
 import sys
 sys.modules["ray"] = None  # importing it fails
-from pipeline import config, loop
-loop.fit(config.load("train", sys.argv[1:]))
+from pipeline.commands import load
+from pipeline.training import loop
+loop.fit(load("train", sys.argv[1:]))
 """
     overrides = [*strokes.TINY, f"storage.root={root}", "name=without-ray", "train.images=16"]
     done = subprocess.run(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlae.made import MADE, MapMADE
+from vlae.networks.made import MADE, MapMADE
 
 Randomize = Callable[..., None]
 Shape = tuple[int, int, int]

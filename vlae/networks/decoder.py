@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlae.context import StackContext, WindowContext, visible
-from vlae.layers import PixelLayer, Trunk, scales
 from vlae.likelihood import Distribution, Likelihood
+from vlae.networks.context import StackContext, WindowContext, visible
+from vlae.networks.layers import PixelLayer, Trunk, scales
 from vlae.window import Window
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlae import VLAE, Window
-from vlae.decoder import Decoder
+from vlae.networks.decoder import Decoder
 
 SHAPES = [(1, 5, 7), (1, 7, 5), (3, 5, 7)]
 WINDOWS = [

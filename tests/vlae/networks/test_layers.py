@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlae.layers import ResidualConv, scales
+from vlae.networks.layers import ResidualConv, scales
 
 
 def test_a_new_residual_block_is_the_identity() -> None:

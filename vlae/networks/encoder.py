@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from vlae.distributions import DiagonalGaussian
 from vlae.flow import AutoregressiveFlow
-from vlae.layers import Trunk, scales
+from vlae.networks.layers import Trunk, scales
 from vlae.posterior import IAFPosterior, Posterior
 
 

@@ -1,0 +1,1 @@
+"""The networks that a VLAE is put together from."""
