@@ -161,7 +161,7 @@ def changed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
         "search.objectives": ["min nll", "max rate_bits"],
         "search.constraints": ["nll <= 3.5"],
         "runs": ["/other/runs/one"],
-        "command": ["true"],
+        "command": ["ls"],
     }
     if key in special:
         return special[key]
