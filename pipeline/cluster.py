@@ -20,15 +20,28 @@ IN_FLIGHT = 256
 
 
 def connect(cluster: ClusterOptions, storage: StorageOptions) -> None:
-    """Connect this process to Ray, once; later calls do nothing.
+    """Connect this process to Ray, unless it is connected, and check that the cluster suffices.
 
     Inside a job, or with ``cluster.address``, it joins the cluster that is there; else it starts
     one on this machine that ends with this process. Ray's token authentication is used unless
-    RAY_AUTH_MODE says otherwise. Raises UserError if the cluster does not answer, or if one machine
-    cannot hold the workers asked for.
+    RAY_AUTH_MODE says otherwise. A process that is connected, by an earlier call or by its user,
+    stays where it is. Raises UserError if the cluster does not answer, if it cannot hold the
+    workers asked for, or if it is connected already and its workers use another S3 server than
+    ``storage.endpoint_url``.
     """
-    if ray.is_initialized():
-        return
+    is_connected = ray.is_initialized()
+    if is_connected:
+        _check_endpoint(storage)
+    _set_environment(storage)
+    if not is_connected:
+        _start(cluster)
+    check_capacity(cluster)
+
+
+def _set_environment(storage: StorageOptions) -> None:
+    """The settings that Ray Train and this process's S3 clients read when they are used, not when
+    Ray is started.
+    """
     # Ray Train's report() waits for the controller's next look at its workers: 2 s unless told
     # otherwise.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -40,6 +53,25 @@ def connect(cluster: ClusterOptions, storage: StorageOptions) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if storage.endpoint_url:
         os.environ["AWS_ENDPOINT_URL"] = storage.endpoint_url
+
+
+def _check_endpoint(storage: StorageOptions) -> None:
+    """Raise UserError if the workers of the present connection, whose environment is fixed, would
+    use another S3 server.
+    """
+    if storage.endpoint_url is None:
+        return
+    # It needs no core, so that it does not wait for one.
+    task = ray.remote(num_cpus=0)(lambda: os.environ.get("AWS_ENDPOINT_URL"))
+    if (found := ray.get(task.remote())) != storage.endpoint_url:
+        raise UserError(
+            "this process is connected to Ray already, and its workers have"
+            f" AWS_ENDPOINT_URL={found or ''}, not storage.endpoint_url={storage.endpoint_url};"
+            " call ray.shutdown() first"
+        )
+
+
+def _start(cluster: ClusterOptions) -> None:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     env_vars = WORKER_ENVIRONMENT | {
         name: os.environ[name] for name in ("AWS_ENDPOINT_URL",) if name in os.environ
@@ -80,7 +112,6 @@ def connect(cluster: ClusterOptions, storage: StorageOptions) -> None:
             f"no Ray cluster answers at {address}: {reason}; start one with `ray start --head`, or"
             " leave out cluster.address to use this machine alone"
         ) from error
-    check_capacity(cluster)
 
 
 def in_tasks(

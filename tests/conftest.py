@@ -26,10 +26,43 @@ from pipeline.storage.server import ObjectStore
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """The tensors of the tests are tiny: more threads would only wait for each other."""
+def pytest_runtest_setup() -> None:
+    """PyTorch draws the same numbers in every test and for every fixture, whatever was drawn
+    before.
+
+    The tensors of the tests are tiny: more threads than one would only wait for each other.
+    """
+    torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Whatever a test calls in this process, the next one finds the environment and the folder as
+    they were.
+
+    Ray stays connected, since that takes seconds, but only to the cluster of the session.
+    """
+    environment, folder, was_connected = dict(os.environ), Path.cwd(), _is_connected()
+    torch.manual_seed(0)
+    try:
+        result = yield
+    finally:
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        os.chdir(folder)
+        stays_connected = (
+            _is_connected() and not was_connected and "ray_cluster" not in item.fixturenames
+        )  # type: ignore[attr-defined]
+        if stays_connected:
+            sys.modules["ray"].shutdown()
+    assert not stays_connected, "a test that connects to Ray has to ask for ray_cluster"
+    return result
+
+
+def _is_connected() -> bool:
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,16 @@
-"""Running the commands as a user does: as processes, against the real servers."""
+"""Running the commands as a user does, against the real servers."""
 
 import os
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from pipeline import cli
 from pipeline.storage.server import ObjectStore
 
 VLAE = str(Path(sys.executable).with_name("vlae"))
@@ -24,41 +26,63 @@ TINY = [
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def root(object_store: ObjectStore) -> str:
-    """A fresh storage root on the S3 server."""
+    """A storage root on the S3 server."""
     return f"s3://tests/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def data(root: str, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MNIST below ``root``: nobody changes it."""
+    vlae(tmp_path_factory.mktemp("shard"), "shard", f"storage.root={root}")
+    return f"{root}/datasets/mnist"
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working directory of a module's commands."""
+    """The working directory of a module's commands, and with it their registry."""
     return tmp_path_factory.mktemp("workplace")
 
 
 @pytest.fixture(scope="module")
-def run(root: str, workplace: Path) -> Run:
-    """Run ``vlae`` with the module's storage, in its working directory; fails the test if the exit
-    code is not ``code``.
+def run(workplace: Path) -> Run:
+    """Run ``vlae`` as a process in the module's working directory; fails the test if the exit code
+    is not ``code``.
     """
+    return partial(vlae, workplace)
 
-    def run(
-        *arguments: str, code: int = 0, standalone: bool = False
-    ) -> subprocess.CompletedProcess[str]:
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if not (standalone and name == "RAY_ADDRESS")
-        }
-        done = subprocess.run(
-            [VLAE, *arguments],
-            cwd=workplace,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
+
+def vlae(
+    folder: Path, *arguments: str, code: int = 0, standalone: bool = False
+) -> subprocess.CompletedProcess[str]:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not (standalone and name == "RAY_ADDRESS")
+    }
+    done = subprocess.run(
+        [VLAE, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == code, f"vlae {' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture
+def call(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """The same without a process of its own, for what is over before one could start."""
+    monkeypatch.chdir(workplace)
+
+    def call(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr("sys.argv", ["vlae", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.console()
+        printed = capsys.readouterr()
+        assert (ended.value.code or 0) == code, (
+            f"vlae {' '.join(arguments)}\n{printed.out}\n{printed.err}"
         )
-        assert done.returncode == code, f"vlae {' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
-        return done
+        return subprocess.CompletedProcess(["vlae", *arguments], code, printed.out, printed.err)
 
-    return run
+    return call

@@ -15,9 +15,8 @@ from tests.e2e.conftest import TINY, VLAE, Run
 
 
 def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
-    run: Run, root: str, workplace: Path
+    run: Run, root: str, data: str, workplace: Path
 ) -> None:
-    run("shard", f"storage.root={root}", standalone=True)
     options = [f"storage.root={root}", *TINY, "train.images=24000", "train.valid_every=24000"]
     # The first checkpoint is that of step 10 of 1500, and the next follows within a second: there
     # is most of the run to kill it in.

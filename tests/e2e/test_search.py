@@ -69,9 +69,8 @@ def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[bytes]",
 
 
 def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_once(
-    run: Run, root: str, workplace: Path
+    call: Run, root: str, data: str, workplace: Path
 ) -> None:
-    run("shard", f"storage.root={root}", standalone=True)
     storage = open_storage(f"{root}/searches/fated")
     third = open_storage(f"{root}/runs/fated-window3x1-latents4-flow_depth0-learning_rate0.003")
 
@@ -127,26 +126,20 @@ def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_o
     last = json.loads(open_storage(f"{root}/searches/fated").read("result.json"))
     assert [row["status"] for row in last["trials"]] == ["finished", "finished", "failed", "failed"]
 
+    for budget in ("search.hours=0.0001", "search.core_hours=0.0001"):
+        done = call(*SEARCH, f"storage.root={root}", "search.num_trials=9", budget)
+        assert "was finished already" in done.stdout
 
-def test_a_search_under_a_used_name_with_other_options_is_refused(run: Run, root: str) -> None:
-    done = run(
-        *SEARCH,
-        f"storage.root={root}",
-        "search.samples=3",
-        "search.objectives=[max rate_bits]",
-        code=2,
-    )
+
+def test_an_hour_that_is_over_begins_no_trial_and_other_options_under_a_used_name_are_refused(
+    call: Run, root: str, data: str
+) -> None:
+    done = call(*SEARCH, f"storage.root={root}", "name=late", "search.hours=0.000001", code=2)
+    assert "search.hours=1e-06 was over before a trial began" in done.stderr
+    others = ["search.samples=3", "search.objectives=[max rate_bits]"]
+    done = call(*SEARCH, f"storage.root={root}", "name=late", *others, code=2)
     assert (
         "was started with another search.objectives, search.samples; give this one another name="
         in done.stderr
     )
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_an_hour_that_is_over_begins_no_trial(run: Run, root: str) -> None:
-    done = run(*SEARCH, f"storage.root={root}", "name=late", "search.hours=0.000001", code=2)
-    assert "search.hours=1e-06 was over before a trial began" in done.stderr
-    done = run(*SEARCH, f"storage.root={root}", "search.num_trials=9", "search.hours=0.0001")
-    assert "was finished already" in done.stdout
-    done = run(*SEARCH, f"storage.root={root}", "search.num_trials=9", "search.core_hours=0.0001")
-    assert "was finished already" in done.stdout

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from pipeline.cluster import connect
+from pipeline.config.sections import ClusterOptions, StorageOptions
+from pipeline.errors import UserError
 from pipeline.machine import WORKER_ENVIRONMENT
 
 ENVIRONMENT = """
@@ -80,3 +85,42 @@ def test_with_it_large_tensors_lie_on_large_pages_which_are_kept_likewise() -> N
     )
     if "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         assert found["huge_kilobytes"] > 10_000, "the arrays of a step lie on small pages"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_that_do_not_fit_are_refused_also_where_ray_is_connected_already() -> None:
+    connect(ClusterOptions(), StorageOptions())
+    for workers in (
+        ClusterOptions(num_workers=99),
+        ClusterOptions(num_workers=[99, 100]),
+        ClusterOptions(cpus_per_worker=99),
+    ):
+        with pytest.raises(
+            UserError,
+            match=r"^cluster\.num_workers=\d+ workers of \d+ CPU each do not fit",
+        ):
+            connect(workers, StorageOptions())
+    connect(ClusterOptions(num_workers=[1, 99]), StorageOptions())
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_another_s3_server_is_refused_where_ray_is_connected_already() -> None:
+    connect(ClusterOptions(), StorageOptions())
+    here = os.environ["AWS_ENDPOINT_URL"]
+    connect(ClusterOptions(), StorageOptions(endpoint_url=here))
+    with pytest.raises(
+        UserError,
+        match=rf"its workers have AWS_ENDPOINT_URL={here}, not storage\.endpoint_url=http://",
+    ):
+        connect(ClusterOptions(), StorageOptions(endpoint_url="http://127.0.0.1:1"))
+    assert os.environ["AWS_ENDPOINT_URL"] == here
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_user_who_has_connected_gets_the_same_settings_for_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connect(ClusterOptions(), StorageOptions())
+    monkeypatch.delenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", raising=False)
+    connect(ClusterOptions(), StorageOptions())
+    assert os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] == "30"

@@ -78,11 +78,6 @@ def test_help_lists_every_option_with_its_default(
             ["dataset.name=small", "model=tiny", "train.global_batch=16"],
             ["train.global_batch=16", "12 training images"],
         ),
-        (
-            "train",
-            ["dataset.name=small", "model=tiny", "train.global_batch=8", "cluster.num_workers=5"],
-            ["cluster.num_workers=5"],
-        ),
         ("evaluate", ["model=nowhere"], ["nowhere", "no finished model"]),
         ("evaluate", ["model=models:/absent@champion"], ["absent"]),
         ("registry", [], ["list, show, register, compare, promote, rollback"]),
@@ -104,9 +99,23 @@ def test_a_mistake_ends_with_code_2_and_one_sentence_before_any_compute(
         if command == "registry" and arguments
         else None
     )
-    code, out, err = outcome(
-        capsys, command, *(registry or (arguments and [f"storage.root={root}", *arguments]))
+    check_mistake(
+        capsys, command, (registry or (arguments and [f"storage.root={root}", *arguments])), words
     )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_more_workers_than_the_cluster_holds_are_such_a_mistake(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["dataset.name=small", "model=tiny", "train.global_batch=8", "cluster.num_workers=5"]
+    check_mistake(capsys, "train", [f"storage.root={root}", *options], ["cluster.num_workers=5"])
+
+
+def check_mistake(
+    capsys: pytest.CaptureFixture[str], command: str, arguments: list[str], words: list[str]
+) -> None:
+    code, out, err = outcome(capsys, command, *arguments)
     assert code == 2
     assert out == ""
     assert err.startswith("error: ")
