@@ -202,7 +202,7 @@ def refuse(*arguments, **options): raise AssertionError("something is unpickled"
 from pipeline.cli import main
 import pipeline.evaluate, mlflow
 sys.addaudithook(lambda event, arguments: refuse() if event == "pickle.find_class" else None)
-main("evaluate", sys.argv[1:])
+main(["evaluate", *sys.argv[1:]])
 """
     arguments = [
         "model=models:/vlae-mnist@champion",
