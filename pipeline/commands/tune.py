@@ -17,7 +17,8 @@ from pipeline.registry.tracking import TrackedRun, Tracking
 from pipeline.registry.versions import Registry
 from pipeline.search import report
 from pipeline.search.runner import search
-from pipeline.search.trials import FAILED, Trials, check, identity, search_name, table
+from pipeline.search.trial import Status
+from pipeline.search.trials import Trials, check, identity, search_name, table
 from pipeline.storage import open_storage
 from pipeline.values import JsonObject
 
@@ -48,11 +49,11 @@ def run(config: TuneConfig) -> JsonObject:
             f"search.hours={config.search.hours} was over before a trial began; give the search"
             " more time"
         )
-    failed = [row for row in trials.rows if row["status"] == FAILED]
+    failed = [trial for trial in trials.rows if trial.status is Status.failed]
     if len(failed) == len(trials.rows):
         raise UserError(
             f"all {len(failed)} trials of search {search_name(config)} failed; the first with:"
-            f" {failed[0]['error']}; to try them again, delete {storage.url}"
+            f" {failed[0].error}; to try them again, delete {storage.url}"
         )
     rows = table(config, trials.rows)
     result = {

@@ -22,7 +22,9 @@ from pipeline.data.batch import binarize
 from pipeline.data.loader import EvalLoader
 from pipeline.evaluation import pictures
 from pipeline.registry.models import open_model
-from pipeline.search.proposals import Row, known
+from pipeline.search.proposals import known
+from pipeline.search.trial import Status, Trial
+from pipeline.search.trials import Row, is_finished
 from pipeline.storage import open_storage
 
 MEASURES = {
@@ -120,7 +122,7 @@ def front(look: Look, rows: Sequence[Row], along: Sequence[Row]) -> Figure | Non
     if joined:
         axes.plot(*zip(*joined, strict=True), color=INK, linewidth=1, zorder=1)
     for row in reversed(placed):
-        finished = row["status"] == "finished"
+        finished = is_finished(row)
         face = look.color(row) if finished else "white"
         size = 9 if finished else 5
         edge = INK if row.get("front") == 1 else look.color(row)
@@ -135,7 +137,7 @@ def front(look: Look, rows: Sequence[Row], along: Sequence[Row]) -> Figure | Non
             zorder=3 if finished else 2,
             alpha=1 if finished else 0.7,
         )
-    _fit(axes, [row for row in placed if row["status"] == "finished"] or placed)
+    _fit(axes, [row for row in placed if is_finished(row)] or placed)
     _code_lengths(axes)
     axes.set_xlabel("rate, bits per image: what the code z carries")
     axes.set_ylabel("distortion, nats per image: left to the decoder")
@@ -225,7 +227,7 @@ def heat_map(look: Look, rows: Sequence[Row]) -> Figure | None:
         place = ys.index(row[look.color_key]), xs.index(row[across]) if across else 0
         if place not in cells or _counts_more(row, cells[place]):
             cells[place] = row
-    finished = [row for row in cells.values() if row["status"] == "finished"]
+    finished = [row for row in cells.values() if is_finished(row)]
     measures = [key for key in MEASURES if any(key in row for row in finished)]
     if not measures:
         return None
@@ -240,7 +242,7 @@ def heat_map(look: Look, rows: Sequence[Row]) -> Figure | None:
         for (y, x), row in cells.items():
             if key not in row:
                 continue
-            sure = row["status"] == "finished"
+            sure = is_finished(row)
             value = factor * row[key]
             face = scale(min(1.0, max(0.0, (value - low) / span))) if sure else "#f3f4f6"
             axes.add_patch(
@@ -276,8 +278,8 @@ def heat_map(look: Look, rows: Sequence[Row]) -> Figure | None:
 
 def _counts_more(row: Row, other: Row) -> bool:
     """Whether ``row`` is to stand for its cell of the map rather than ``other``."""
-    return (row["status"] == "finished", row["images"], -row["nll"]) > (
-        other["status"] == "finished",
+    return (is_finished(row), row["images"], -row["nll"]) > (
+        is_finished(other),
         other["images"],
         -other["nll"],
     )
@@ -293,7 +295,7 @@ def learning_curves(
     figure = Figure(figsize=(8.6, 4.2))
     axes = figure.subplots()
     for row in reversed(drawn):
-        curve, finished = curves[row["number"]], row["status"] == "finished"
+        curve, finished = curves[row["number"]], is_finished(row)
         axes.plot(
             [entry["images"] for entry in curve],
             [entry["nll"] for entry in curve],
@@ -322,14 +324,14 @@ def learning_curves(
     return figure
 
 
-def importance(config: TuneConfig, records: Sequence[Row]) -> Figure | None:
+def importance(config: TuneConfig, trials: Sequence[Trial]) -> Figure | None:
     """The share of each option in the variance of each quantity, by fANOVA (Hutter et al., 2014)
     over the finished trials.
     """
-    finished = [row for row in records if row["status"] == "finished"]
+    finished = [trial for trial in trials if trial.status is Status.finished]
     shares = {}
     for key in MEASURES:
-        measured = [row["values"][key] for row in finished if key in row["values"]]
+        measured = [trial.values[key] for trial in finished if trial.values and key in trial.values]
         if len(measured) >= 4 and len(set(measured)) > 1:
             study = known(config.search, Goals.parse([f"min {key}"]), finished)
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)

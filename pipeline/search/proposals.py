@@ -1,9 +1,5 @@
 """How a search goes on: which point it tries next, and which trials it ends early. Pure functions
 of what is known of its trials.
-
-A trial is known by its row: ``point``, the options tried; ``status``; ``curve``, its validations so
-far, each with ``images`` and what ``goals.ON_THE_WAY`` names; and, once it has finished,
-``values``, by the names of ``goals.QUANTITIES``.
 """
 
 import math
@@ -17,9 +13,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pipeline.config.goals import Goals
 from pipeline.config.search import Sampler, SearchOptions, Stopping
-
-Row = Mapping[str, Any]
-Point = dict[str, Any]
+from pipeline.search.trial import Point, Status, Trial
 
 ATTEMPTS = 32
 """How often the sampler may propose what was tried already, before an untried point is drawn at
@@ -29,13 +23,13 @@ random.
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def propose(search: SearchOptions, seed: int, rows: Sequence[Row]) -> Point | None:
+def propose(search: SearchOptions, seed: int, rows: Sequence[Trial]) -> Point | None:
     """The point of the space to try next, or none if all were tried: a repeat would teach nothing,
     since trials are deterministic.
 
     The same rows lead to the same point.
     """
-    tried = [row["point"] for row in rows]
+    tried = [row.point for row in rows]
     untried = [point for point in search.points() if point not in tried]
     if not untried or search.sampler is Sampler.grid:
         return untried[0] if untried else None
@@ -53,7 +47,9 @@ def propose(search: SearchOptions, seed: int, rows: Sequence[Row]) -> Point | No
     return draw.choice(untried)
 
 
-def known(search: SearchOptions, goals: Goals, rows: Iterable[Row], seed: int = 0) -> optuna.Study:
+def known(
+    search: SearchOptions, goals: Goals, rows: Iterable[Trial], seed: int = 0
+) -> optuna.Study:
     """Optuna's view of the trials, judged by ``goals``."""
     study = optuna.create_study(
         directions=["maximize" if each.maximize else "minimize" for each in goals.objectives],
@@ -65,23 +61,21 @@ def known(search: SearchOptions, goals: Goals, rows: Iterable[Row], seed: int = 
     return study
 
 
-def _as_optuna_sees(search: SearchOptions, goals: Goals, row: Row) -> FrozenTrial:
+def _as_optuna_sees(search: SearchOptions, goals: Goals, row: Trial) -> FrozenTrial:
     """A trial that finished is complete; one that was stopped is pruned, and compared with others
     at the same number of images.
     """
-    values = row.get("values") or {}
+    values = row.values or {}
     complete = all(each.name in values for each in goals.objectives)
-    pruned = row["status"] == "stopped early" and len(goals.objectives) == 1
+    pruned = row.status is Status.stopped and len(goals.objectives) == 1
     name = goals.objectives[0].name
     return create_trial(
-        params=row["point"],
+        params=row.point,
         distributions={
             key: CategoricalDistribution(choices) for key, choices in search.axes.items()
         },
         values=[values[each.name] for each in goals.objectives] if complete else None,
-        intermediate_values={
-            entry["images"]: entry[name] for entry in row["curve"] if name in entry
-        }
+        intermediate_values={entry["images"]: entry[name] for entry in row.curve if name in entry}
         if pruned
         else None,
         constraints={
@@ -93,7 +87,7 @@ def _as_optuna_sees(search: SearchOptions, goals: Goals, row: Row) -> FrozenTria
     )
 
 
-def lags(search: SearchOptions, budget: int, row: Row, rows: Iterable[Row]) -> bool:
+def lags(search: SearchOptions, budget: int, row: Trial, rows: Iterable[Trial]) -> bool:
     """Whether a trial is to be stopped at its newest validation, of a run of ``budget`` images.
 
     ``asha`` (asynchronous successive halving, Li et al., 2018) looks at rungs, each at
@@ -103,12 +97,12 @@ def lags(search: SearchOptions, budget: int, row: Row, rows: Iterable[Row]) -> b
     trial if more than half were better. All are compared at the same number of images, and better
     is what ``Goals.beats`` says: with several objectives, better in everything.
     """
-    images = row["curve"][-1]["images"]
-    before = row["curve"][-2]["images"] if len(row["curve"]) > 1 else 0
+    images = row.curve[-1]["images"]
+    before = row.curve[-2]["images"] if len(row.curve) > 1 else 0
     rungs = [rung for rung in _rungs(search, budget, images) if before < rung <= images]
     if search.stopping is Stopping.none or not rungs or images >= budget:
         return False
-    mine = row["curve"][-1]
+    mine = row.curve[-1]
     others = [
         entry for other in rows if other is not row for entry in [_at(other, rungs[-1])] if entry
     ]
@@ -117,7 +111,7 @@ def lags(search: SearchOptions, budget: int, row: Row, rows: Iterable[Row]) -> b
     return len(others) >= reduction - 1 and better > len(others) / reduction
 
 
-def _rungs(search: SearchOptions, budget: int, images: int) -> list[float]:
+def _rungs(search: SearchOptions, budget: int, images: float) -> list[float]:
     """The numbers of images, the newest validation's the last, at which trials are compared."""
     grace = search.grace_fraction * budget
     if search.stopping is Stopping.median:
@@ -126,6 +120,6 @@ def _rungs(search: SearchOptions, budget: int, images: int) -> list[float]:
     return [grace * search.reduction**number for number in range(count)]
 
 
-def _at(row: Row, images: float) -> Mapping[str, Any] | None:
+def _at(row: Trial, images: float) -> Mapping[str, Any] | None:
     """A trial's first validation after so many images."""
-    return next((entry for entry in row["curve"] if entry["images"] >= images), None)
+    return next((entry for entry in row.curve if entry["images"] >= images), None)

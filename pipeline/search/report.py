@@ -33,7 +33,8 @@ from pipeline.search.charts import (
     side_by_side,
     svg,
 )
-from pipeline.search.proposals import Row
+from pipeline.search.trial import Trial
+from pipeline.search.trials import Row, is_finished
 from pipeline.storage.base import Storage
 
 PAGE, TABLE = "search.html", "trials.parquet"
@@ -72,10 +73,10 @@ FORMATS = {
 }
 
 
-def write(config: TuneConfig, output: Storage, rows: Sequence[Row], records: Sequence[Row]) -> str:
+def write(config: TuneConfig, output: Storage, rows: Sequence[Row], trials: Sequence[Trial]) -> str:
     """Write the report of a search into its folder; returns the page's address.
 
-    ``rows``: the trials as ``tune.table`` orders them; ``records``: all that is known of them, see
+    ``rows``: the trials as ``tune.table`` orders them; ``trials``: all that is known of them, see
     ``pipeline.search``.
     """
     columns = {key: None for row in rows for key in row}
@@ -85,16 +86,16 @@ def write(config: TuneConfig, output: Storage, rows: Sequence[Row], records: Seq
     output.write(TABLE, file.getvalue())
 
     look = Look(config)
-    finished = [row for row in rows if row["status"] == "finished"]
+    finished = [row for row in rows if is_finished(row)]
     fronts = TRADE_OFF.ranked(finished)
     drawings: dict[str, Figure | None] = {}
     with matplotlib.rc_context(STYLE):
         drawings["front"] = front(look, rows, fronts[0] if fronts else [])
         drawings["map"] = heat_map(look, rows)
         drawings["curves"] = learning_curves(
-            look, rows, {row["number"]: row["curve"] for row in records}
+            look, rows, {trial.number: trial.curve for trial in trials}
         )
-        drawings["importance"] = importance(config, records)
+        drawings["importance"] = importance(config, trials)
         charts = {name: svg(figure, name) for name, figure in drawings.items() if figure}
         for name, figure in drawings.items():
             if figure:

@@ -12,7 +12,7 @@ import ray
 import ray.tune
 import torch
 from ray.tune import Callback, FailureConfig, Stopper, Tuner
-from ray.tune.experiment import Trial
+from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -27,15 +27,13 @@ from pipeline.config.options import to_dict
 from pipeline.config.search import TuneConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluation
-from pipeline.registry.tracking import Status, TrackedRun, Tracking, training_run
+from pipeline.registry import tracking
+from pipeline.registry.tracking import TrackedRun, Tracking, training_run
 from pipeline.runs import read_rows
-from pipeline.search.proposals import Point, lags
+from pipeline.search.proposals import lags
+from pipeline.search.trial import Point, Status, Trial
 from pipeline.search.trials import (
-    FAILED,
-    FINISHED,
     RECORD,
-    RUNNING,
-    STOPPED,
     Trials,
     describe,
     search_name,
@@ -176,7 +174,7 @@ class Proposer(Searcher):
         if row is None:
             return Searcher.FINISHED
         self.trials.begin(row)
-        return {"number": row["number"], "point": row["point"]}
+        return {"number": row.number, "point": row.point}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -197,27 +195,27 @@ class Halting(FIFOScheduler):
         super().__init__()
         self.trials = trials
 
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        row = self.trials.of(trial)
+    def on_trial_result(
+        self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
+    ) -> str:
+        row = self.trials.numbered(trial.config["number"])
         if "error" in result:
-            row |= {"status": FAILED, "error": result["error"]}
+            row.status, row.error = Status.failed, result["error"]
         elif "values/nll" in result:  # Ray Tune flattens what is reported
             values = {
                 key.removeprefix("values/"): value
                 for key, value in result.items()
                 if key.startswith("values/")
             }
-            row |= {"status": FINISHED, "images": result["images"], "values": values}
-        elif result["images"] > row["images"]:
+            row.status, row.images, row.values = Status.finished, result["images"], values
+        elif result["images"] > row.images:
             entry = {
                 "images": result["images"],
                 "nll": result["elbo_nats"],
                 "seconds": self.trials.seconds(),
             }
-            row["curve"].append(
-                entry | {name: result[name] for name in ON_THE_WAY if name in result}
-            )
-            row["images"] = result["images"]
+            row.curve.append(entry | {name: result[name] for name in ON_THE_WAY if name in result})
+            row.images = result["images"]
             config = self.trials.config
             if lags(
                 config.search,
@@ -225,9 +223,9 @@ class Halting(FIFOScheduler):
                 row,
                 self.trials.rows,
             ):
-                row["status"] = STOPPED
+                row.status = Status.stopped
         self.trials.save(row)
-        return self.CONTINUE if row["status"] in (RUNNING, FINISHED) else self.STOP
+        return self.CONTINUE if row.status in (Status.running, Status.finished) else self.STOP
 
 
 class Budget(Stopper):
@@ -259,71 +257,79 @@ class Recorder(Callback):
         """
         return {}
 
-    def _say(self, row: dict[str, Any], text: str) -> None:
+    def _say(self, row: Trial, text: str) -> None:
         print(
-            f"trial {row['number']}/{self.trials.config.search.num_trials} "
-            f" {describe(row['point'])}: {text}",
+            f"trial {row.number}/{self.trials.config.search.num_trials} "
+            f" {describe(row.point)}: {text}",
             flush=True,
         )
 
     def on_trial_start(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        row = self.trials.of(trial)
-        self.trials.clocks[row["number"]] = time.monotonic()
-        self._say(row, f"goes on behind {row['images']:,} images" if row["images"] else "started")
-        config = trial_config(self.trials.config, row["point"])
-        self.tracked[row["number"]] = training_run(
+        row = self.trials.numbered(trial.config["number"])
+        self.trials.clocks[row.number] = time.monotonic()
+        self._say(row, f"goes on behind {row.images:,} images" if row.images else "started")
+        config = trial_config(self.trials.config, row.point)
+        self.tracked[row.number] = training_run(
             runs.run_storage(config), to_dict(config), self.manifest, self.parent
         )
-        self.tracking.follow(self.tracked[row["number"]])
+        self.tracking.follow(self.tracked[row.number])
 
     def on_trial_complete(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        row = self.trials.of(trial)
-        ended: dict[str, Status] = {FAILED: "FAILED", RUNNING: "KILLED"}
-        self.tracking.end(self.tracked[row["number"]], ended.get(row["status"], "FINISHED"))
+        row = self.trials.numbered(trial.config["number"])
+        ended: dict[Status, tracking.Status] = {
+            Status.failed: "FAILED",
+            Status.running: "KILLED",
+        }
+        self.tracking.end(self.tracked[row.number], ended.get(row.status, "FINISHED"))
 
     def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+        self,
+        iteration: int,
+        trials: list[TuneTrial],
+        trial: TuneTrial,
+        result: dict[str, Any],
+        **info: Any,
     ) -> None:
-        row = self.trials.of(trial)
-        if row["status"] == FINISHED:
-            values = row["values"]
+        row = self.trials.numbered(trial.config["number"])
+        if row.status is Status.finished:
+            values = row.values or {}
             text = f"NLL <= {values['nll']:.2f} nats, rate {values['rate_bits']:.1f} bits"
             if "probe_accuracy" in values:
                 text += f", probe {100 * values['probe_accuracy']:.1f} %"
             self._say(row, f"finished, {text}")
-        elif row["status"] == FAILED:
-            self._say(row, f"failed: {row['error']}")
+        elif row.status is Status.failed:
+            self._say(row, f"failed: {row.error}")
         else:
             text = (
                 f"{result['images']:,} images, {result['elbo_nats']:.2f} nats, rate"
                 f" {result['rate_bits']:.1f} bits"
             )
-            self._say(row, text + (": stopped early" if row["status"] == STOPPED else ""))
+            self._say(row, text + (": stopped early" if row.status is Status.stopped else ""))
 
     def on_trial_recover(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        row = self.trials.of(trial)
-        row["failures"] += 1
+        row = self.trials.numbered(trial.config["number"])
+        row.failures += 1
         self.trials.save(row)
-        self._say(row, f"lost; it is tried again, for the {_ordinal(row['failures'])} time")
+        self._say(row, f"lost; it is tried again, for the {_ordinal(row.failures)} time")
 
     def on_trial_error(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        row = self.trials.of(trial)
+        row = self.trials.numbered(trial.config["number"])
         cause = trial.get_error()
-        row |= {
-            "status": FAILED,
-            "error": (str(cause).strip().splitlines() or [type(cause).__name__])[-1],
-        }
+        row.status, row.error = (
+            Status.failed,
+            (str(cause).strip().splitlines() or [type(cause).__name__])[-1],
+        )
         self.trials.save(row)
-        self.tracking.end(self.tracked[row["number"]], "FAILED")
-        self._say(row, f"failed: {row['error']}")
+        self.tracking.end(self.tracked[row.number], "FAILED")
+        self._say(row, f"failed: {row.error}")
 
 
 def _ordinal(number: int) -> str:

@@ -2,10 +2,9 @@
 
 import re
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
-
-from ray.tune.experiment import Trial
+from typing import Any, Self, TypeAlias
 
 from pipeline.config import options
 from pipeline.config.compose import build
@@ -13,13 +12,16 @@ from pipeline.config.options import digest, to_dict
 from pipeline.config.run import TrainConfig
 from pipeline.config.search import SearchOptions, TuneConfig
 from pipeline.errors import UserError
-from pipeline.search.proposals import Point, propose
+from pipeline.search.proposals import propose
+from pipeline.search.trial import Point, Status, Trial
 from pipeline.storage.base import Storage
 from pipeline.training import launch
+from pipeline.values import JsonObject
 
 RECORD = "search.json"
 
-RUNNING, FINISHED, STOPPED, FAILED = "unfinished", "finished", "stopped early", "failed"
+Row: TypeAlias = Mapping[str, Any]
+"""A row of the table of trials, see ``table``."""
 
 
 def search_name(config: TuneConfig) -> str:
@@ -29,7 +31,7 @@ def search_name(config: TuneConfig) -> str:
     return config.name or f"{config.dataset.name}-search-{digest(identity(config))}"
 
 
-def identity(config: TuneConfig) -> dict[str, Any]:
+def identity(config: TuneConfig) -> JsonObject:
     """What makes this search this search. How long it goes on and how much of it runs at once are
     no part of that.
     """
@@ -91,24 +93,26 @@ class Trials:
 
     config: TuneConfig
     storage: Storage
-    rows: list[dict[str, Any]]
-    interrupted: list[dict[str, Any]] = field(init=False)
+    rows: list[Trial]
+    interrupted: list[Trial] = field(init=False)
     """Those that an earlier attempt began, which come first."""
 
     @classmethod
     def load(cls, config: TuneConfig, storage: Storage) -> Self:
         """All that were begun before."""
         return cls(
-            config, storage, [storage.read_json(key) for key in sorted(storage.list("trials/"))]
+            config,
+            storage,
+            [Trial.from_json(storage.read_json(key)) for key in sorted(storage.list("trials/"))],
         )
 
     def __post_init__(self) -> None:
-        self.interrupted = [row for row in self.rows if row["status"] == RUNNING]
-        self.spent = max((row["search_seconds"] for row in self.rows), default=0.0)
+        self.interrupted = [row for row in self.rows if row.status is Status.running]
+        self.spent = max((row.search_seconds for row in self.rows), default=0.0)
         self.began = time.monotonic()
         self.clocks: dict[int, float] = {}
 
-    def next(self) -> dict[str, Any] | None:
+    def next(self) -> Trial | None:
         """The row of the trial to run next; none if all was tried or the budget is used up.
         ``begin`` begins it.
         """
@@ -125,15 +129,14 @@ class Trials:
         if point is None:
             return None
         name = trial_config(self.config, point).run_name
-        known = {"images": 0, "curve": [], "seconds": 0.0, "failures": 0}
-        number = max((row["number"] for row in self.rows), default=0) + 1
-        return {"number": number, "point": point, "run": name, "status": RUNNING, **known}
+        number = max((row.number for row in self.rows), default=0) + 1
+        return Trial(number, point, name)
 
-    def of(self, trial: Trial) -> dict[str, Any]:
-        """The row of a trial of Ray Tune's."""
-        return next(row for row in self.rows if row["number"] == trial.config["number"])
+    def numbered(self, number: int) -> Trial:
+        """The trial of a number."""
+        return next(row for row in self.rows if row.number == number)
 
-    def begin(self, row: dict[str, Any]) -> None:
+    def begin(self, row: Trial) -> None:
         """Take in a row that ``next`` gave."""
         if self.interrupted:
             self.interrupted.remove(row)
@@ -141,13 +144,13 @@ class Trials:
             self.rows.append(row)
         self.save(row)
 
-    def save(self, row: dict[str, Any]) -> None:
+    def save(self, row: Trial) -> None:
         """Keep what is known of a trial by now."""
         now = time.monotonic()
-        row["search_seconds"] = self.seconds()
-        row["seconds"] += now - self.clocks.get(row["number"], now)
-        self.clocks[row["number"]] = now
-        self.storage.write_json(f"trials/{row['number']:04d}.json", row)
+        row.search_seconds = self.seconds()
+        row.seconds += now - self.clocks.get(row.number, now)
+        self.clocks[row.number] = now
+        self.storage.write_json(f"trials/{row.number:04d}.json", row.to_json())
 
     def seconds(self) -> float:
         """How long this search has gone on, its earlier attempts included."""
@@ -158,7 +161,7 @@ class Trials:
         search, workers = self.config.search, self.config.cluster
         hours = self.seconds() / 3600
         core_hours = (
-            sum(row["seconds"] for row in self.rows)
+            sum(row.seconds for row in self.rows)
             * workers.max_workers
             * workers.cpus_per_worker
             / 3600
@@ -173,7 +176,7 @@ def describe(point: Point) -> str:
     return ", ".join(f"{key.partition('.')[2]} {value}" for key, value in point.items())
 
 
-def table(config: TuneConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def table(config: TuneConfig, rows: Sequence[Trial]) -> list[JsonObject]:
     """A flat row for each trial, the best first, behind the finished ones those that were stopped
     early, interrupted or failed.
 
@@ -183,27 +186,25 @@ def table(config: TuneConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]
     """
     goals = config.search.goals
 
-    def flat(row: dict[str, Any]) -> dict[str, Any]:
-        known = (
-            row["values"] if row["status"] == FINISHED else row["curve"][-1] if row["curve"] else {}
-        )
-        kept = {
-            key: row[key]
-            for key in ("number", "run", "status", "images", "seconds", "failures", "error")
-            if key in row
-        }
-        return {**row["point"], **known, **kept}
+    def flat(row: Trial) -> JsonObject:
+        last = row.curve[-1] if row.curve else {}
+        known = row.values if row.status is Status.finished else last
+        record = row.to_json()
+        names = ("number", "run", "status", "images", "seconds", "failures", "error")
+        return {**row.point, **(known or {}), **{n: record[n] for n in names if n in record}}
 
-    by_status = {
-        status: [flat(row) for row in rows if row["status"] == status]
-        for status in (FINISHED, STOPPED, RUNNING, FAILED)
-    }
-    fronts = goals.ranked(by_status[FINISHED])
+    by_status = {status: [flat(row) for row in rows if row.status is status] for status in Status}
+    fronts = goals.ranked(by_status[Status.finished])
     best = [
         {**row, "front": number, "feasible": goals.violation(row) == 0}
         for number, front in enumerate(fronts, 1)
         for row in front
     ]
-    stopped = [row for front in goals.ranked(by_status[STOPPED]) for row in front]
-    stopped += [row for row in by_status[STOPPED] if row not in stopped]
-    return [*best, *stopped, *by_status[RUNNING], *by_status[FAILED]]
+    stopped = [row for front in goals.ranked(by_status[Status.stopped]) for row in front]
+    stopped += [row for row in by_status[Status.stopped] if row not in stopped]
+    return [*best, *stopped, *by_status[Status.running], *by_status[Status.failed]]
+
+
+def is_finished(row: Row) -> bool:
+    """Whether a row of the table is a finished trial's."""
+    return bool(row["status"] == Status.finished.value)

@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline import commands, runs
 from pipeline.config import compose, options, run, search
 from pipeline.search import report, trials
+from pipeline.search.trial import Status, Trial
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from tests.browser import CHROMIUM, Page
@@ -31,7 +32,7 @@ VALUES = [  # window, latents, status, rate in bits, distortion in nats, accurac
 ]
 
 
-def records() -> list[dict[str, Any]]:
+def made() -> list[Trial]:
     rows = []
     for number, (window, latents, status, rate, distortion, probe) in enumerate(VALUES, 1):
         row: dict[str, Any] = {
@@ -61,7 +62,7 @@ def records() -> list[dict[str, Any]]:
         if status == "failed":
             row["error"] = "OutOfMemoryError"
         rows.append(row)
-    return rows
+    return [Trial.from_json(row) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +81,16 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     }
     loaded = compose.build(search.TuneConfig, plain, {})
     loaded.search.space["model"]["window"].append("<5x2>")
-    for row in records():
-        if row["status"] == "finished":
+    for row in made():
+        if row.status is Status.finished:
             trial = compose.build(
                 run.TrainConfig,
                 options.to_dict(strokes.train_config(root)),
-                {**row["point"], "name": row["run"]},
+                {**row.point, "name": row.run},
             )
             runs.publish(runs.run_storage(trial), trial.build(shape), {})
     output = open_storage(f"{root}/searches/mine")
-    report.write(loaded, output, trials.table(loaded, records()), records())
+    report.write(loaded, output, trials.table(loaded, made()), made())
     return output
 
 

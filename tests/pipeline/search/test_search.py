@@ -20,11 +20,11 @@ from pipeline.config.compose import build
 from pipeline.config.options import to_dict
 from pipeline.config.search import Sampler, SearchOptions, Stopping, TuneConfig
 from pipeline.search.proposals import known, lags, propose
+from pipeline.search.trial import Point, Status, Trial
 from pipeline.search.trials import Trials, search_name, table, trial_config
 from pipeline.storage import open_storage
 
 BUDGET = 1000
-Point = dict[str, Any]
 Row = dict[str, Any]
 PLAIN = to_dict(load("tune", ["model=tiny"]))
 SPACE = {
@@ -39,21 +39,26 @@ def options(**values: Any) -> SearchOptions:
     return SearchOptions(**{**defaults, **values})
 
 
-def finished(point: Point, loss: float, **values: float) -> Row:
-    return {
-        "point": point,
-        "status": "finished",
-        "images": BUDGET,
-        "curve": [{"images": BUDGET, "nll": loss}],
-        "values": {"nll": loss, **values},
-    }
+def made(**values: Any) -> Trial:
+    """A trial of which only some things matter."""
+    return Trial(**{"number": 0, "point": {}, "run": "", **values})
+
+
+def finished(point: Point, loss: float, **values: float) -> Trial:
+    return made(
+        point=point,
+        status=Status.finished,
+        images=BUDGET,
+        curve=[{"images": BUDGET, "nll": loss}],
+        values={"nll": loss, **values},
+    )
 
 
 def run_search(
-    search: SearchOptions, seed: int, outcome: Callable[[Point], Row], stop: int = 1000
-) -> list[Row]:
+    search: SearchOptions, seed: int, outcome: Callable[[Point], Trial], stop: int = 1000
+) -> list[Trial]:
     """Run trials one after the other until none is left."""
-    rows: list[Row] = []
+    rows: list[Trial] = []
     while len(rows) < stop and (point := propose(search, seed, rows)):
         rows.append(outcome(point))
     return rows
@@ -69,7 +74,7 @@ def distance(point: Point) -> float:
     )
 
 
-def by_distance(point: Point) -> Row:
+def by_distance(point: Point) -> Trial:
     return finished(point, distance(point))
 
 
@@ -95,20 +100,20 @@ def test_every_point_is_proposed_once_whatever_becomes_of_the_trials(data: st.Da
         num_trials=data.draw(st.integers(1, 50)),
     )
 
-    def outcome(point: Point) -> Row:
-        status = data.draw(st.sampled_from(["finished", "stopped early", "failed", "unfinished"]))
+    def outcome(point: Point) -> Trial:
+        status = data.draw(st.sampled_from(Status))
         numbers = [data.draw(st.floats(0, 100)) for _ in range(3)]
         curve = (
             [{"images": BUDGET // 2, "nll": numbers[0], "rate_bits": numbers[1]}]
             if data.draw(st.booleans())
             else []
         )
-        row: Row = {"point": point, "status": status, "curve": curve}
-        if status == "finished":
-            row["values"] = dict(zip(("nll", "rate_bits", "probe_accuracy"), numbers, strict=True))
-        return row
+        trial = made(point=point, status=status, curve=curve)
+        if status is Status.finished:
+            trial.values = dict(zip(("nll", "rate_bits", "probe_accuracy"), numbers, strict=True))
+        return trial
 
-    points = [row["point"] for row in run_search(search, data.draw(st.integers(0, 9)), outcome)]
+    points = [row.point for row in run_search(search, data.draw(st.integers(0, 9)), outcome)]
     expected = itertools.product(dict.fromkeys(space["window"]), dict.fromkeys(space["latents"]))
     key = str
     assert sorted(points, key=key) == sorted(
@@ -125,18 +130,18 @@ def test_the_next_point_is_a_function_of_the_seed_and_of_what_is_known(sampler: 
     if sampler is not Sampler.grid:
         assert searches[0] != searches[2] != searches[3]
     # So a search that goes on from its record proposes what it would have proposed without a break.
-    assert propose(options(sampler=sampler), 0, searches[0][:7]) == searches[0][7]["point"]
+    assert propose(options(sampler=sampler), 0, searches[0][:7]) == searches[0][7].point
 
 
 def test_a_grid_is_tried_in_its_own_order() -> None:
     search = options(sampler=Sampler.grid)
-    assert [row["point"] for row in run_search(search, 0, by_distance)] == list(search.points())
+    assert [row.point for row in run_search(search, 0, by_distance)] == list(search.points())
 
 
 def test_optuna_finds_the_best_point_sooner_than_chance_does() -> None:
     def trials_until_found(sampler: Sampler, seed: int) -> int:
         found = run_search(options(sampler=sampler), seed, by_distance, 30)
-        return [*(distance(row["point"]) for row in found), 0].index(0)
+        return [*(distance(row.point) for row in found), 0].index(0)
 
     optuna, chance = (
         [trials_until_found(each, seed) for seed in range(3)]
@@ -148,7 +153,7 @@ def test_optuna_finds_the_best_point_sooner_than_chance_does() -> None:
 def test_with_several_objectives_optuna_finds_the_front_sooner_than_chance_does() -> None:
     """The front of a trade-off in the window has few latents and no flow."""
 
-    def outcome(point: Point) -> Row:
+    def outcome(point: Point) -> Trial:
         window, rest = (
             SPACE["window"].index(point["model.window"]),
             math.log2(point["model.latents"] / 16) + point["model.flow_depth"],
@@ -159,8 +164,7 @@ def test_with_several_objectives_optuna_finds_the_front_sooner_than_chance_does(
         search = options(sampler=sampler, objectives=["min nll", "min rate_bits"])
         rows = run_search(search, seed, outcome, 20)
         return sum(
-            row["point"]["model.latents"] == 16 and row["point"]["model.flow_depth"] == 0
-            for row in rows
+            row.point["model.latents"] == 16 and row.point["model.flow_depth"] == 0 for row in rows
         )
 
     optuna, chance = (
@@ -172,13 +176,13 @@ def test_with_several_objectives_optuna_finds_the_front_sooner_than_chance_does(
 def test_optuna_looks_where_the_constraint_is_kept() -> None:
     """The best likelihood is where the rate is too low: at every window but the narrowest."""
 
-    def outcome(point: Point) -> Row:
+    def outcome(point: Point) -> Trial:
         window = SPACE["window"].index(point["model.window"])
         return finished(point, 100.0 - window, rate_bits=30.0 - 10 * window)
 
     free, bound = (
         sum(
-            row["point"]["model.window"] == "0x0"
+            row.point["model.window"] == "0x0"
             for seed in range(4)
             for row in run_search(options(constraints=constraints), seed, outcome, 16)
         )
@@ -193,13 +197,13 @@ def test_optuna_knows_what_became_of_each_trial() -> None:
     rows = [
         finished(points[0], 90.0, rate_bits=12.0),
         finished(points[1], 80.0, rate_bits=7.0),
-        {
-            "point": points[2],
-            "status": "stopped early",
-            "curve": [{"images": 250, "nll": 99.0}, {"images": 500, "nll": 80.0}],
-        },
-        {"point": points[3], "status": "failed", "curve": [{"images": 250, "nll": 1.0}]},
-        {"point": points[4], "status": "unfinished", "curve": []},
+        made(
+            point=points[2],
+            status=Status.stopped,
+            curve=[{"images": 250, "nll": 99.0}, {"images": 500, "nll": 80.0}],
+        ),
+        made(point=points[3], status=Status.failed, curve=[{"images": 250, "nll": 1.0}]),
+        made(point=points[4]),
     ]
     trials = known(search, search.goals, rows).trials
     assert [trial.state.name for trial in trials] == [
@@ -218,16 +222,16 @@ def test_optuna_knows_what_became_of_each_trial() -> None:
 # --- what is stopped ------------------------------------------------------------------------------
 
 
-def trial(*losses: float, every: int = 100, **values: Sequence[float]) -> Row:
+def trial(*losses: float, every: int = 100, **values: Sequence[float]) -> Trial:
     """A trial with a validation after every so many images."""
     curve = [{"images": every * number, "nll": loss} for number, loss in enumerate(losses, 1)]
     for name, column in values.items():
         for entry, value in zip(curve, column, strict=True):
             entry[name] = value
-    return {"curve": curve}
+    return made(curve=curve)
 
 
-def stopped(search: SearchOptions, row: Row, others: list[Row]) -> bool:
+def stopped(search: SearchOptions, row: Trial, others: list[Trial]) -> bool:
     return lags(search, BUDGET, row, [*others, row])
 
 
@@ -287,7 +291,7 @@ def test_with_several_objectives_only_what_is_worse_in_all_of_them_lags() -> Non
         objectives=["min rate_bits", "min distortion_nats"], grace_fraction=0.2, reduction=3
     )
 
-    def at(rate: float, distortion: float) -> Row:
+    def at(rate: float, distortion: float) -> Trial:
         return trial(0.0, 0.0, rate_bits=[rate] * 2, distortion_nats=[distortion] * 2)
 
     others = [at(10, 90), at(20, 80), at(30, 70)]
@@ -305,13 +309,13 @@ def test_what_breaks_a_constraint_lags_behind_what_keeps_it() -> None:
 
 def test_halving_finds_the_best_of_many_curves_with_less_than_half_of_the_images() -> None:
     draw = random.Random(0)
-    search, rows = options(grace_fraction=0.1, reduction=3), []
+    search, rows, finals = options(grace_fraction=0.1, reduction=3), list[Trial](), list[float]()
     for _ in range(40):
-        final, row = draw.uniform(80, 120), {"curve": [], "final": 0.0}
-        row["final"] = final
+        final, row = draw.uniform(80, 120), made()
+        finals.append(final)
         rows.append(row)
         for images in range(100, BUDGET + 1, 100):
-            row["curve"].append(
+            row.curve.append(
                 {
                     "images": images,
                     "nll": final + 100 * math.exp(-images / 200) + draw.gauss(0, 0.5),
@@ -319,9 +323,10 @@ def test_halving_finds_the_best_of_many_curves_with_less_than_half_of_the_images
             )
             if lags(search, BUDGET, row, rows):
                 break
-    seen = sum(row["curve"][-1]["images"] for row in rows)
-    complete = [row["final"] for row in rows if row["curve"][-1]["images"] == BUDGET]
-    assert min(complete) == min(row["final"] for row in rows)
+    seen = sum(row.curve[-1]["images"] for row in rows)
+    runs = zip(finals, rows, strict=True)
+    complete = [final for final, row in runs if row.curve[-1]["images"] == BUDGET]
+    assert min(complete) == min(finals)
     assert seen < 0.5 * len(rows) * BUDGET
 
 
@@ -391,19 +396,19 @@ def test_what_was_begun_comes_first_and_a_point_whose_record_is_deleted_is_tried
         trials.begin(row)
         begun.append(row)
     for row in begun[1:]:
-        row["status"] = "failed"
+        row.status = Status.failed
         trials.save(row)
     storage.delete(["trials/0002.json"])
 
     again = Trials.load(loaded, storage)
     first = again.next()
     assert first is not None
-    assert (first["number"], first["point"]) == (1, begun[0]["point"])
+    assert (first.number, first.point) == (1, begun[0].point)
     again.begin(first)
     second = again.next()
     assert second is not None
-    assert (second["number"], second["point"]) == (4, begun[1]["point"])
-    assert again.seconds() >= begun[2]["search_seconds"], "time goes on from where it was"
+    assert (second.number, second.point) == (4, begun[1].point)
+    assert again.seconds() >= begun[2].search_seconds, "time goes on from where it was"
 
 
 def test_a_budget_of_time_counts_what_was_spent_before(tmp_path: Path) -> None:
@@ -411,14 +416,15 @@ def test_a_budget_of_time_counts_what_was_spent_before(tmp_path: Path) -> None:
     trials = Trials.load(tune_config(), storage)
     row = trials.next()
     assert row is not None
-    trials.begin(row | {"seconds": 7200.0})
+    row.seconds = 7200.0
+    trials.begin(row)
     for hours, cores, over in ((1.9, 1, True), (2.1, 1, False), (3.9, 2, True)):
         values = {"search.core_hours": hours, "cluster.cpus_per_worker": cores}
         assert (Trials.load(tune_config(**values), storage).next() is None) == over
     assert Trials.load(tune_config(**{"search.hours": 1.0}), storage).next() is not None
 
 
-def rows_of_every_kind() -> list[Row]:
+def rows_of_every_kind() -> list[Trial]:
     """Trials of a search for the least rate and distortion, whose rate is to be at least 8 bits."""
 
     def row(number: int, status: str, images: int, rate: float, distortion: float) -> Row:
@@ -448,7 +454,7 @@ def rows_of_every_kind() -> list[Row]:
             **({"values": values} if status == "finished" else {}),
         }
 
-    return [
+    records = [
         row(1, "stopped early", 10_000, 12, 90),
         {**row(2, "failed", 0, 0, 0), "curve": [], "error": "OutOfMemoryError"},
         row(3, "finished", 40_000, 30, 70),
@@ -458,6 +464,7 @@ def rows_of_every_kind() -> list[Row]:
         {**row(7, "unfinished", 0, 0, 0), "curve": []},
         row(8, "finished", 40_000, 9, 84),
     ]
+    return [Trial.from_json(record) for record in records]
 
 
 def test_the_table_is_ordered_by_what_the_search_is_after() -> None:
