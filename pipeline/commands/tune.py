@@ -6,21 +6,15 @@ What is known of a search is kept as JSON in its folder: ``search.json`` says wh
 Tune runs the trials, and what it keeps of them is not used again.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pipeline import runs
-from pipeline.cluster import connect
 from pipeline.commands import Command
 from pipeline.config.search import TuneConfig
 from pipeline.errors import UserError
-from pipeline.registry.tracking import TrackedRun, Tracking
-from pipeline.registry.versions import Registry
-from pipeline.search import report
-from pipeline.search.runner import search
-from pipeline.search.trial import Status
-from pipeline.search.trials import Trials, check, identity, search_name, table
-from pipeline.storage import open_storage
 from pipeline.values import JsonObject
+
+if TYPE_CHECKING:
+    from pipeline.registry.versions import Registry
 
 
 def run(config: TuneConfig) -> JsonObject:
@@ -30,16 +24,27 @@ def run(config: TuneConfig) -> JsonObject:
     One that was killed goes on with the same command: finished trials are taken as they are,
     interrupted ones continue from their checkpoints.
     """
+    from pipeline.cluster import connect
+    from pipeline.registry.tracking import TrackedRun, Tracking
+    from pipeline.registry.versions import Registry
+    from pipeline.search import report
+    from pipeline.search.runner import search
+    from pipeline.search.trial import Status
+    from pipeline.search.trials import Trials, check, table
+    from pipeline.storage import open_storage
+
     storage = open_storage(
-        f"{config.storage.root}/searches/{search_name(config)}", config.storage.endpoint_url
+        f"{config.storage.root}/searches/{config.search_name}", config.storage.endpoint_url
     )
     check(config, storage)
     registry = Registry(config.registry)
     trials = Trials.load(config, storage)
     reused = trials.next() is None
-    parameters = {f"search.{key}": value for key, value in identity(config)["search"].items()}
+    parameters = {
+        f"search.{key}": value for key, value in config.search_identity()["search"].items()
+    }
     with Tracking(config.registry) as tracking:
-        parent = TrackedRun(storage, search_name(config), config.dataset.name, parameters)
+        parent = TrackedRun(storage, config.search_name, config.dataset.name, parameters)
         tracking.follow(parent)
         if not reused:
             connect(config.cluster, config.storage)
@@ -52,12 +57,12 @@ def run(config: TuneConfig) -> JsonObject:
     failed = [trial for trial in trials.rows if trial.status is Status.failed]
     if len(failed) == len(trials.rows):
         raise UserError(
-            f"all {len(failed)} trials of search {search_name(config)} failed; the first with:"
+            f"all {len(failed)} trials of search {config.search_name} failed; the first with:"
             f" {failed[0].error}; to try them again, delete {storage.url}"
         )
     rows = table(config, trials.rows)
     result = {
-        "name": search_name(config),
+        "name": config.search_name,
         "url": storage.url,
         "objectives": config.search.objectives,
         "constraints": config.search.constraints,
@@ -66,17 +71,17 @@ def run(config: TuneConfig) -> JsonObject:
         "registered": register(config, registry, rows),
         "report": report.write(config, storage, rows, trials.rows),
     }
-    storage.write_json(runs.RESULT, result)
+    storage.write_json("result.json", result)
     return {**result, "reused": reused}
 
 
-def register(
-    config: TuneConfig, registry: Registry, rows: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def register(config: TuneConfig, registry: "Registry", rows: list[JsonObject]) -> list[JsonObject]:
     """Put the best finished trials that keep all constraints into the registry.
 
     ``rows``: as ``table`` orders them. Returns name, version and run of each, the best first.
     """
+    from pipeline.storage import open_storage
+
     candidates = [row for row in rows if row.get("feasible")]
     if not candidates:
         return []
@@ -103,7 +108,7 @@ COLUMNS = {
 }
 
 
-def format_table(config: TuneConfig, rows: list[dict[str, Any]]) -> str:
+def format_table(config: TuneConfig, rows: list[JsonObject]) -> str:
     """The trials as text."""
     lines = [[*(key.partition(".")[2] for key in config.search.axes), *COLUMNS, "front", "status"]]
     for row in rows:
@@ -138,7 +143,7 @@ def format_result(config: TuneConfig, result: JsonObject) -> str:
 
 
 def _folder(config: TuneConfig) -> str:
-    return f"{config.storage.root}/searches/{search_name(config)}"
+    return f"{config.storage.root}/searches/{config.search_name}"
 
 
 COMMAND = Command(TuneConfig, run, format_result, _folder)

@@ -13,9 +13,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config.compose import reason_of, unknown_option
 from pipeline.config.goals import ON_THE_WAY, QUANTITIES, Goals
-from pipeline.config.options import check_all, describe, option, require, section
+from pipeline.config.options import (
+    check_all,
+    describe,
+    digest,
+    identity,
+    option,
+    require,
+    section,
+    to_dict,
+)
 from pipeline.config.run import TrainConfig
 from pipeline.errors import UserError
+from pipeline.values import JsonObject
 
 
 class Sampler(Enum):
@@ -159,6 +169,18 @@ class TuneConfig(TrainConfig):
                     for key, value in point.items()
                 )
                 raise UserError(f"{error} (search.space tries {tried})") from None
+
+    @property
+    def search_name(self) -> str:
+        """The name given, or one made from the data set and all that the search depends on."""
+        return self.name or f"{self.dataset.name}-search-{digest(self.search_identity())}"
+
+    def search_identity(self) -> JsonObject:
+        """What makes this search this one; its budget and concurrency are no part of it."""
+        values = to_dict(self)
+        judged = {key: values["train"][key] for key in ("valid_images", "valid_every")}
+        searched = identity(SearchOptions, values["search"])
+        return {**self.identity(), "valid": judged, "search": searched}
 
     def _typed_space(self) -> dict[str, list[Any]]:
         """The searched options with their values as a ``TrainConfig`` holds them.

@@ -36,7 +36,6 @@ from pipeline.search.trials import (
     RECORD,
     Trials,
     describe,
-    search_name,
     trial_config,
 )
 from pipeline.storage.base import Storage
@@ -71,7 +70,7 @@ def search(config: TuneConfig, trials: Trials, tracking: Tracking, parent: Track
             reuse_actors=True,
         ),
         run_config=ray.tune.RunConfig(
-            name=search_name(config),
+            name=config.search_name,
             storage_path=f"{config.storage.root}/ray",
             failure_config=FailureConfig(max_failures=workers.max_failures),
             stop=Budget(trials),

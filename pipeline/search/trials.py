@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self, TypeAlias
 
-from pipeline.config import options
 from pipeline.config.compose import build
-from pipeline.config.options import digest, to_dict
+from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
-from pipeline.config.search import SearchOptions, TuneConfig
+from pipeline.config.search import TuneConfig
 from pipeline.errors import UserError
 from pipeline.search.proposals import propose
 from pipeline.search.trial import Point, Status, Trial
@@ -22,23 +21,6 @@ RECORD = "search.json"
 
 Row: TypeAlias = Mapping[str, Any]
 """A row of the table of trials, see ``table``."""
-
-
-def search_name(config: TuneConfig) -> str:
-    """The name given, or one made from the data set and everything that a trial and its judgement
-    depend on.
-    """
-    return config.name or f"{config.dataset.name}-search-{digest(identity(config))}"
-
-
-def identity(config: TuneConfig) -> JsonObject:
-    """What makes this search this search. How long it goes on and how much of it runs at once are
-    no part of that.
-    """
-    values = to_dict(config)
-    judged = {key: values["train"][key] for key in ("valid_images", "valid_every")}
-    searched = options.identity(SearchOptions, values["search"])
-    return {**config.identity(), "valid": judged, "search": searched}
 
 
 def check(config: TuneConfig, storage: Storage) -> None:
@@ -53,7 +35,7 @@ def check(config: TuneConfig, storage: Storage) -> None:
             f"probe_accuracy is searched for, but the images of {config.dataset.url} have no"
             " labels; use other objectives"
         )
-    wanted = {**identity(config), "manifest": contents.digest}
+    wanted = {**config.search_identity(), "manifest": contents.digest}
     if not storage.exists(RECORD):
         storage.write_json(RECORD, wanted)
         return
@@ -67,7 +49,7 @@ def check(config: TuneConfig, storage: Storage) -> None:
     ]
     if changed or earlier.get("manifest") != wanted["manifest"]:
         raise UserError(
-            f"search {search_name(config)} in {storage.url} was started with another"
+            f"search {config.search_name} in {storage.url} was started with another"
             f" {', '.join(changed) or 'data set of this name'}; give this one another name=, or"
             " delete that folder"
         )
@@ -82,7 +64,7 @@ def trial_config(config: TuneConfig, point: Point) -> TrainConfig:
     tried = re.sub(
         r"[^\w.-]", "", "-".join(f"{key.partition('.')[2]}{value}" for key, value in point.items())
     )  # 1e+30
-    return build(TrainConfig, base, {**point, "name": f"{search_name(config)}-{tried}"})
+    return build(TrainConfig, base, {**point, "name": f"{config.search_name}-{tried}"})
 
 
 @dataclass

@@ -21,7 +21,7 @@ from pipeline.config.options import to_dict
 from pipeline.config.search import Sampler, SearchOptions, Stopping, TuneConfig
 from pipeline.search.proposals import known, lags, propose
 from pipeline.search.trial import Point, Status, Trial
-from pipeline.search.trials import Trials, search_name, table, trial_config
+from pipeline.search.trials import Trials, table, trial_config
 from pipeline.storage import open_storage
 
 BUDGET = 1000
@@ -347,7 +347,7 @@ def test_every_point_is_a_run_of_its_own_with_nothing_else_changed() -> None:
             loaded, {"model.window": window, "model.latents": latents, "optim.learning_rate": rate}
         )
         runs[trial.run_name] = trial
-        assert trial.run_name.startswith(search_name(loaded))
+        assert trial.run_name.startswith(loaded.search_name)
         assert (trial.model.window, trial.model.latents, trial.optim.learning_rate) == (
             window,
             latents,
@@ -361,7 +361,7 @@ def test_every_point_is_a_run_of_its_own_with_nothing_else_changed() -> None:
 
 def test_a_search_is_another_if_what_its_trials_depend_on_changes() -> None:
     names = [
-        search_name(tune_config(**{key: value}))
+        tune_config(**{key: value}).search_name
         for key, value in {
             "train.images": 8000,
             "search.space.model.latents": [16],
@@ -373,15 +373,15 @@ def test_a_search_is_another_if_what_its_trials_depend_on_changes() -> None:
             "search.space.model.flow_hidden": [64, 128],
         }.items()
     ]
-    assert len({search_name(tune_config()), *names}) == 9
+    assert len({tune_config().search_name, *names}) == 9
     for key, value in {
         "search.num_trials": 3,
         "search.max_concurrent": 7,
         "search.hours": 3.0,
         "cluster.num_workers": 2,
     }.items():
-        assert search_name(tune_config(**{key: value})) == search_name(tune_config())
-    assert search_name(tune_config(name="mine")) == "mine"
+        assert tune_config(**{key: value}).search_name == tune_config().search_name
+    assert tune_config(name="mine").search_name == "mine"
 
 
 def test_what_was_begun_comes_first_and_a_point_whose_record_is_deleted_is_tried_again(
