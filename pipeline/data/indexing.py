@@ -189,7 +189,7 @@ def index_shard(
 ) -> None:
     """Read one shard, and write its index and its receipt."""
     folder, _, key = url.rpartition("/")
-    passing = Counted(open_storage(folder, getattr(storage, "endpoint_url", None)).stream(key))
+    passing = Counted(storage.elsewhere(folder).stream(key))
     columns: dict[str, list[Any]] = {
         column: [] for column in ("offset", "size", "checksum", "labels", "keys")
     }

@@ -13,12 +13,11 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.data.batch import Batch
-from pipeline.data.cache import ShardCache
-from pipeline.data.manifest import Integers, Manifest
+from pipeline.data.dataset import DataSet
+from pipeline.data.manifest import Integers
 from pipeline.data.order import Order, share, straight
-from pipeline.data.reader import Reader, Rows, substitute
+from pipeline.data.reader import STRICT, Reader, ReadOptions, Rows, substitute
 from pipeline.errors import UserError
-from pipeline.storage.base import Storage
 
 Item = TypeVar("Item")
 GROUP_BYTES = 128 << 20
@@ -32,9 +31,7 @@ class TrainLoader:
     Each iteration begins at ``start_step``; getting there costs one ranged read for each shard that
     is open at that step. ``group_bytes`` bounds the images that are shuffled together, over all
     streams; the ranks share them. Twice that is in memory: what is in use, and what comes next.
-    ``cache`` keeps shards on this machine. Up to ``max_skipped`` samples that are damaged or
-    missing are replaced by others of their group, on this rank, with a warning; by default the
-    first is an error.
+    Samples that ``options`` allows to skip are replaced by others of their group.
 
     Ranks have one stream more or less than others where their number does not divide that of the
     streams.
@@ -45,8 +42,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        storage: Storage,
-        manifest: Manifest,
+        data: DataSet,
         *,
         seed: int,
         global_batch: int,
@@ -55,17 +51,15 @@ class TrainLoader:
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        split: str = "train",
         group_bytes: int = GROUP_BYTES,
-        cache: ShardCache | None = None,
-        max_skipped: int = 0,
+        options: ReadOptions = STRICT,
     ) -> None:
         if world_size > num_streams:
             raise UserError(
                 f"{world_size} ranks cannot share {num_streams} streams; use fewer, or a larger"
                 " train.num_streams"
             )
-        self._reader = Reader(storage, manifest, split, cache, max_skipped)
+        self._reader = Reader(data, "train", options)
         try:
             self._order = Order(
                 sizes=self._reader.sizes,
@@ -76,7 +70,7 @@ class TrainLoader:
             )
         except ValueError as error:
             raise UserError(
-                f"split {split} of data set {manifest.name}: {error}; choose another"
+                f"split train of data set {data.manifest.name}: {error}; choose another"
                 " train.global_batch"
             ) from None
         self._streams = range(*share(num_streams, rank, world_size))
@@ -137,28 +131,25 @@ class EvalLoader:
     """This rank's share of a split, or of its first ``num_images`` samples: each exactly once, the
     last batch as it comes.
 
-    ``cache`` keeps shards on this machine. Up to ``max_skipped`` samples that are damaged or
-    missing are left out, with a warning; by default the first is an error.
+    Samples that ``options`` allows to skip are left out.
 
     Raises ``UserError`` while iterating if data is missing or damaged.
     """
 
     def __init__(
         self,
-        storage: Storage,
-        manifest: Manifest,
+        data: DataSet,
         *,
         split: str,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         num_images: int | None = None,
-        cache: ShardCache | None = None,
-        max_skipped: int = 0,
+        options: ReadOptions = STRICT,
     ) -> None:
-        self._reader = Reader(storage, manifest, split, cache, max_skipped)
+        self._reader = Reader(data, split, options)
         self._batch_size = batch_size
-        total = manifest.num_samples(split)
+        total = data.manifest.num_samples(split)
         self._start, self._stop = share(
             total if num_images is None else min(num_images, total), rank, world_size
         )

@@ -16,10 +16,10 @@ import torch
 
 from pipeline.data import images, tar
 from pipeline.data.cache import ShardCache
-from pipeline.data.manifest import Integers, Manifest, Shard
+from pipeline.data.dataset import DataSet
+from pipeline.data.manifest import Integers, Shard
 from pipeline.data.records import Index, checksum
 from pipeline.errors import DamagedData, UserError
-from pipeline.storage import open_storage
 from pipeline.storage.base import ObjectNotFound, ObjectTooShort, Storage
 from pipeline.storage.pieces import Pieces
 
@@ -84,32 +84,35 @@ class Run:
         return slice(self.row, self.row + self.stop - self.start)
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """How shards are read."""
+
+    cache: ShardCache | None = None
+    """Keeps the shards that were read on this machine."""
+    max_skipped: int = 0
+    """How many damaged or missing samples a reader may skip in all; each is logged."""
+
+
+STRICT = ReadOptions()
+"""Read from storage each time, and skip nothing."""
+
+
 class Reader:
-    """Reads runs of samples of one split from its shards, and checks them.
+    """Reads runs of samples of one split from its shards, and checks them. Thread-safe."""
 
-    ``max_skipped`` is how many samples that are damaged or missing may be passed over, in all, by
-    this reader; each is logged, and none is by default. Safe for threads.
-    """
-
-    def __init__(
-        self,
-        storage: Storage,
-        manifest: Manifest,
-        split: str,
-        cache: ShardCache | None = None,
-        max_skipped: int = 0,
-    ) -> None:
+    def __init__(self, data: DataSet, split: str, options: ReadOptions = STRICT) -> None:
+        storage, manifest = data.storage, data.manifest
         self.shards = manifest.shards(split)
         self.sizes = manifest.shard_samples(split)  # (num_shards,)
         self.image_shape = manifest.image_shape
         self.image_bytes = int(np.prod(manifest.image_shape))
-        self._storage, self._cache, self._manifest = storage, cache, manifest
-        self._max_skipped, self._skipped, self._skipping = max_skipped, set[int](), threading.Lock()
+        self._storage, self._manifest = storage, manifest
+        self._cache, self._max_skipped = options.cache, options.max_skipped
+        self._skipped, self._skipping = set[int](), threading.Lock()
         self._first_samples = np.concatenate([[0], np.cumsum(self.sizes)])  # (num_shards + 1,)
         self._index = lru_cache(maxsize=64)(lambda shard: Index.load(storage, shard))
-        self._elsewhere = lru_cache(maxsize=16)(
-            lambda url: open_storage(url, getattr(storage, "endpoint_url", None))
-        )
+        self._elsewhere = lru_cache(maxsize=16)(storage.elsewhere)
 
     @property
     def num_skipped(self) -> int:

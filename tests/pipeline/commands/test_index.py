@@ -31,11 +31,12 @@ from pipeline.config.sections import (
     Source,
     StorageOptions,
 )
-from pipeline.data import indexing, manifest, tar
+from pipeline.data import DataSet, indexing, manifest, tar
 from pipeline.data.cache import ShardCache
 from pipeline.data.images import BadImage, array, decode, encode, measure
 from pipeline.data.loader import EvalLoader, TrainLoader
 from pipeline.data.members import samples
+from pipeline.data.reader import ReadOptions
 from pipeline.data.receipts import Receipts
 from pipeline.data.records import Index
 from pipeline.data.sources import open_source
@@ -121,20 +122,20 @@ def test_other_peoples_shards_become_a_data_set_where_they_lie(
     assert {key: storage.read(key) for key in storage.list("shards")} == before
     assert not storage.list("manifest/work")
     place = storage.child("manifest")
-    contents = manifest.load(place)
+    data_set = DataSet.load(place)
     for split, first in (("train", 0), ("valid", 40), ("test", 60)):
-        for batch in EvalLoader(place, contents, split=split, batch_size=7):
+        for batch in EvalLoader(data_set, split=split, batch_size=7):
             np.testing.assert_array_equal(batch.images[:, 0, 0, 0], batch.samples + first)
             np.testing.assert_array_equal(batch.labels, (batch.samples + first) % 7)
             assert (batch.images == batch.images[:, :1, :1, :1]).all()
     order = {"seed": 1, "global_batch": 8, "num_streams": 4, "num_steps": 10, "group_bytes": 4000}
-    alone = [b.samples.tolist() for b in TrainLoader(place, contents, **order)]  # type: ignore[arg-type]
+    alone = [b.samples.tolist() for b in TrainLoader(data_set, **order)]  # type: ignore[arg-type]
     cache = ShardCache(tmp_path / "cache", 10**6)
     ranks = [
         [
             b.samples.tolist()
             for b in TrainLoader(
-                place, contents, **order, rank=rank, world_size=2, start_step=3, cache=cache
+                data_set, **order, rank=rank, world_size=2, start_step=3, options=ReadOptions(cache)
             )
         ]  # type: ignore[arg-type]
         for rank in (0, 1)
@@ -164,7 +165,7 @@ def test_other_peoples_shards_become_a_data_set_where_they_lie(
     content[-2000] ^= 1  # in the zeros behind the last member, which no reader ever looks at
     storage.write("shards/000001.tar", bytes(content))
     content = bytearray(storage.read("shards/000002.tar"))
-    content[int(Index.load(place, contents.shards("valid")[0]).offset[3]) + 10] ^= (
+    content[int(Index.load(place, data_set.manifest.shards("valid")[0]).offset[3]) + 10] ^= (
         1  # in its fourth image
     )
     storage.write("shards/000002.tar", bytes(content))
@@ -207,7 +208,7 @@ def test_shards_on_the_web_are_resized_as_they_are_read(web: str, tmp_path: Path
     contents = manifest.Manifest(
         "web", (1, 4, 4), 7, 1, {"train": shards}, encoding="image", fit="crop"
     )
-    found = list(EvalLoader(storage, contents, split="train", batch_size=100))
+    found = list(EvalLoader(DataSet(storage, contents), split="train", batch_size=100))
     assert np.concatenate([b.images[:, 0, 2, 2] for b in found]).tolist() == list(range(80))
     assert found[0].images.shape[1:] == (1, 4, 4)
     with pytest.raises(

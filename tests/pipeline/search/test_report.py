@@ -68,7 +68,7 @@ def records() -> list[dict[str, Any]]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """The report of a search whose models have just begun to learn."""
     root = str(tmp_path_factory.mktemp("store"))
-    shape = strokes.write(strokes.data_storage(root)).image_shape
+    shape = strokes.write(strokes.data_storage(root)).manifest.image_shape
     plain = options.to_dict(
         commands.load("tune", [*strokes.TINY, f"storage.root={root}", "search.constraints=[]"])
     )
