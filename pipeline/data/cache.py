@@ -84,7 +84,7 @@ class ShardCache:
                     return True  # another process was faster
                 try:
                     with self._room(partial, size) as file:
-                        _fill(file, storage, key, size, sha256)
+                        _download(file, storage, key, size, sha256)
                     with self._locked(
                         "room"
                     ):  # whoever counts what is taken finds it under one name or the other
@@ -161,7 +161,7 @@ class ShardCache:
         return self.folder / f"lock-{number}"
 
 
-def _fill(file: BinaryIO, storage: Storage, key: str, size: int, sha256: str) -> None:
+def _download(file: BinaryIO, storage: Storage, key: str, size: int, sha256: str) -> None:
     """Write a whole shard from ``storage``, held to its size and sha256."""
     for attempt in (1, 2):  # what was altered on its way comes whole the second time
         file.seek(0)

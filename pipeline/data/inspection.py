@@ -67,7 +67,7 @@ def verify_shard(data: DataSet, split: str, number: int) -> tuple[str, int, str 
     """
     shard, reader, altered = data.manifest.shards(split)[number], Reader(data, split), ""
     try:
-        place, key = reader.place(shard)
+        place, key = reader.locate(shard)
         passing = Counted(place.stream(key))
         for _ in tar.members(Pieces(passing), max(shard.size, 1)):
             pass
@@ -82,8 +82,8 @@ def verify_shard(data: DataSet, split: str, number: int) -> tuple[str, int, str 
         step = max(1, DECODED // reader.image_bytes)
         for start in range(0, shard.num_samples, step):
             stop = min(start + step, shard.num_samples)
-            rows = Rows.of(stop - start, data.manifest.image_shape)
-            reader.fill(rows, np.array([[number, start, stop]]))
+            rows = Rows.empty(stop - start, data.manifest.image_shape)
+            reader.read_into(rows, np.array([[number, start, stop]]))
     except (UserError, tar.BadTar) as error:
         return shard.name, 0, "; ".join(filter(None, [altered, str(error)]))
     return shard.name, passing.size, altered or None

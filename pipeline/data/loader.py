@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.data.batch import Batch
 from pipeline.data.dataset import DataSet
 from pipeline.data.manifest import Integers
-from pipeline.data.order import Order, share, straight
+from pipeline.data.order import Order, even_part, in_manifest_order
 from pipeline.data.reader import STRICT, Reader, ReadOptions, Rows, substitute
 from pipeline.errors import UserError
 
@@ -73,7 +73,7 @@ class TrainLoader:
                 f"split train of data set {data.manifest.name}: {error}; choose another"
                 " train.global_batch"
             ) from None
-        self._streams = range(*share(num_streams, rank, world_size))
+        self._streams = range(*even_part(num_streams, rank, world_size))
         self._first_position = self._streams.start * self._order.stream_batch
         self._steps = range(start_step, num_steps)
 
@@ -102,7 +102,7 @@ class TrainLoader:
         steps_per_group = order.group_length // order.stream_batch
         room = len(self._streams) * min(order.group_length, order.stream_length)
         buffers = [
-            Rows.of(room, self._reader.image_shape) for _ in range(2)
+            Rows.empty(room, self._reader.image_shape) for _ in range(2)
         ]  # in use, and being filled
         while step < self._steps.stop:
             if epoch != step // order.steps_per_epoch:
@@ -112,7 +112,8 @@ class TrainLoader:
             groups = [order.group(epoch, circle, stream, index) for stream in self._streams]
             length = len(groups[0].permutation)  # that of all
             rows = buffers[0]
-            present = self._reader.fill(rows, np.concatenate([group.segments for group in groups]))
+            segments = np.concatenate([group.segments for group in groups])
+            present = self._reader.read_into(rows, segments)
             if not present.all():
                 for number in range(len(groups)):
                     substitute(rows, present, slice(number * length, (number + 1) * length))
@@ -150,7 +151,7 @@ class EvalLoader:
         self._reader = Reader(data, split, options)
         self._batch_size = batch_size
         total = data.manifest.num_samples(split)
-        self._start, self._stop = share(
+        self._start, self._stop = even_part(
             total if num_images is None else min(num_images, total), rank, world_size
         )
 
@@ -182,16 +183,16 @@ class EvalLoader:
         """Some whole batches at a time (about 16 MB): samples, and the rows of those that are
         there.
         """
-        circle = straight(self._reader.sizes)
+        circle = in_manifest_order(self._reader.sizes)
         length = (
             max(1, (16 << 20) // (self._reader.image_bytes * self._batch_size)) * self._batch_size
         )
         buffers = [
-            Rows.of(min(length, self.num_samples), self._reader.image_shape) for _ in range(2)
+            Rows.empty(min(length, self.num_samples), self._reader.image_shape) for _ in range(2)
         ]
         for start in range(self._start, self._stop, length):
             segments = circle.segments(start, min(start + length, self._stop))
-            yield buffers[0], np.flatnonzero(self._reader.fill(buffers[0], segments))
+            yield buffers[0], np.flatnonzero(self._reader.read_into(buffers[0], segments))
             buffers.reverse()
 
 

@@ -44,6 +44,7 @@ import numpy.typing as npt
 from pipeline.data.images import MAX_PIXELS, Fit
 from pipeline.errors import UserError
 from pipeline.storage.base import ObjectNotFound, Storage
+from pipeline.values import JsonObject
 
 VERSION = 2
 ENCODINGS = ("npy", "image")
@@ -166,7 +167,7 @@ class Manifest:
     num_classes: int | None  # none: there are no labels
     block_size: int  # samples of a record; the last of a shard may hold fewer
     splits: Mapping[str, Sequence[Shard]]
-    source: dict[str, Any] = field(default_factory=dict)  # what it was made from, and how
+    source: JsonObject = field(default_factory=dict)  # what it was made from, and how
     encoding: str = "npy"
     fit: Fit | None = (
         # How images of other shapes are brought to image_shape as they are read; none: they are
@@ -204,23 +205,23 @@ class Manifest:
         """Make the data set exist, when everything that it names is in place."""
         storage.write_json(MANIFEST_KEY, {**self._content(), "sha256": self.digest})
 
-    def _content(self) -> dict[str, Any]:
+    def _content(self) -> JsonObject:
         """As JSON values."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
         return {
             **content,
             "image_shape": list(self.image_shape),
-            "splits": {k: _listed(v) for k, v in self.splits.items()},
+            "splits": {k: _shards_to_json(v) for k, v in self.splits.items()},
         }
 
 
-def _digest(content: dict[str, Any]) -> str:
+def _digest(content: JsonObject) -> str:
     return hashlib.sha256(
         json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
 
 
-def _listed(shards: Sequence[Shard]) -> Any:
+def _shards_to_json(shards: Sequence[Shard]) -> Any:
     if not isinstance(shards, PagedShards):
         return [asdict(shard) for shard in shards]
     pages = [asdict(page) for page in shards.pages]
@@ -255,7 +256,8 @@ def load(storage: Storage) -> Manifest:
         )
     try:
         splits = {
-            split: _read_listed(storage, listed) for split, listed in content.pop("splits").items()
+            split: _shards_from_json(storage, listed)
+            for split, listed in content.pop("splits").items()
         }
         channels, height, width = content.pop("image_shape")
         loaded = Manifest(**content, splits=splits, image_shape=(channels, height, width))
@@ -283,7 +285,7 @@ def _counts(*values: object) -> list[int]:
     return list(values)  # type: ignore[arg-type]
 
 
-def existing(storage: Storage, recipe: dict[str, Any]) -> Manifest | None:
+def load_made_by(storage: Storage, recipe: JsonObject) -> Manifest | None:
     """The data set in ``storage``, if there is one, made by ``recipe``. Raises ``UserError`` if it
     was made by another.
     """
@@ -304,7 +306,7 @@ def existing(storage: Storage, recipe: dict[str, Any]) -> Manifest | None:
     return contents
 
 
-def summary(contents: Manifest) -> dict[str, Any]:
+def summary(contents: Manifest) -> JsonObject:
     """What there is, as JSON values."""
     return {
         "image_shape": list(contents.image_shape),
@@ -318,20 +320,20 @@ def summary(contents: Manifest) -> dict[str, Any]:
     }
 
 
-def kept(storage: Storage, split: str, shards: Sequence[Shard]) -> Sequence[Shard]:
+def paginate(storage: Storage, split: str, shards: Sequence[Shard]) -> Sequence[Shard]:
     """Shards as the manifest is to hold them: themselves, or, if they are very many, in pages."""
     return tuple(shards) if len(shards) <= PAGE else PagedShards.write(storage, split, shards)
 
 
-def _read_listed(storage: Storage, listed: Any) -> Sequence[Shard]:
+def _shards_from_json(storage: Storage, listed: Any) -> Sequence[Shard]:
     if isinstance(listed, dict):
-        pages = tuple(_made(Page, page) for page in listed["pages"])
+        pages = tuple(_row_from_json(Page, page) for page in listed["pages"])
         _counts(*(page.num_shards for page in pages), len(pages))
         return PagedShards(storage, pages, str(listed["sizes_name"]), str(listed["sizes_sha256"]))
-    return tuple(_made(Shard, shard) for shard in listed)
+    return tuple(_row_from_json(Shard, shard) for shard in listed)
 
 
-def _made(kind: type[Row], values: Any) -> Row:
+def _row_from_json(kind: type[Row], values: Any) -> Row:
     """A ``Shard`` or ``Page`` of JSON values, which are strings and counts."""
     made = kind(**values)
     for item in fields(made):

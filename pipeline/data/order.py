@@ -66,12 +66,13 @@ class Circle:
         total = int(self.bounds[-1])
         start, stop = start + self.offset, stop + self.offset
         if stop <= total:
-            return self._straight(start, stop)
+            return self._segments_between(start, stop)
         if start >= total:
-            return self._straight(start - total, stop - total)
-        return np.concatenate([self._straight(start, total), self._straight(0, stop - total)])
+            return self._segments_between(start - total, stop - total)
+        parts = self._segments_between(start, total), self._segments_between(0, stop - total)
+        return np.concatenate(parts)
 
-    def _straight(self, start: int, stop: int) -> Indices:
+    def _segments_between(self, start: int, stop: int) -> Indices:
         first = int(np.searchsorted(self.bounds, start, side="right")) - 1
         last = int(np.searchsorted(self.bounds, stop, side="left"))
         begins, ends = self.bounds[first:last], self.bounds[first + 1 : last + 1]
@@ -167,16 +168,16 @@ class Order:
         return Group(circle.segments(first + start, first + stop), permutation(key, stop - start))
 
 
-def straight(sizes: Sequence[int] | Indices) -> Circle:
+def in_manifest_order(sizes: Sequence[int] | Indices) -> Circle:
     """All samples in the order of the manifest: the order of evaluation."""
     return Circle(np.arange(len(sizes)), _bounds(np.asarray(sizes, dtype=np.int64)), 0)
 
 
-def share(num_samples: int, rank: int, world_size: int) -> tuple[int, int]:
+def even_part(num_samples: int, rank: int, world_size: int) -> tuple[int, int]:
     """The positions ``(start, stop)`` of a rank when each sample is to be seen exactly once; shares
     differ by one at most.
 
-    >>> [share(10, rank, 4) for rank in range(4)]
+    >>> [even_part(10, rank, 4) for rank in range(4)]
     [(0, 2), (2, 5), (5, 7), (7, 10)]
     """
     return num_samples * rank // world_size, num_samples * (rank + 1) // world_size

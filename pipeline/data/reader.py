@@ -50,7 +50,7 @@ class Rows:
     samples: Integers  # (num_rows,): each one's number in its split
 
     @classmethod
-    def of(cls, num_rows: int, image_shape: tuple[int, int, int]) -> "Rows":
+    def empty(cls, num_rows: int, image_shape: tuple[int, int, int]) -> "Rows":
         images = torch.empty((num_rows, *image_shape), dtype=torch.uint8).numpy()
         return cls(images, np.empty(num_rows, dtype=np.int64), np.empty(num_rows, dtype=np.int64))
 
@@ -119,7 +119,7 @@ class Reader:
         """How many samples were passed over so far."""
         return len(self._skipped)
 
-    def fill(self, rows: Rows, segments: Integers) -> Booleans:
+    def read_into(self, rows: Rows, segments: Integers) -> Booleans:
         """Put samples into ``rows``, and say which rows hold theirs now: all, unless some were
         skipped.
 
@@ -146,7 +146,7 @@ class Reader:
                 index = self._index(shard)
                 records = self._records(shard, index, run)
                 in_parallel(
-                    lambda record: self._use(shard, index, run, *record, rows, present),
+                    lambda record: self._unpack_record(shard, index, run, *record, rows, present),
                     records,
                     decoders,
                 )
@@ -183,7 +183,7 @@ class Reader:
         """
         first = int(np.searchsorted(index.starts, run.start, side="right")) - 1
         last = int(np.searchsorted(index.starts, run.stop, side="left"))
-        storage, key = self.place(shard)
+        storage, key = self.locate(shard)
         position = int(index.offset[first])
         length = int(index.offset[last - 1] + index.size[last - 1]) - position
         if self._cache is not None:
@@ -198,7 +198,7 @@ class Reader:
             yield number, pieces.read(size)
             position = offset + size
 
-    def _use(
+    def _unpack_record(
         self,
         shard: Shard,
         index: Index,
@@ -217,7 +217,7 @@ class Reader:
         )
         try:
             if checksum(content) != index.checksum[number]:
-                content = self._again(shard, index, number)
+                content = self._reread(shard, index, number)
             if index.labels is not None:
                 rows.images[to], rows.labels[to] = (
                     self._image(content).transpose(2, 0, 1),
@@ -235,13 +235,13 @@ class Reader:
             )
             self._skip(damage, rows, present, to)
 
-    def _again(self, shard: Shard, index: Index, record: int) -> bytes:
+    def _reread(self, shard: Shard, index: Index, record: int) -> bytes:
         """A record that did not have its checksum: what was altered on its way, or in the cache,
         comes whole now.
         """
         if self._cache is not None:
             self._cache.drop(shard.sha256)
-        storage, key = self.place(shard)
+        storage, key = self.locate(shard)
         offset, size = int(index.offset[record]), int(index.size[record])
         content = storage.read_range(key, offset, size)
         actual = checksum(content)
@@ -305,7 +305,7 @@ class Reader:
                 error,
             )
 
-    def place(self, shard: Shard) -> tuple[Storage, str]:
+    def locate(self, shard: Shard) -> tuple[Storage, str]:
         """Where a shard lies: its storage, and its key there."""
         if "://" not in shard.name and not shard.name.startswith("/"):
             return self._storage, shard.name
@@ -315,7 +315,7 @@ class Reader:
         )
 
     def _url(self, shard: Shard) -> str:
-        storage, key = self.place(shard)
+        storage, key = self.locate(shard)
         return f"{storage.url}/{key}"
 
 

@@ -23,7 +23,7 @@ from pipeline.config.sections import Binarization
 from pipeline.data import DataSet
 from pipeline.data.batch import Batch, binarize
 from pipeline.data.loader import EvalLoader
-from pipeline.data.order import share
+from pipeline.data.order import even_part
 from pipeline.errors import UserError
 from pipeline.evaluation.probe import code_noise
 from pipeline.machine import device, keep_freed_memory
@@ -76,7 +76,7 @@ def encode_split(
         connect()
         shared = [ray.put(each) for each in (model.network, data, output)]
         settings = (split, model.binarization, seed)
-        ends = [share(total, part, num_parts) for part in missing]
+        ends = [even_part(total, part, num_parts) for part in missing]
         left = sum(stop - start for start, stop in ends)
         with tqdm(total=total, unit=" images", desc=f"codes of {split}", dynamic_ncols=True) as bar:
             bar.update(total - left)

@@ -34,12 +34,12 @@ from pipeline.config.sections import (
 from pipeline.data import DataSet, indexing, manifest, tar
 from pipeline.data.cache import ShardCache
 from pipeline.data.images import BadImage, array, decode, encode, measure
+from pipeline.data.journal import Journal
 from pipeline.data.loader import EvalLoader, TrainLoader
-from pipeline.data.members import samples
 from pipeline.data.reader import ReadOptions
-from pipeline.data.receipts import Receipts
 from pipeline.data.records import Index
 from pipeline.data.sources import open_source
+from pipeline.data.sources.members import read_samples
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
@@ -199,11 +199,11 @@ def web(tmp_path: Path) -> Iterator[str]:
 def test_shards_on_the_web_are_resized_as_they_are_read(web: str, tmp_path: Path) -> None:
     storage = FolderStorage(tmp_path / "manifest")
     options = IndexOptions(train=f"{web}/{{000000..000003}}.tar", image_size=4, channels=1)
-    receipts = Receipts(storage, {})
+    journal = Journal(storage, {})
     for number, url in enumerate(indexing.expand(options.train, None)):
-        indexing.index_shard(storage, receipts, f"train-{number:06d}", url, options)
+        indexing.index_shard(storage, journal, f"train-{number:06d}", url, options)
     shards = tuple(
-        manifest.Shard(**receipts.read(name)["shard"]) for name in sorted(receipts.names())
+        manifest.Shard(**journal.read(name)["shard"]) for name in sorted(journal.finished())
     )
     contents = manifest.Manifest(
         "web", (1, 4, 4), 7, 1, {"train": shards}, encoding="image", fit="crop"
@@ -255,9 +255,9 @@ def indexed(content: bytes, tmp_path: Path, **options: Any) -> dict[str, Any]:
     (tmp_path / "x.tar").write_bytes(content)
     storage = FolderStorage(tmp_path / "manifest")
     url = str(tmp_path / "x.tar")
-    receipts = Receipts(storage, {})
-    indexing.index_shard(storage, receipts, "train-000000", url, IndexOptions(train=url, **options))
-    return receipts.read("train-000000")
+    journal = Journal(storage, {})
+    indexing.index_shard(storage, journal, "train-000000", url, IndexOptions(train=url, **options))
+    return journal.read("train-000000")
 
 
 def named(name: str, content: bytes = b"") -> bytes:
@@ -358,7 +358,7 @@ WHOLE = mixed(range(4))
 def test_a_tar_with_any_bytes_in_it_is_read_or_refused(at: int, change: bytes, end: int) -> None:
     for content in (WHOLE[:at] + change + WHOLE[at + len(change) :], WHOLE[:end]):
         try:
-            found = list(samples("x.tar", Pieces(iter([content])), "label"))
+            found = list(read_samples("x.tar", Pieces(iter([content])), "label"))
         except UserError:
             pass
         else:

@@ -110,8 +110,8 @@ def test_very_many_shards_are_kept_in_pages(
         Shard(f"{n}.tar", n, f"{n:064x}", 7 * n + 1, f"{n}.json", f"{n + 1:064x}")
         for n in range(37)
     ]
-    few = manifest.kept(storage, "valid", shards[:10])
-    many = manifest.kept(storage, "train", shards)
+    few = manifest.paginate(storage, "valid", shards[:10])
+    many = manifest.paginate(storage, "train", shards)
     assert isinstance(few, tuple)
     assert isinstance(many, PagedShards)
     written = Manifest("many", (1, 2, 3), None, 4, {"train": many, "valid": few})
