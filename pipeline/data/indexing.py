@@ -6,11 +6,11 @@ bucket or on the web.
 """
 
 import hashlib
-import itertools
 import re
 from dataclasses import asdict
 from typing import Any
 
+from braceexpand import braceexpand
 from tqdm import tqdm
 
 from pipeline import cluster
@@ -31,6 +31,9 @@ from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.storage.pieces import Counted, Pieces
 from pipeline.values import JsonObject
+
+MAX_RANGE = 10**7
+"""Numbers that one range of a pattern may hold: more is a mistake, and would fill the memory."""
 
 
 def write_manifest(
@@ -91,8 +94,10 @@ def find_shards(options: IndexOptions, endpoint_url: str | None) -> dict[str, li
 
 
 def expand(pattern: str, endpoint_url: str | None) -> list[str]:
-    """The addresses that a pattern stands for: ``{000..123}`` and ``{a,b}`` are spelt out, a folder
-    is all tars below it.
+    """The addresses that a pattern stands for: a folder is all tars below it, and braces are
+    expanded as in a shell, ``{000..123}`` and ``{a,b}``.
+
+    Raises UserError for a range that is too long or runs downwards, and where nothing is found.
     """
     if not pattern.endswith(".tar"):
         place = open_storage(pattern, endpoint_url)
@@ -100,20 +105,14 @@ def expand(pattern: str, endpoint_url: str | None) -> list[str]:
         if not found:
             raise UserError(f"there are no .tar files at {pattern}")
         return found
-    parts: list[list[str]] = []
-    for text in re.split(r"(\{[^{}]*\})", pattern):
-        if not text.startswith("{"):
-            parts.append([text])
-        elif span := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", text):
-            first, last = span.groups()
-            if int(last) < int(first) or int(last) - int(first) > 10**7:
-                raise UserError(f"{pattern}: {text} is no range of numbers")
-            parts.append(
-                [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-            )
-        else:
-            parts.append(text[1:-1].split(","))
-    return ["".join(choice) for choice in itertools.product(*parts)]
+    for span in re.finditer(r"\{(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?\}", pattern):
+        first, last = int(span[1]), int(span[2])
+        if last < first or last - first > MAX_RANGE:
+            raise UserError(f"{pattern}: {span[0]} is no range of numbers")
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except ValueError:
+        raise UserError(f"{pattern}: its braces do not match") from None
 
 
 def _index_all(

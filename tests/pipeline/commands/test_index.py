@@ -248,6 +248,17 @@ def test_patterns_are_spelt_out_and_splits_are_whole_shards(tmp_path: Path) -> N
         indexing.expand(str(tmp_path / "none"), None)
 
 
+@pytest.mark.parametrize("span", ["{0..99999999}", "{5..3}", "{-1..99999999}", "{0..99999999..2}"])
+def test_an_impossible_range_is_refused_before_it_is_expanded(span: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"/{span}.tar: {span} is no range of numbers")):
+        indexing.expand(f"s3://b/{span}.tar", None)
+
+
+def test_braces_that_do_not_match_are_refused() -> None:
+    with pytest.raises(UserError, match=r"s3://b/\{0\.\.3\.tar: its braces do not match"):
+        indexing.expand("s3://b/{0..3.tar", None)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
