@@ -1,6 +1,4 @@
-"""Samples of one split from its shards: fetched, checked, decoded and put where they belong,
-several shards at a time.
-"""
+"""Reading samples from the shards of a split: fetch, check and decode, several shards at a time."""
 
 import logging
 import threading
@@ -31,9 +29,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 THREADS = 8
-"""Reads under way at once: one connection to object storage gives a tenth of what a network card
-takes.
-"""
+"""Concurrent reads: one connection to object storage has a tenth of a network card's bandwidth."""
 REMEDY = (
     "delete manifest.json there and run again the command that made it, vlae shard or vlae index"
 )
@@ -41,13 +37,11 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Rows:
-    """Room for samples, which is used again and again: memory that is new costs as much as all else
-    that is done with it.
-    """
+    """A buffer for samples, which is reused: fresh memory costs as much as all work on it."""
 
     images: Images  # (num_rows, channels, height, width)
     labels: Integers  # (num_rows,)
-    samples: Integers  # (num_rows,): each one's number in its split
+    samples: Integers  # (num_rows,): the number of each in its split
 
     @classmethod
     def empty(cls, num_rows: int, image_shape: tuple[int, int, int]) -> "Rows":
@@ -55,9 +49,7 @@ class Rows:
         return cls(images, np.empty(num_rows, dtype=np.int64), np.empty(num_rows, dtype=np.int64))
 
     def take(self, rows: Integers) -> tuple[torch.Tensor, torch.Tensor, Integers]:
-        """Copies of the images and labels, page-locked if there is a GPU to copy them to, and of
-        the numbers of some rows.
-        """
+        """Copies of some rows: images and labels, page-locked if there is a GPU, and numbers."""
         pinned = torch.cuda.is_available()
         images = torch.empty(
             (len(rows), *self.images.shape[1:]), dtype=torch.uint8, pin_memory=pinned
@@ -72,12 +64,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Run:
-    """Samples that follow each other in one shard, and where they go."""
+    """Consecutive samples of one shard, and the rows that they are put into."""
 
     shard: int
     start: int  # the first sample
     stop: int  # the last sample + 1
-    row: int  # of the first
+    row: int  # of the first sample
 
     @property
     def rows(self) -> slice:
@@ -116,21 +108,20 @@ class Reader:
 
     @property
     def num_skipped(self) -> int:
-        """How many samples were passed over so far."""
+        """The number of samples skipped so far."""
         return len(self._skipped)
 
     def read_into(self, rows: Rows, segments: Integers) -> Booleans:
-        """Put samples into ``rows``, and say which rows hold theirs now: all, unless some were
-        skipped.
+        """Read samples into ``rows``. Returns which rows were filled: all but the skipped ones.
 
         ``segments`` are rows of (shard, first sample, last sample + 1), laid end to end. Each costs
-        one ranged read, whatever the number of records, which are used as they come; neighbours in
-        a shard are read together.
+        one ranged read, whatever the number of its records, which are decoded as they arrive;
+        neighbours in a shard are read together.
         """
         runs, row = list[Run](), 0
         for shard, start, stop in segments.tolist():
-            # With max_skipped they are not: a read that fails must miss the same samples whatever
-            # else this rank reads.
+            # Not with max_skipped: a read that fails must miss the same samples, whatever else
+            # this rank reads.
             if runs and (runs[-1].shard, runs[-1].stop) == (shard, start) and not self._max_skipped:
                 runs[-1] = replace(runs[-1], stop=stop)
             else:
@@ -163,9 +154,7 @@ class Reader:
         return present
 
     def keys(self, samples: Integers) -> list[str] | None:
-        """What samples of the split, by their numbers, were called where they came from; None if
-        they had no names there.
-        """
+        """The names that samples, given by number, had in their source; None if they had none."""
         shards = np.searchsorted(self._first_samples, samples, side="right") - 1
         found = []
         for shard, place in zip(
@@ -178,8 +167,9 @@ class Reader:
         return found
 
     def _records(self, shard: Shard, index: Index, run: Run) -> Iterator[tuple[int, bytes]]:
-        """The records that hold a run, with their numbers, as they come: one read, and what lies
-        between them is passed over.
+        """The records of a run with their numbers, as they arrive in one read.
+
+        Bytes between records are read and thrown away.
         """
         first = int(np.searchsorted(index.starts, run.start, side="right")) - 1
         last = int(np.searchsorted(index.starts, run.stop, side="left"))
@@ -208,7 +198,7 @@ class Reader:
         rows: Rows,
         present: Booleans,
     ) -> None:
-        """Check a record, and put those of its samples that are wanted where they go."""
+        """Check a record, and put those of its samples that belong to the run into their rows."""
         begin, end = int(index.starts[number]), int(index.starts[number + 1])
         start, stop = max(run.start, begin), min(run.stop, end)
         to, part = (
@@ -236,8 +226,9 @@ class Reader:
             self._skip(damage, rows, present, to)
 
     def _reread(self, shard: Shard, index: Index, record: int) -> bytes:
-        """A record that did not have its checksum: what was altered on its way, or in the cache,
-        comes whole now.
+        """Read a record again whose checksum was wrong.
+
+        A record that was altered on the network or in the cache is intact the second time.
         """
         if self._cache is not None:
             self._cache.drop(shard.sha256)
@@ -251,7 +242,7 @@ class Reader:
                 f" checksum {actual}, its index says {index.checksum[record]}; {REMEDY}"
             )
         logger.warning(
-            "%s: record %d came altered, and whole when it was read again", self._url(shard), record
+            "%s: record %d arrived altered, and intact when read again", self._url(shard), record
         )
         return content
 
@@ -283,7 +274,7 @@ class Reader:
         return pixels
 
     def _skip(self, error: UserError, rows: Rows, present: Booleans, missing: slice) -> None:
-        """Pass over the samples of some rows, if so many may be."""
+        """Skip the samples of some rows. Raises ``error``, or UserError if they are too many."""
         if not self._max_skipped:
             raise error
         with self._skipping:
@@ -306,7 +297,7 @@ class Reader:
             )
 
     def locate(self, shard: Shard) -> tuple[Storage, str]:
-        """Where a shard lies: its storage, and its key there."""
+        """The storage and the key of a shard."""
         if "://" not in shard.name and not shard.name.startswith("/"):
             return self._storage, shard.name
         folder, _, key = shard.name.rpartition("/")
@@ -320,11 +311,10 @@ class Reader:
 
 
 def substitute(rows: Rows, present: Booleans, group: slice) -> None:
-    """Fill the rows of a group that were skipped with the group's next sample that could be read,
-    for equal batches.
+    """Replace each skipped sample of a group by the group's next sample that could be read.
 
-    The choice depends on the group alone, so it is the same for every number of ranks. Raises
-    ``UserError`` if none could be read.
+    All batches keep their size. The choice depends on the group alone, so it is the same for any
+    number of ranks. Raises ``UserError`` if no sample of the group could be read.
     """
     good = np.flatnonzero(present[group])
     bad = np.flatnonzero(~present[group])
@@ -339,10 +329,10 @@ def substitute(rows: Rows, present: Booleans, group: slice) -> None:
 
 
 def in_parallel(function: Callable[[Item], Any], items: Iterable[Item], num_threads: int) -> None:
-    """Call ``function`` with every item, on several threads at once; the first error is raised when
-    all have stopped.
+    """Call ``function`` on every item from several threads.
 
-    The threads are daemons: a read that hangs does not keep the interpreter from ending.
+    The first error is raised when all threads have stopped. They are daemons: a read that hangs
+    does not keep the interpreter alive.
     """
     if num_threads < 2:
         for item in items:
