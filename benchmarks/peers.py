@@ -67,25 +67,24 @@ def ours_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str
 
 
 def ours(folder: Path, prefix: str, epochs: int, cached: bool = True) -> Epoch:
-    from pipeline.data import manifest
+    from pipeline.data import DataSet
     from pipeline.data.cache import ShardCache
     from pipeline.data.loader import TrainLoader
+    from pipeline.data.reader import ReadOptions
     from pipeline.storage import open_storage
 
-    storage = open_storage(f"s3://benchmark/{prefix}")
-    contents = manifest.load(storage)
-    steps = contents.num_samples("train") // BATCH
+    data = DataSet.load(open_storage(f"s3://benchmark/{prefix}"))
+    steps = data.manifest.num_samples("train") // BATCH
     cache = ShardCache(folder / "cache", 10**10) if cached else None
 
     batches = iter(
         TrainLoader(
-            storage,
-            contents,
+            data,
             seed=0,
             global_batch=BATCH,
             num_streams=8,
             num_steps=epochs * steps,
-            cache=cache,
+            options=ReadOptions(cache),
         )
     )
     return lambda number: (

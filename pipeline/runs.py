@@ -10,8 +10,7 @@ from typing import Any
 import vlae
 from pipeline.config import sections
 from pipeline.config.run import TrainConfig
-from pipeline.data import manifest
-from pipeline.data.manifest import Manifest
+from pipeline.data import DataSet
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
@@ -111,23 +110,19 @@ def opened(reference: str, folder: Path, version: JsonObject | None = None) -> O
     )
 
 
-def open_data(
-    model: OpenedModel, url: str | None, storage: sections.StorageOptions
-) -> tuple[Storage, Manifest]:
-    """The data set at ``url``, by default that of the model's training, and its manifest.
+def open_data(model: OpenedModel, url: str | None, storage: sections.StorageOptions) -> DataSet:
+    """The data set at ``url``, by default that of the model's training.
 
     Raises UserError if there is none, or its images have another shape than the model's.
     """
-    data = open_storage(
-        url or str(model.training["config"]["dataset"]["url"]), storage.endpoint_url
-    )
-    contents = manifest.load(data)
-    if tuple(contents.image_shape) != tuple(model.network.image_shape):
+    url = url or str(model.training["config"]["dataset"]["url"])
+    data = DataSet.load(open_storage(url, storage.endpoint_url))
+    if tuple(data.manifest.image_shape) != tuple(model.network.image_shape):
         raise UserError(
             f"{model.reference} was made for images of shape {model.network.image_shape}, but those"
-            f" of {data.url} are {contents.image_shape}"
+            f" of {data.storage.url} are {data.manifest.image_shape}"
         )
-    return data, contents
+    return data
 
 
 def sha256_of_file(path: Path) -> str:

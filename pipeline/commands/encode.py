@@ -41,11 +41,10 @@ def run(config: EncodeConfig) -> JsonObject:
     from pipeline.storage import open_storage
 
     model = open_model(config.model, config.registry, config.storage)
-    data, contents = open_data(model, config.dataset_url, config.storage)
+    data = open_data(model, config.dataset_url, config.storage)
     return encode_split(
         model,
         data,
-        contents,
         open_storage(config.output, config.storage.endpoint_url),
         config.split,
         config.seed,

@@ -38,10 +38,9 @@ def run(config: ReconstructConfig) -> JsonObject:
     """
     torch.set_num_threads(1)
     model = open_model(config.model, config.registry, config.storage)
-    data, contents = open_data(model, config.dataset_url, config.storage)
+    data = open_data(model, config.dataset_url, config.storage)
     loader = EvalLoader(
         data,
-        contents,
         split=config.split,
         batch_size=config.num_images,
         num_images=config.num_images,
@@ -57,7 +56,7 @@ def run(config: ReconstructConfig) -> JsonObject:
     result = {
         "model": config.model,
         "weights": model.weights,
-        "dataset": {"url": data.url, "manifest": contents.digest},
+        "dataset": {"url": data.storage.url, "manifest": data.manifest.digest},
         "split": config.split,
         "seed": config.seed,
         "pictures": [f"{output.url}/reconstructions.png"],

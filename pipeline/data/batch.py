@@ -1,4 +1,4 @@
-"""One rank's part of a global batch, and its binarization."""
+"""Batches of images, and their binarization."""
 
 from dataclasses import dataclass
 
@@ -17,20 +17,18 @@ class Batch:
     step: int  # since the start of training; for an evaluation, the number of this rank's batch
     images: torch.Tensor  # uint8 (local_batch, channels, height, width)
     labels: torch.Tensor  # int64 (local_batch,); -1 where there is none
-    samples: Integers  # (local_batch,): each one's number in its split
+    samples: Integers  # (local_batch,): the number of each in its split
     positions: Integers
-    """(local_batch,): what noise is drawn by; in training step * global_batch + place, else
-    samples.
-    """
+    """(local_batch,): keys of the noise: step * global_batch + place in training, else samples."""
 
 
 def binarize(batch: Batch, mode: Binarization, seed: int) -> torch.Tensor:
-    """Images as models see them, float32 in [0, 1] of the shape of ``batch.images``: black and
-    white, each pixel white with the probability of its grey value; or, with ``none``, as they are.
+    """Images as models see them, float32 in [0, 1] of the shape of ``batch.images``.
 
-    ``dynamic`` draws anew for every position: in training each time an image is seen (``seed`` is
-    the run's), in an evaluation once for each image (``seed`` is the evaluation's). ``static``
-    draws once for each sample of a split, whatever the seed.
+    Each pixel becomes white with the probability of its grey value, else black; ``none`` keeps the
+    grey values. ``dynamic`` draws again for every position: in training each time an image is seen
+    (with the run's ``seed``), in an evaluation once for each image (with the evaluation's).
+    ``static`` draws once for each sample of a split, whatever the seed.
     """
     grey = batch.images.float() / 255
     if mode is Binarization.none:

@@ -1,10 +1,9 @@
-"""A local cache of shards: bounded in bytes, shared by all processes of a machine, and never in the
-way.
+"""A local cache of shards, bounded in bytes and shared by all processes of a machine.
 
-A file is named for the sha256 of the shard that it holds, so that data sets cannot be confused and
-a shard that changes is another file. It takes that name only when all of it is there and has that
-sha256. Before a shard is fetched its room is set aside, and what was used longest ago makes way. A
-full disk, or a shard larger than the cache, is read past it.
+Each file is named after the sha256 of its shard, so that data sets cannot be confused and a
+changed shard is another file. It takes that name only when it is complete and its sha256 is
+verified. Space is reserved before a shard is fetched, by deleting the least recently used files. If
+the disk is full or a shard is larger than the cache, the shard is read from storage instead.
 """
 
 import errno
@@ -25,20 +24,20 @@ from pipeline.storage.pieces import Counted
 logger = logging.getLogger(__name__)
 
 NUM_LOCKS = 256
-"""One shard is fetched by one process at a time; those that share a lock wait for each other."""
+"""Locks of a cache. Two shards that share one are not fetched at the same time."""
 
 
 def open_cache(dataset: DatasetOptions) -> "ShardCache | None":
-    """The cache that the configuration asks for."""
+    """The cache in the options, if any."""
     return ShardCache(Path(dataset.cache), int(dataset.cache_gb * 1e9)) if dataset.cache else None
 
 
 @dataclass(frozen=True)
 class ShardCache:
-    """A folder for shards. Small and picklable; every process makes its own for the same folder.
+    """A folder of shards. Small and picklable; any number of processes may use the same folder.
 
-    ``max_bytes`` bounds the files in the folder, those being fetched too. Files that are deleted
-    while they are read are read to the end.
+    ``max_bytes`` bounds the files in the folder, including those being fetched. A file that is
+    deleted while it is being read is still read to the end.
     """
 
     folder: Path
@@ -47,16 +46,15 @@ class ShardCache:
     def stream(
         self, storage: Storage, key: str, size: int, sha256: str, start: int, length: int
     ) -> Iterator[bytes]:
-        """Bytes of the shard ``key`` of ``storage``, whose size in bytes and sha256 are known, from
-        the cache if it can be.
+        """``length`` bytes of a shard from byte ``start``, from the cache if possible.
 
-        Raises ``DamagedData`` if the shard in storage is another one, and as ``storage.stream``
-        does.
+        The shard is ``key`` of ``storage``, with ``size`` bytes and the given sha256. Raises
+        ``DamagedData`` if the shard in storage has another, and as ``storage.stream`` does.
         """
         path = self.folder / sha256
-        for _ in range(3):  # it may make way for another as soon as it is there
+        for _ in range(3):  # another shard may evict it as soon as it is there
             with suppress(OSError), path.open("rb", buffering=0) as file:
-                os.utime(file.fileno())  # used last
+                os.utime(file.fileno())  # most recently used
                 file.seek(start)
                 while piece := file.read(min(length, PIECE)):
                     start, length = start + len(piece), length - len(piece)
@@ -68,12 +66,12 @@ class ShardCache:
         yield from storage.stream(key, start, length)
 
     def drop(self, sha256: str) -> None:
-        """Forget a shard whose local copy went bad."""
+        """Delete a shard whose local copy is damaged."""
         with suppress(OSError):
             (self.folder / sha256).unlink()
 
     def _fetch(self, storage: Storage, key: str, size: int, sha256: str) -> bool:
-        """Whether the shard is in the cache now."""
+        """Fetch a shard unless it is there. Returns whether it is in the cache now."""
         if size > self.max_bytes:
             return False
         path, partial = self.folder / sha256, self.folder / f"{PARTIAL}{sha256}"
@@ -84,17 +82,16 @@ class ShardCache:
                     return True  # another process was faster
                 try:
                     with self._room(partial, size) as file:
-                        _fill(file, storage, key, size, sha256)
-                    with self._locked(
-                        "room"
-                    ):  # whoever counts what is taken finds it under one name or the other
+                        _download(file, storage, key, size, sha256)
+                    # Locked, so that whoever adds up the files finds it under exactly one name.
+                    with self._locked("room"):
                         os.replace(partial, path)
                 finally:
                     partial.unlink(missing_ok=True)
             return True
         except OSError as error:
             logger.warning(
-                "the cache %s cannot take %s/%s (%s); reading past it",
+                "the cache %s cannot take %s/%s (%s); reading it from storage",
                 self.folder,
                 storage.url,
                 key,
@@ -104,8 +101,9 @@ class ShardCache:
 
     @contextmanager
     def _room(self, partial: Path, size: int) -> Iterator[BinaryIO]:
-        """A file of ``size`` bytes on disk, which others count as taken, after the oldest made way
-        for it.
+        """A new file of ``size`` bytes, for which the least recently used files were deleted.
+
+        Its space is allocated, so that other processes count it as taken.
         """
         with self._locked("room"):
             files = []
@@ -140,15 +138,13 @@ class ShardCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Hold a lock that all processes and threads know, and that goes with its holder, however
-        that ends.
-        """
+        """Hold a lock against all processes and threads; it is released however its holder ends."""
         with self._lock_file(name).open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _abandoned(self, sha256: str) -> bool:
-        """Whether nobody is fetching that shard any more: whoever did was killed."""
+        """Whether the process that was fetching that shard was killed."""
         with self._lock_file(sha256).open("wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,9 +157,9 @@ class ShardCache:
         return self.folder / f"lock-{number}"
 
 
-def _fill(file: BinaryIO, storage: Storage, key: str, size: int, sha256: str) -> None:
-    """Write a whole shard from ``storage``, held to its size and sha256."""
-    for attempt in (1, 2):  # what was altered on its way comes whole the second time
+def _download(file: BinaryIO, storage: Storage, key: str, size: int, sha256: str) -> None:
+    """Write a whole shard to ``file``, and verify its size and sha256. Raises ``DamagedData``."""
+    for attempt in (1, 2):  # if it was altered on the network, it is intact the second time
         file.seek(0)
         passing = Counted(storage.stream(key))
         for piece in passing:

@@ -1,6 +1,4 @@
-"""Image files to pixels, and back: what every image goes through, whether it is being put into
-shards or read from them.
-"""
+"""Decoding and encoding of image files, used both to write shards and to read them."""
 
 import io
 from functools import lru_cache
@@ -15,21 +13,20 @@ from pipeline.errors import UserError
 Pixels = npt.NDArray[np.uint8]
 Fit = Literal["crop", "pad", "stretch"]
 
-# No format that runs another program (EPS), and none that nobody keeps images in: each is a way in
-# for damaged files.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Formats that are read: none that runs another program (EPS), and no rare one, since each decoder
+is one more that damaged files can attack.
+"""
 MAX_PIXELS = 1 << 26
-"""67 million: a small file may unpack to fill all memory."""
+"""67 million: a small file may decompress to fill all memory."""
 
 
 class BadImage(UserError):
-    """The bytes are no image that can be used; the text says why, and the caller says which."""
+    """The bytes are not a usable image; the message says why, and the caller says which image."""
 
 
 def measure(content: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width that an image or ``.npy`` file states, without unpacking it. Raises
-    ``BadImage``.
-    """
+    """The height and width of an image or ``.npy`` file, from its header. Raises ``BadImage``."""
     if content[:6] == b"\x93NUMPY":
         height, width, _ = pixels_of_array(content).shape
         if height * width > max_pixels:
@@ -39,12 +36,7 @@ def measure(content: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> tuple[
         return height, width
     with _open(content, max_pixels) as image:
         try:
-            swapped = image.getexif().get(0x0112, 1) in (
-                5,
-                6,
-                7,
-                8,
-            )  # EXIF's orientation: lying on its side
+            swapped = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF: rotated by 90 degrees
         except Exception as error:  # noqa: BLE001  (decoders raise whatever damaged bytes lead them to)
             raise BadImage(_reason(error)) from None
         return (image.width, image.height) if swapped else (image.height, image.width)
@@ -57,11 +49,11 @@ def decode(
     fit: Fit = "crop",
     max_pixels: int = MAX_PIXELS,
 ) -> Pixels:
-    """The pixels ``(height, width, channels)`` of an image or ``.npy`` file: grey (1) or RGB (3),
-    transparent parts white.
+    """The pixels ``(height, width, channels)`` of an image or ``.npy`` file, grey (1) or RGB (3).
 
-    ``size`` (height, width) scales it: ``crop`` keeps the middle, ``pad`` the whole on white,
-    ``stretch`` the whole without regard to its shape. Raises ``BadImage``.
+    Transparent pixels become white. ``size`` (height, width) scales the image: ``crop`` keeps the
+    middle, ``pad`` puts the whole on white, ``stretch`` ignores its proportions. Raises
+    ``BadImage``.
     """
     if content[:6] == b"\x93NUMPY":
         pixels = convert(pixels_of_array(content), channels)
@@ -89,16 +81,14 @@ def decode(
 
 
 def resize(pixels: Pixels, size: tuple[int, int], fit: Fit) -> Pixels:
-    """Pixels ``(height, width, channels)`` at another size, as ``decode`` does it."""
+    """Pixels ``(height, width, channels)`` at another size, scaled as by ``decode``."""
     channels = pixels.shape[2]
     image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
     return np.asarray(_fitted(image, size, fit)).reshape(*size, channels)
 
 
 def convert(pixels: Pixels, channels: int) -> Pixels:
-    """Pixels ``(height, width, 1 or 3)`` with ``channels`` channels: luminance, or grey three
-    times.
-    """
+    """Pixels ``(height, width, 1 or 3)`` with 1 channel (luminance) or 3 (grey three times)."""
     if pixels.shape[2] == channels:
         return pixels
     if channels == 3:
@@ -107,7 +97,7 @@ def convert(pixels: Pixels, channels: int) -> Pixels:
 
 
 def encode(pixels: Pixels, encoding: Literal["png", "webp"]) -> bytes:
-    """An image file without loss from pixels ``(height, width, 1 or 3)``."""
+    """A lossless image file from pixels ``(height, width, 1 or 3)``."""
     file = io.BytesIO()
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     if encoding == "png":
@@ -118,8 +108,9 @@ def encode(pixels: Pixels, encoding: Literal["png", "webp"]) -> bytes:
 
 
 def array(content: bytes | memoryview) -> npt.NDArray[Any]:
-    """The array of an ``.npy`` file, as a read-only view of its bytes; nothing is unpickled. Raises
-    ``BadImage``.
+    """The array of an ``.npy`` file, a read-only view of its bytes. Raises ``BadImage``.
+
+    Nothing is unpickled.
     """
     length = 10 + int.from_bytes(content[8:10], "little")  # of the header, in version 1.0
     if bytes(content[:8]) != b"\x93NUMPY\x01\x00" or len(content) < length:
@@ -151,8 +142,10 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def pixels_of_array(content: bytes | memoryview) -> Pixels:
-    """The pixels ``(height, width, 1 or 3)`` of an ``.npy`` file: bytes of shape height x width, x
-    channels, or channels x that.
+    """The pixels ``(height, width, 1 or 3)`` of an ``.npy`` file. Raises ``BadImage``.
+
+    Its array is uint8, of shape height x width, height x width x channels, or channels x height x
+    width.
     """
     found = array(content)
     if found.dtype != np.uint8 or found.ndim not in (2, 3):

@@ -1,16 +1,16 @@
-"""A manifest for WebDataset shards that someone else wrote, where they lie, without rewriting them.
+"""A manifest for existing WebDataset shards, which stay where they are and are not rewritten.
 
-Each shard is read once, by a Ray task: its size and sha256, and for every image where it begins,
-how long it is, its checksum and its label. Only these are written, beside the manifest; the shards
-may be in a bucket that is read-only, or on the web.
+A Ray task reads each shard once: its size and sha256, and the offset, size, checksum and label of
+every image. Only the manifest and these indices are written; the shards may be in a read-only
+bucket or on the web.
 """
 
 import hashlib
-import itertools
 import re
 from dataclasses import asdict
 from typing import Any
 
+from braceexpand import braceexpand
 from tqdm import tqdm
 
 from pipeline import cluster
@@ -21,16 +21,19 @@ from pipeline.config.sections import (
     StorageOptions,
 )
 from pipeline.data import images, manifest
+from pipeline.data.journal import Journal
 from pipeline.data.manifest import Manifest, Shard
-from pipeline.data.members import samples
-from pipeline.data.receipts import Receipts
 from pipeline.data.records import Index, checksum
-from pipeline.data.sources.base import SPLITS, place_of
+from pipeline.data.sources.base import SPLITS, hash_fraction
+from pipeline.data.sources.members import read_samples
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.storage.pieces import Counted, Pieces
 from pipeline.values import JsonObject
+
+MAX_RANGE = 10**7
+"""Numbers that one range of a pattern may hold: more is a mistake, and would fill the memory."""
 
 
 def write_manifest(
@@ -38,8 +41,8 @@ def write_manifest(
 ) -> JsonObject:
     """Write the manifest that the options name, unless it exists. Returns a summary of it.
 
-    Raises UserError if a shard cannot be read or is not safe to, or the manifest exists but is of
-    other shards or options.
+    Raises UserError if a shard cannot be read or is unsafe, or the manifest exists but was made
+    from other shards or options.
     """
     storage = open_storage(dataset.url, place.endpoint_url)
     splits = find_shards(options, place.endpoint_url)
@@ -51,21 +54,21 @@ def write_manifest(
         for name in ("image_size", "channels", "label_key", "max_megapixels")
     }
     recipe["fit"] = options.fit.value
-    contents = manifest.existing(storage, recipe)
+    contents = manifest.load_made_by(storage, recipe)
     reused = contents is not None
     if contents is None:
         cluster.connect(workers, place)
         contents = _index_all(dataset.name, options, storage, splits, recipe)
         contents.publish(storage)
-        Receipts(storage, recipe).clear()
+        Journal(storage, recipe).clear()
     return {"url": storage.url, "reused": reused, **manifest.summary(contents)}
 
 
 def find_shards(options: IndexOptions, endpoint_url: str | None) -> dict[str, list[str]]:
-    """The addresses of every split's shards.
+    """The addresses of the shards of each split.
 
-    Without patterns of their own, ``valid`` and ``test`` get whole shards of ``train``, chosen by
-    the hash of their names.
+    Where ``valid`` or ``test`` has no pattern, it gets whole shards of ``train``, chosen by the
+    hash of their names.
     """
     found = {
         split: expand(getattr(options, split), endpoint_url)
@@ -77,7 +80,7 @@ def find_shards(options: IndexOptions, endpoint_url: str | None) -> dict[str, li
         chosen = [
             url
             for url in found["train"]
-            if place_of(f"{split} {url.rpartition('/')[2]}") < fractions[split]
+            if hash_fraction(f"{split} {url.rpartition('/')[2]}") < fractions[split]
         ]
         found["train"] = [url for url in found["train"] if url not in set(chosen)]
         found[split] = chosen
@@ -91,8 +94,10 @@ def find_shards(options: IndexOptions, endpoint_url: str | None) -> dict[str, li
 
 
 def expand(pattern: str, endpoint_url: str | None) -> list[str]:
-    """The addresses that a pattern stands for: ``{000..123}`` and ``{a,b}`` are spelt out, a folder
-    is all tars below it.
+    """The addresses that a pattern stands for: a folder is all tars below it, and braces are
+    expanded as in a shell, ``{000..123}`` and ``{a,b}``.
+
+    Raises UserError for a range that is too long or runs downwards, and where nothing is found.
     """
     if not pattern.endswith(".tar"):
         place = open_storage(pattern, endpoint_url)
@@ -100,20 +105,14 @@ def expand(pattern: str, endpoint_url: str | None) -> list[str]:
         if not found:
             raise UserError(f"there are no .tar files at {pattern}")
         return found
-    parts: list[list[str]] = []
-    for text in re.split(r"(\{[^{}]*\})", pattern):
-        if not text.startswith("{"):
-            parts.append([text])
-        elif span := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", text):
-            first, last = span.groups()
-            if int(last) < int(first) or int(last) - int(first) > 10**7:
-                raise UserError(f"{pattern}: {text} is no range of numbers")
-            parts.append(
-                [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-            )
-        else:
-            parts.append(text[1:-1].split(","))
-    return ["".join(choice) for choice in itertools.product(*parts)]
+    for span in re.finditer(r"\{(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?\}", pattern):
+        first, last = int(span[1]), int(span[2])
+        if last < first or last - first > MAX_RANGE:
+            raise UserError(f"{pattern}: {span[0]} is no range of numbers")
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except ValueError:
+        raise UserError(f"{pattern}: its braces do not match") from None
 
 
 def _index_all(
@@ -121,10 +120,10 @@ def _index_all(
     options: IndexOptions,
     storage: Storage,
     splits: dict[str, list[str]],
-    recipe: dict[str, Any],
+    recipe: JsonObject,
 ) -> Manifest:
-    receipts = Receipts(storage, recipe | {"version": manifest.VERSION})
-    finished = receipts.names()
+    journal = Journal(storage, recipe | {"version": manifest.VERSION})
+    finished = journal.finished()
     jobs = [
         (split, f"{split}-{number:06d}", url)
         for split in splits
@@ -139,10 +138,10 @@ def _index_all(
         mininterval=1.0,
     ) as progress:
         for _ in cluster.in_tasks(
-            index_shard, ((storage, receipts, job, url, options) for _, job, url in waiting)
+            index_shard, ((storage, journal, job, url, options) for _, job, url in waiting)
         ):
             progress.update()
-    found = [receipts.read(job) for _, job, _ in jobs]
+    found = [journal.read(job) for _, job, _ in jobs]
     shards = {
         split: [
             Shard(**each["shard"]) for each, job in zip(found, jobs, strict=True) if job[0] == split
@@ -158,7 +157,7 @@ def _index_all(
         image_shape=(options.channels, *_image_size(options, found)),
         num_classes=labels + 1 if labels >= 0 else None,
         block_size=1,
-        splits={split: manifest.kept(storage, split, shards[split]) for split in splits},
+        splits={split: manifest.paginate(storage, split, shards[split]) for split in splits},
         source=recipe,
         encoding="image",
         fit=options.fit.value if options.image_size else None,
@@ -166,7 +165,7 @@ def _index_all(
 
 
 def _image_size(options: IndexOptions, found: list[Any]) -> tuple[int, int]:
-    """Height and width that the loader is to give."""
+    """The height and width to which the loader brings all images."""
     if options.image_size is not None:
         return options.image_size, options.image_size
     sizes = {
@@ -185,16 +184,16 @@ def _image_size(options: IndexOptions, found: list[Any]) -> tuple[int, int]:
 
 
 def index_shard(
-    storage: Storage, receipts: Receipts, name: str, url: str, options: IndexOptions
+    storage: Storage, journal: Journal, name: str, url: str, options: IndexOptions
 ) -> None:
-    """Read one shard, and write its index and its receipt."""
+    """Read one shard, and write its index, then its entry in the journal."""
     folder, _, key = url.rpartition("/")
-    passing = Counted(open_storage(folder, getattr(storage, "endpoint_url", None)).stream(key))
+    passing = Counted(storage.elsewhere(folder).stream(key))
     columns: dict[str, list[Any]] = {
         column: [] for column in ("offset", "size", "checksum", "labels", "keys")
     }
     sizes: dict[tuple[int, int], str] = {}
-    for sample in samples(url, Pieces(passing), options.label_key):
+    for sample in read_samples(url, Pieces(passing), options.label_key):
         try:
             size = images.measure(sample.content, int(options.max_megapixels * 1e6))
         except images.BadImage as error:
@@ -224,7 +223,7 @@ def index_shard(
         index_name,
         hashlib.sha256(index).hexdigest(),
     )
-    receipts.write(
+    journal.write(
         name,
         {
             "shard": asdict(shard),

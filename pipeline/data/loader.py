@@ -1,7 +1,7 @@
-"""From shards to batches of tensors, exactly once, from any step on.
+"""Batches of tensors from shards: every sample exactly once, starting at any step.
 
-``TrainLoader`` follows the order of ``pipeline.order``; ``EvalLoader`` gives every sample once, in
-the manifest's order. Both read one ahead in the background, hold every record to its checksum, and
+``TrainLoader`` follows ``pipeline.data.order``; ``EvalLoader`` gives every sample once, in the
+order of the manifest. Both read ahead in the background, verify the checksum of every record, and
 unpickle nothing.
 """
 
@@ -13,31 +13,27 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.data.batch import Batch
-from pipeline.data.cache import ShardCache
-from pipeline.data.manifest import Integers, Manifest
-from pipeline.data.order import Order, share, straight
-from pipeline.data.reader import Reader, Rows, substitute
+from pipeline.data.dataset import DataSet
+from pipeline.data.manifest import Integers
+from pipeline.data.order import Order, even_part, in_manifest_order
+from pipeline.data.reader import STRICT, Reader, ReadOptions, Rows, substitute
 from pipeline.errors import UserError
-from pipeline.storage.base import Storage
 
 Item = TypeVar("Item")
 GROUP_BYTES = 128 << 20
-"""How much of a training set is shuffled together, over all streams."""
+"""Bytes of images that are shuffled together, over all streams."""
 
 
 class TrainLoader:
-    """The batches of steps ``start_step`` to ``num_steps - 1`` of one rank, over as many epochs as
-    they take.
+    """One rank's batches of steps ``start_step`` to ``num_steps - 1``, over any number of epochs.
 
     Each iteration begins at ``start_step``; getting there costs one ranged read for each shard that
     is open at that step. ``group_bytes`` bounds the images that are shuffled together, over all
-    streams; the ranks share them. Twice that is in memory: what is in use, and what comes next.
-    ``cache`` keeps shards on this machine. Up to ``max_skipped`` samples that are damaged or
-    missing are replaced by others of their group, on this rank, with a warning; by default the
-    first is an error.
+    streams; the ranks share them. Memory holds twice that: the group in use and the next one.
+    Samples that ``options`` allows to skip are replaced by others of their group.
 
-    Ranks have one stream more or less than others where their number does not divide that of the
-    streams.
+    If the number of ranks does not divide the number of streams, some ranks read one stream more
+    than others.
 
     Raises ``UserError`` if there are more ranks than streams or fewer samples than one batch, and
     while iterating if data is missing or damaged.
@@ -45,8 +41,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        storage: Storage,
-        manifest: Manifest,
+        data: DataSet,
         *,
         seed: int,
         global_batch: int,
@@ -55,17 +50,15 @@ class TrainLoader:
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        split: str = "train",
         group_bytes: int = GROUP_BYTES,
-        cache: ShardCache | None = None,
-        max_skipped: int = 0,
+        options: ReadOptions = STRICT,
     ) -> None:
         if world_size > num_streams:
             raise UserError(
                 f"{world_size} ranks cannot share {num_streams} streams; use fewer, or a larger"
                 " train.num_streams"
             )
-        self._reader = Reader(storage, manifest, split, cache, max_skipped)
+        self._reader = Reader(data, "train", options)
         try:
             self._order = Order(
                 sizes=self._reader.sizes,
@@ -76,10 +69,10 @@ class TrainLoader:
             )
         except ValueError as error:
             raise UserError(
-                f"split {split} of data set {manifest.name}: {error}; choose another"
+                f"split train of data set {data.manifest.name}: {error}; choose another"
                 " train.global_batch"
             ) from None
-        self._streams = range(*share(num_streams, rank, world_size))
+        self._streams = range(*even_part(num_streams, rank, world_size))
         self._first_position = self._streams.start * self._order.stream_batch
         self._steps = range(start_step, num_steps)
 
@@ -89,7 +82,7 @@ class TrainLoader:
 
     @property
     def num_skipped(self) -> int:
-        """How many samples this rank could not read so far, and replaced by others."""
+        """The number of samples that this rank could not read and replaced by others."""
         return self._reader.num_skipped
 
     def __iter__(self) -> Iterator[Batch]:
@@ -101,24 +94,25 @@ class TrainLoader:
                 step += 1
 
     def _rounds(self) -> Iterator[tuple[Rows, Integers]]:
-        """A group of each of our streams at a time: its samples, and the rows of each batch,
+        """The samples of one group of each stream at a time, and the rows of each batch,
         ``(num_batches, local_batch)``.
         """
         order, step, epoch = self._order, self._steps.start, -1
         steps_per_group = order.group_length // order.stream_batch
         room = len(self._streams) * min(order.group_length, order.stream_length)
         buffers = [
-            Rows.of(room, self._reader.image_shape) for _ in range(2)
-        ]  # in use, and being filled
+            Rows.empty(room, self._reader.image_shape) for _ in range(2)
+        ]  # one in use, one being filled
         while step < self._steps.stop:
             if epoch != step // order.steps_per_epoch:
                 epoch = step // order.steps_per_epoch
                 circle = order.circle(epoch)
             index, begin = divmod(step % order.steps_per_epoch, steps_per_group)
             groups = [order.group(epoch, circle, stream, index) for stream in self._streams]
-            length = len(groups[0].permutation)  # that of all
+            length = len(groups[0].permutation)  # equal for all streams
             rows = buffers[0]
-            present = self._reader.fill(rows, np.concatenate([group.segments for group in groups]))
+            segments = np.concatenate([group.segments for group in groups])
+            present = self._reader.read_into(rows, segments)
             if not present.all():
                 for number in range(len(groups)):
                     substitute(rows, present, slice(number * length, (number + 1) * length))
@@ -134,49 +128,44 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """This rank's share of a split, or of its first ``num_images`` samples: each exactly once, the
-    last batch as it comes.
+    """One rank's part of a split, or of its first ``num_images`` samples, each exactly once.
 
-    ``cache`` keeps shards on this machine. Up to ``max_skipped`` samples that are damaged or
-    missing are left out, with a warning; by default the first is an error.
+    The last batch may be smaller than the others.
+    Samples that ``options`` allows to skip are left out.
 
     Raises ``UserError`` while iterating if data is missing or damaged.
     """
 
     def __init__(
         self,
-        storage: Storage,
-        manifest: Manifest,
+        data: DataSet,
         *,
         split: str,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         num_images: int | None = None,
-        cache: ShardCache | None = None,
-        max_skipped: int = 0,
+        options: ReadOptions = STRICT,
     ) -> None:
-        self._reader = Reader(storage, manifest, split, cache, max_skipped)
+        self._reader = Reader(data, split, options)
         self._batch_size = batch_size
-        total = manifest.num_samples(split)
-        self._start, self._stop = share(
+        total = data.manifest.num_samples(split)
+        self._start, self._stop = even_part(
             total if num_images is None else min(num_images, total), rank, world_size
         )
 
     @property
     def num_samples(self) -> int:
-        """How many samples this rank gives."""
+        """The number of samples that this rank gives."""
         return self._stop - self._start
 
     @property
     def num_skipped(self) -> int:
-        """How many of them it could not read so far, and left out."""
+        """The number of samples that this rank could not read and left out."""
         return self._reader.num_skipped
 
     def keys(self, batch: Batch) -> list[str] | None:
-        """What the samples of a batch were called where they came from; None if they had no names
-        there.
-        """
+        """The names that the samples of a batch had in their source; None if they had none."""
         return self._reader.keys(batch.samples)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -188,28 +177,26 @@ class EvalLoader:
                 step += 1
 
     def _rounds(self) -> Iterator[tuple[Rows, Integers]]:
-        """Some whole batches at a time (about 16 MB): samples, and the rows of those that are
-        there.
-        """
-        circle = straight(self._reader.sizes)
+        """The samples of some whole batches at a time (about 16 MB), and the rows read."""
+        circle = in_manifest_order(self._reader.sizes)
         length = (
             max(1, (16 << 20) // (self._reader.image_bytes * self._batch_size)) * self._batch_size
         )
         buffers = [
-            Rows.of(min(length, self.num_samples), self._reader.image_shape) for _ in range(2)
+            Rows.empty(min(length, self.num_samples), self._reader.image_shape) for _ in range(2)
         ]
         for start in range(self._start, self._stop, length):
             segments = circle.segments(start, min(start + length, self._stop))
-            yield buffers[0], np.flatnonzero(self._reader.fill(buffers[0], segments))
+            yield buffers[0], np.flatnonzero(self._reader.read_into(buffers[0], segments))
             buffers.reverse()
 
 
 def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each made in the background while the one before is in use.
+    """The same items, each made in the background while the previous one is in use.
 
-    An error in making an item is raised where the item would have come. Each thread makes one item
-    and ends: a consumer that stops early leaves no more than that running, and a daemon thread does
-    not keep the interpreter from ending.
+    An error in making an item is raised in the item's place. Each thread makes one item and ends,
+    so a consumer that stops early leaves at most one running; a daemon thread does not keep the
+    interpreter alive.
     """
 
     def start() -> Future[Item]:

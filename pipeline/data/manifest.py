@@ -1,4 +1,4 @@
-"""What a data set is: ``manifest.json``, its shards, and each shard's index of records.
+"""The manifest of a data set: its shards, and the index of records of each shard.
 
 ::
 
@@ -6,17 +6,16 @@
                              samples, checksums
     train/00000.tar          a WebDataset tar; each record holds a block of images and their labels,
                              or one image
-    train/00000.index.json   where each record of that tar begins, how long it is, how many samples
-                             it holds, its checksum
-    pages/...                the shards, if there are very many, in place of the list in
-                             manifest.json
+    train/00000.index.json   the offset, size, number of samples and checksum of each record of that
+                             tar
+    pages/...                the list of shards, if it is too long for manifest.json
 
-The manifest is written last: a data set exists when it is there. Nothing in it grows with the
-number of samples; what does is in the index, read when its shard is opened. Shards may also lie
-elsewhere, and belong to someone else (``vlae index``): then their names are whole addresses, and
+The manifest is written last: a data set exists once it is there. Nothing in it grows with the
+number of samples; what does is in an index, which is read when its shard is opened. Shards may also
+be elsewhere and belong to someone else (``vlae index``): then their names are whole addresses, and
 only the indices are beside the manifest.
 
-Encodings, by what a record is:
+The encoding says what a record is:
 
 ``npy``
     one WebDataset sample, KEY, of two members: ``KEY.images.npy``, uint8 ``(num_samples, channels,
@@ -44,12 +43,13 @@ import numpy.typing as npt
 from pipeline.data.images import MAX_PIXELS, Fit
 from pipeline.errors import UserError
 from pipeline.storage.base import ObjectNotFound, Storage
+from pipeline.values import JsonObject
 
 VERSION = 2
 ENCODINGS = ("npy", "image")
 MANIFEST_KEY = "manifest.json"
 PAGE = 10_000
-"""Shards; a split with more is kept in pages."""
+"""Shards of a page; a split with more shards is stored in pages."""
 Integers = npt.NDArray[np.int64]
 Row = TypeVar("Row", "Shard", "Page")
 
@@ -58,9 +58,8 @@ Row = TypeVar("Row", "Shard", "Page")
 class Shard:
     """One tar, and its index."""
 
-    name: (
-        str  # its key, such as train/00000.tar, or its address, such as s3://bucket/train/00000.tar
-    )
+    name: str
+    """Its key, such as train/00000.tar, or its address, such as s3://bucket/train/00000.tar."""
     size: int  # in bytes
     sha256: str
     num_samples: int
@@ -70,7 +69,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Page:
-    """Some thousand shards of a split, in a Parquet object of their own."""
+    """Up to ``PAGE`` shards of a split, in a Parquet file."""
 
     name: str  # its key
     num_shards: int
@@ -78,9 +77,7 @@ class Page:
 
 
 class PagedShards(Sequence[Shard]):
-    """The shards of a split with very many: only the numbers of samples are in memory, and the
-    pages in use.
-    """
+    """The shards of a large split: memory holds their numbers of samples, and the pages in use."""
 
     def __init__(
         self, storage: Storage, pages: tuple[Page, ...], sizes_name: str, sizes_sha256: str
@@ -116,7 +113,7 @@ class PagedShards(Sequence[Shard]):
         return np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64, copy=False)
 
     def _load(self, page: int) -> Any:
-        import pyarrow.parquet  # 40 MB that only data sets with very many shards need
+        import pyarrow.parquet  # 40 MB that only data sets with pages need
 
         content = read_verified(self._storage, self.pages[page].name, self.pages[page].sha256)
         # Not read_table, which takes longer to load the rest of pyarrow than to read a page.
@@ -126,7 +123,7 @@ class PagedShards(Sequence[Shard]):
     def write(
         cls, storage: Storage, split: str, shards: Iterator[Shard] | Sequence[Shard]
     ) -> "PagedShards":
-        """Put shards into pages below ``storage``, holding one page of them in memory."""
+        """Write shards to pages below ``storage``, with one page in memory."""
         import pyarrow
         import pyarrow.parquet
 
@@ -159,24 +156,22 @@ class PagedShards(Sequence[Shard]):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data set."""
+    """The description of a data set, as ``manifest.json`` holds it."""
 
     name: str
     image_shape: tuple[int, int, int]  # channels, height, width
-    num_classes: int | None  # none: there are no labels
+    num_classes: int | None  # None: there are no labels
     block_size: int  # samples of a record; the last of a shard may hold fewer
     splits: Mapping[str, Sequence[Shard]]
-    source: dict[str, Any] = field(default_factory=dict)  # what it was made from, and how
+    source: JsonObject = field(default_factory=dict)
+    """The recipe: the images that it was made from, and the options."""
     encoding: str = "npy"
-    fit: Fit | None = (
-        # How images of other shapes are brought to image_shape as they are read; none: they are
-        # errors
-        None
-    )
+    fit: Fit | None = None
+    """How images of other shapes are brought to ``image_shape``; None: they are errors."""
     version: int = VERSION
 
     def shards(self, split: str) -> Sequence[Shard]:
-        """Raises ``UserError`` if there is no such split."""
+        """The shards of a split. Raises ``UserError`` if there is no such split."""
         if split not in self.splits:
             raise UserError(
                 f"data set {self.name} has no split {split!r}; it has {', '.join(self.splits)}"
@@ -195,32 +190,30 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """The sha256 of the manifest: it stands for all of the data, since it holds the shards'
-        own.
-        """
+        """The sha256 of the manifest, and so of all data: it holds the sha256 of every shard."""
         return _digest(self._content())
 
     def publish(self, storage: Storage) -> None:
-        """Make the data set exist, when everything that it names is in place."""
+        """Write the manifest, which makes the data set exist. Everything it names must be there."""
         storage.write_json(MANIFEST_KEY, {**self._content(), "sha256": self.digest})
 
-    def _content(self) -> dict[str, Any]:
+    def _content(self) -> JsonObject:
         """As JSON values."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
         return {
             **content,
             "image_shape": list(self.image_shape),
-            "splits": {k: _listed(v) for k, v in self.splits.items()},
+            "splits": {k: _shards_to_json(v) for k, v in self.splits.items()},
         }
 
 
-def _digest(content: dict[str, Any]) -> str:
+def _digest(content: JsonObject) -> str:
     return hashlib.sha256(
         json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
 
 
-def _listed(shards: Sequence[Shard]) -> Any:
+def _shards_to_json(shards: Sequence[Shard]) -> Any:
     if not isinstance(shards, PagedShards):
         return [asdict(shard) for shard in shards]
     pages = [asdict(page) for page in shards.pages]
@@ -228,7 +221,7 @@ def _listed(shards: Sequence[Shard]) -> Any:
 
 
 def load(storage: Storage) -> Manifest:
-    """The data set in ``storage``.
+    """The manifest in ``storage``.
 
     Raises ``UserError`` if there is none, or one that is damaged or of another version.
     """
@@ -255,7 +248,8 @@ def load(storage: Storage) -> Manifest:
         )
     try:
         splits = {
-            split: _read_listed(storage, listed) for split, listed in content.pop("splits").items()
+            split: _shards_from_json(storage, listed)
+            for split, listed in content.pop("splits").items()
         }
         channels, height, width = content.pop("image_shape")
         loaded = Manifest(**content, splits=splits, image_shape=(channels, height, width))
@@ -266,7 +260,7 @@ def load(storage: Storage) -> Manifest:
 
 
 def _check(contents: Manifest) -> None:
-    """Raises ``ValueError`` or ``TypeError`` unless every value can be what it says."""
+    """Raise ``ValueError`` or ``TypeError`` unless every value is possible."""
     if not contents.splits or math.prod(_counts(*contents.image_shape)) > 3 * MAX_PIXELS:
         raise ValueError("it has no splits, or impossible images")
     _counts(contents.block_size, 1 if contents.num_classes is None else contents.num_classes)
@@ -283,9 +277,10 @@ def _counts(*values: object) -> list[int]:
     return list(values)  # type: ignore[arg-type]
 
 
-def existing(storage: Storage, recipe: dict[str, Any]) -> Manifest | None:
-    """The data set in ``storage``, if there is one, made by ``recipe``. Raises ``UserError`` if it
-    was made by another.
+def load_made_by(storage: Storage, recipe: JsonObject) -> Manifest | None:
+    """The manifest in ``storage``, or None if there is none.
+
+    Raises ``UserError`` if the data set was made by another recipe.
     """
     if not storage.exists(MANIFEST_KEY):
         return None
@@ -304,8 +299,8 @@ def existing(storage: Storage, recipe: dict[str, Any]) -> Manifest | None:
     return contents
 
 
-def summary(contents: Manifest) -> dict[str, Any]:
-    """What there is, as JSON values."""
+def summary(contents: Manifest) -> JsonObject:
+    """The sizes and the digest of a data set, as JSON values."""
     return {
         "image_shape": list(contents.image_shape),
         "num_classes": contents.num_classes,
@@ -318,21 +313,21 @@ def summary(contents: Manifest) -> dict[str, Any]:
     }
 
 
-def kept(storage: Storage, split: str, shards: Sequence[Shard]) -> Sequence[Shard]:
-    """Shards as the manifest is to hold them: themselves, or, if they are very many, in pages."""
+def paginate(storage: Storage, split: str, shards: Sequence[Shard]) -> Sequence[Shard]:
+    """Write the shards to pages if there are more than ``PAGE``; else return them as they are."""
     return tuple(shards) if len(shards) <= PAGE else PagedShards.write(storage, split, shards)
 
 
-def _read_listed(storage: Storage, listed: Any) -> Sequence[Shard]:
+def _shards_from_json(storage: Storage, listed: Any) -> Sequence[Shard]:
     if isinstance(listed, dict):
-        pages = tuple(_made(Page, page) for page in listed["pages"])
+        pages = tuple(_row_from_json(Page, page) for page in listed["pages"])
         _counts(*(page.num_shards for page in pages), len(pages))
         return PagedShards(storage, pages, str(listed["sizes_name"]), str(listed["sizes_sha256"]))
-    return tuple(_made(Shard, shard) for shard in listed)
+    return tuple(_row_from_json(Shard, shard) for shard in listed)
 
 
-def _made(kind: type[Row], values: Any) -> Row:
-    """A ``Shard`` or ``Page`` of JSON values, which are strings and counts."""
+def _row_from_json(kind: type[Row], values: Any) -> Row:
+    """A ``Shard`` or ``Page`` from JSON values. Raises ``ValueError`` if one has a wrong type."""
     made = kind(**values)
     for item in fields(made):
         value = getattr(made, item.name)
@@ -342,10 +337,8 @@ def _made(kind: type[Row], values: Any) -> Row:
 
 
 def read_verified(storage: Storage, key: str, sha256: str) -> bytes:
-    """A small object that the manifest names, whole. Raises ``UserError`` if it is missing or
-    another one.
-    """
-    for _ in range(2):  # what was altered on its way comes whole the second time
+    """A small object that the manifest names. Raises ``UserError`` if it is missing or damaged."""
+    for _ in range(2):  # if it was altered on the network, it is intact the second time
         content = storage.read(key)
         actual = hashlib.sha256(content).hexdigest()
         if actual == sha256:

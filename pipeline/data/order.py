@@ -1,5 +1,6 @@
-"""Which sample goes where, and when: pure functions of (shard sizes, seed, epoch), without a list
-of all samples.
+"""Which sample each rank sees at each step: pure functions of (shard sizes, seed, epoch).
+
+No list of all samples is ever made.
 
 An epoch shuffles the shards and lays their samples end to end in a circle, which it enters at a
 random place. The circle is dealt to C canonical *streams* of equal length; each stream is cut into
@@ -9,9 +10,8 @@ to floor((r + 1) C / W). So
 
 * every rank has the same number of steps, and a global batch is the same for every W;
 * no sample comes twice in an epoch; the N mod B samples that fill no batch (the end of the circle)
-  are left out, other
-  ones in each epoch, every sample as likely as any other;
-* a position in training is one integer, the step since its start, and going there needs no replay.
+  are left out, others in each epoch, every sample with the same probability;
+* a position in training is one integer, the step since its start, and resuming needs no replay.
 
 Example: shards of 3, 4 and 5 samples (N = 12), B = 4, C = 2, groups of at most 4 samples:
 
@@ -48,30 +48,28 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Circle:
-    """The samples of one epoch, or of an evaluation: shards end to end, entered at ``offset`` and
-    going round.
-    """
+    """The samples of an epoch or an evaluation: shards end to end in a circle."""
 
     shards: Indices  # (num_shards,): the shards in the order in which they are laid
     bounds: Indices  # (num_shards + 1,): where each begins and the last ends
-    offset: int  # the place of position 0
+    offset: int  # where position 0 is
 
     def segments(self, start: int, stop: int) -> Indices:
-        """What positions ``start`` to ``stop`` of the circle are: rows of (shard, first sample,
-        last sample + 1).
+        """The samples at positions ``start`` to ``stop`` of the circle.
 
-        Shape ``(num_segments, 3)``, in the order of positions. Costs the logarithm of the number of
-        shards, and the segments.
+        Rows of (shard, first sample, last sample + 1), of shape ``(num_segments, 3)``, in the order
+        of positions. The cost is the logarithm of the number of shards, plus the segments.
         """
         total = int(self.bounds[-1])
         start, stop = start + self.offset, stop + self.offset
         if stop <= total:
-            return self._straight(start, stop)
+            return self._segments_between(start, stop)
         if start >= total:
-            return self._straight(start - total, stop - total)
-        return np.concatenate([self._straight(start, total), self._straight(0, stop - total)])
+            return self._segments_between(start - total, stop - total)
+        parts = self._segments_between(start, total), self._segments_between(0, stop - total)
+        return np.concatenate(parts)
 
-    def _straight(self, start: int, stop: int) -> Indices:
+    def _segments_between(self, start: int, stop: int) -> Indices:
         first = int(np.searchsorted(self.bounds, start, side="right")) - 1
         last = int(np.searchsorted(self.bounds, stop, side="left"))
         begins, ends = self.bounds[first:last], self.bounds[first + 1 : last + 1]
@@ -91,18 +89,17 @@ class Group:
     """Consecutive samples of one stream, and the order in which they are used."""
 
     segments: Indices  # (num_segments, 3): shard, first sample, last sample + 1
-    permutation: (
-        Indices  # (num_samples,): use k is sample permutation[k] of the segments laid end to end
-    )
+    permutation: Indices
+    """(num_samples,): sample k of the group is sample permutation[k] of the segments end to end."""
 
 
 @dataclass(frozen=True)
 class Order:
     """The order of training.
 
-    ``sizes`` are the numbers of samples of the shards, in the manifest's order. ``group_samples``
-    bounds the samples that a stream shuffles together; it is rounded down to whole batches, so that
-    a batch never needs two groups of a stream.
+    ``sizes`` are the numbers of samples of the shards, in the order of the manifest.
+    ``group_samples`` bounds the samples that a stream shuffles together; it is rounded down to
+    whole batches, so that a batch never needs two groups of a stream.
 
     Raises ``ValueError`` if there are fewer samples than one global batch, or the streams do not
     divide the batch.
@@ -145,20 +142,22 @@ class Order:
 
     @property
     def group_length(self) -> int:
-        """Samples of every group of a stream but perhaps its last."""
+        """Samples of each group of a stream; the last one may be shorter."""
         return max(1, self.group_samples // self.stream_batch) * self.stream_batch
 
     def circle(self, epoch: int) -> Circle:
-        """An epoch's samples, of which stream c has positions ``c * stream_length`` up to ``(c + 1)
-        * stream_length``.
+        """The samples of an epoch.
+
+        Stream c has positions ``c * stream_length`` up to ``(c + 1) * stream_length``.
         """
         shards = permutation((self.seed, Purpose.SHARD_ORDER, epoch), len(self.sizes))
         offset = below((self.seed, Purpose.EPOCH_OFFSET, epoch), self.num_samples)
         return Circle(shards, _bounds(np.asarray(self.sizes, dtype=np.int64)[shards]), offset)
 
     def group(self, epoch: int, circle: Circle, stream: int, index: int) -> Group:
-        """Group ``index`` of a stream in an epoch. ``circle`` is that epoch's (made once, as it
-        costs a sort of all shards).
+        """Group ``index`` of a stream in an epoch, whose ``circle`` is passed in.
+
+        The circle is made once an epoch, since it takes a sort of all shards.
         """
         start = index * self.group_length
         stop = min(start + self.group_length, self.stream_length)
@@ -167,21 +166,22 @@ class Order:
         return Group(circle.segments(first + start, first + stop), permutation(key, stop - start))
 
 
-def straight(sizes: Sequence[int] | Indices) -> Circle:
-    """All samples in the order of the manifest: the order of evaluation."""
+def in_manifest_order(sizes: Sequence[int] | Indices) -> Circle:
+    """All samples in the order of the manifest, in which evaluations see them."""
     return Circle(np.arange(len(sizes)), _bounds(np.asarray(sizes, dtype=np.int64)), 0)
 
 
-def share(num_samples: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The positions ``(start, stop)`` of a rank when each sample is to be seen exactly once; shares
-    differ by one at most.
+def even_part(num_samples: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The positions ``(start, stop)`` of one rank's part of a sequence.
 
-    >>> [share(10, rank, 4) for rank in range(4)]
+    Every position belongs to exactly one rank; the parts differ in length by at most one.
+
+    >>> [even_part(10, rank, 4) for rank in range(4)]
     [(0, 2), (2, 5), (5, 7), (7, 10)]
     """
     return num_samples * rank // world_size, num_samples * (rank + 1) // world_size
 
 
 def _bounds(sizes: Indices) -> Indices:
-    """Where each of a row of lengths begins, and where the last ends."""
+    """Where each of the sizes begins when laid end to end, and where the last ends."""
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])

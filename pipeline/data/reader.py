@@ -1,6 +1,4 @@
-"""Samples of one split from its shards: fetched, checked, decoded and put where they belong,
-several shards at a time.
-"""
+"""Reading samples from the shards of a split: fetch, check and decode, several shards at a time."""
 
 import logging
 import threading
@@ -16,10 +14,10 @@ import torch
 
 from pipeline.data import images, tar
 from pipeline.data.cache import ShardCache
-from pipeline.data.manifest import Integers, Manifest, Shard
+from pipeline.data.dataset import DataSet
+from pipeline.data.manifest import Integers, Shard
 from pipeline.data.records import Index, checksum
 from pipeline.errors import DamagedData, UserError
-from pipeline.storage import open_storage
 from pipeline.storage.base import ObjectNotFound, ObjectTooShort, Storage
 from pipeline.storage.pieces import Pieces
 
@@ -31,9 +29,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 THREADS = 8
-"""Reads under way at once: one connection to object storage gives a tenth of what a network card
-takes.
-"""
+"""Concurrent reads: one connection to object storage has a tenth of a network card's bandwidth."""
 REMEDY = (
     "delete manifest.json there and run again the command that made it, vlae shard or vlae index"
 )
@@ -41,23 +37,19 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Rows:
-    """Room for samples, which is used again and again: memory that is new costs as much as all else
-    that is done with it.
-    """
+    """A buffer for samples, which is reused: fresh memory costs as much as all work on it."""
 
     images: Images  # (num_rows, channels, height, width)
     labels: Integers  # (num_rows,)
-    samples: Integers  # (num_rows,): each one's number in its split
+    samples: Integers  # (num_rows,): the number of each in its split
 
     @classmethod
-    def of(cls, num_rows: int, image_shape: tuple[int, int, int]) -> "Rows":
+    def empty(cls, num_rows: int, image_shape: tuple[int, int, int]) -> "Rows":
         images = torch.empty((num_rows, *image_shape), dtype=torch.uint8).numpy()
         return cls(images, np.empty(num_rows, dtype=np.int64), np.empty(num_rows, dtype=np.int64))
 
     def take(self, rows: Integers) -> tuple[torch.Tensor, torch.Tensor, Integers]:
-        """Copies of the images and labels, page-locked if there is a GPU to copy them to, and of
-        the numbers of some rows.
-        """
+        """Copies of some rows: images and labels, page-locked if there is a GPU, and numbers."""
         pinned = torch.cuda.is_available()
         images = torch.empty(
             (len(rows), *self.images.shape[1:]), dtype=torch.uint8, pin_memory=pinned
@@ -72,62 +64,64 @@ class Rows:
 
 @dataclass(frozen=True)
 class Run:
-    """Samples that follow each other in one shard, and where they go."""
+    """Consecutive samples of one shard, and the rows that they are put into."""
 
     shard: int
     start: int  # the first sample
     stop: int  # the last sample + 1
-    row: int  # of the first
+    row: int  # of the first sample
 
     @property
     def rows(self) -> slice:
         return slice(self.row, self.row + self.stop - self.start)
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """How shards are read."""
+
+    cache: ShardCache | None = None
+    """Keeps the shards that were read on this machine."""
+    max_skipped: int = 0
+    """How many damaged or missing samples a reader may skip in all; each is logged."""
+
+
+STRICT = ReadOptions()
+"""Read from storage each time, and skip nothing."""
+
+
 class Reader:
-    """Reads runs of samples of one split from its shards, and checks them.
+    """Reads runs of samples of one split from its shards, and checks them. Thread-safe."""
 
-    ``max_skipped`` is how many samples that are damaged or missing may be passed over, in all, by
-    this reader; each is logged, and none is by default. Safe for threads.
-    """
-
-    def __init__(
-        self,
-        storage: Storage,
-        manifest: Manifest,
-        split: str,
-        cache: ShardCache | None = None,
-        max_skipped: int = 0,
-    ) -> None:
+    def __init__(self, data: DataSet, split: str, options: ReadOptions = STRICT) -> None:
+        storage, manifest = data.storage, data.manifest
         self.shards = manifest.shards(split)
         self.sizes = manifest.shard_samples(split)  # (num_shards,)
         self.image_shape = manifest.image_shape
         self.image_bytes = int(np.prod(manifest.image_shape))
-        self._storage, self._cache, self._manifest = storage, cache, manifest
-        self._max_skipped, self._skipped, self._skipping = max_skipped, set[int](), threading.Lock()
+        self._storage, self._manifest = storage, manifest
+        self._cache, self._max_skipped = options.cache, options.max_skipped
+        self._skipped, self._skipping = set[int](), threading.Lock()
         self._first_samples = np.concatenate([[0], np.cumsum(self.sizes)])  # (num_shards + 1,)
         self._index = lru_cache(maxsize=64)(lambda shard: Index.load(storage, shard))
-        self._elsewhere = lru_cache(maxsize=16)(
-            lambda url: open_storage(url, getattr(storage, "endpoint_url", None))
-        )
+        self._elsewhere = lru_cache(maxsize=16)(storage.elsewhere)
 
     @property
     def num_skipped(self) -> int:
-        """How many samples were passed over so far."""
+        """The number of samples skipped so far."""
         return len(self._skipped)
 
-    def fill(self, rows: Rows, segments: Integers) -> Booleans:
-        """Put samples into ``rows``, and say which rows hold theirs now: all, unless some were
-        skipped.
+    def read_into(self, rows: Rows, segments: Integers) -> Booleans:
+        """Read samples into ``rows``. Returns which rows were filled: all but the skipped ones.
 
         ``segments`` are rows of (shard, first sample, last sample + 1), laid end to end. Each costs
-        one ranged read, whatever the number of records, which are used as they come; neighbours in
-        a shard are read together.
+        one ranged read, whatever the number of its records, which are decoded as they arrive;
+        neighbours in a shard are read together.
         """
         runs, row = list[Run](), 0
         for shard, start, stop in segments.tolist():
-            # With max_skipped they are not: a read that fails must miss the same samples whatever
-            # else this rank reads.
+            # Not with max_skipped: a read that fails must miss the same samples, whatever else
+            # this rank reads.
             if runs and (runs[-1].shard, runs[-1].stop) == (shard, start) and not self._max_skipped:
                 runs[-1] = replace(runs[-1], stop=stop)
             else:
@@ -143,7 +137,7 @@ class Reader:
                 index = self._index(shard)
                 records = self._records(shard, index, run)
                 in_parallel(
-                    lambda record: self._use(shard, index, run, *record, rows, present),
+                    lambda record: self._unpack_record(shard, index, run, *record, rows, present),
                     records,
                     decoders,
                 )
@@ -160,9 +154,7 @@ class Reader:
         return present
 
     def keys(self, samples: Integers) -> list[str] | None:
-        """What samples of the split, by their numbers, were called where they came from; None if
-        they had no names there.
-        """
+        """The names that samples, given by number, had in their source; None if they had none."""
         shards = np.searchsorted(self._first_samples, samples, side="right") - 1
         found = []
         for shard, place in zip(
@@ -175,12 +167,13 @@ class Reader:
         return found
 
     def _records(self, shard: Shard, index: Index, run: Run) -> Iterator[tuple[int, bytes]]:
-        """The records that hold a run, with their numbers, as they come: one read, and what lies
-        between them is passed over.
+        """The records of a run with their numbers, as they arrive in one read.
+
+        Bytes between records are read and thrown away.
         """
         first = int(np.searchsorted(index.starts, run.start, side="right")) - 1
         last = int(np.searchsorted(index.starts, run.stop, side="left"))
-        storage, key = self.place(shard)
+        storage, key = self.locate(shard)
         position = int(index.offset[first])
         length = int(index.offset[last - 1] + index.size[last - 1]) - position
         if self._cache is not None:
@@ -195,7 +188,7 @@ class Reader:
             yield number, pieces.read(size)
             position = offset + size
 
-    def _use(
+    def _unpack_record(
         self,
         shard: Shard,
         index: Index,
@@ -205,7 +198,7 @@ class Reader:
         rows: Rows,
         present: Booleans,
     ) -> None:
-        """Check a record, and put those of its samples that are wanted where they go."""
+        """Check a record, and put those of its samples that belong to the run into their rows."""
         begin, end = int(index.starts[number]), int(index.starts[number + 1])
         start, stop = max(run.start, begin), min(run.stop, end)
         to, part = (
@@ -214,7 +207,7 @@ class Reader:
         )
         try:
             if checksum(content) != index.checksum[number]:
-                content = self._again(shard, index, number)
+                content = self._reread(shard, index, number)
             if index.labels is not None:
                 rows.images[to], rows.labels[to] = (
                     self._image(content).transpose(2, 0, 1),
@@ -232,13 +225,14 @@ class Reader:
             )
             self._skip(damage, rows, present, to)
 
-    def _again(self, shard: Shard, index: Index, record: int) -> bytes:
-        """A record that did not have its checksum: what was altered on its way, or in the cache,
-        comes whole now.
+    def _reread(self, shard: Shard, index: Index, record: int) -> bytes:
+        """Read a record again whose checksum was wrong.
+
+        A record that was altered on the network or in the cache is intact the second time.
         """
         if self._cache is not None:
             self._cache.drop(shard.sha256)
-        storage, key = self.place(shard)
+        storage, key = self.locate(shard)
         offset, size = int(index.offset[record]), int(index.size[record])
         content = storage.read_range(key, offset, size)
         actual = checksum(content)
@@ -248,7 +242,7 @@ class Reader:
                 f" checksum {actual}, its index says {index.checksum[record]}; {REMEDY}"
             )
         logger.warning(
-            "%s: record %d came altered, and whole when it was read again", self._url(shard), record
+            "%s: record %d arrived altered, and intact when read again", self._url(shard), record
         )
         return content
 
@@ -280,7 +274,7 @@ class Reader:
         return pixels
 
     def _skip(self, error: UserError, rows: Rows, present: Booleans, missing: slice) -> None:
-        """Pass over the samples of some rows, if so many may be."""
+        """Skip the samples of some rows. Raises ``error``, or UserError if they are too many."""
         if not self._max_skipped:
             raise error
         with self._skipping:
@@ -302,8 +296,8 @@ class Reader:
                 error,
             )
 
-    def place(self, shard: Shard) -> tuple[Storage, str]:
-        """Where a shard lies: its storage, and its key there."""
+    def locate(self, shard: Shard) -> tuple[Storage, str]:
+        """The storage and the key of a shard."""
         if "://" not in shard.name and not shard.name.startswith("/"):
             return self._storage, shard.name
         folder, _, key = shard.name.rpartition("/")
@@ -312,16 +306,15 @@ class Reader:
         )
 
     def _url(self, shard: Shard) -> str:
-        storage, key = self.place(shard)
+        storage, key = self.locate(shard)
         return f"{storage.url}/{key}"
 
 
 def substitute(rows: Rows, present: Booleans, group: slice) -> None:
-    """Fill the rows of a group that were skipped with the group's next sample that could be read,
-    for equal batches.
+    """Replace each skipped sample of a group by the group's next sample that could be read.
 
-    The choice depends on the group alone, so it is the same for every number of ranks. Raises
-    ``UserError`` if none could be read.
+    All batches keep their size. The choice depends on the group alone, so it is the same for any
+    number of ranks. Raises ``UserError`` if no sample of the group could be read.
     """
     good = np.flatnonzero(present[group])
     bad = np.flatnonzero(~present[group])
@@ -336,10 +329,10 @@ def substitute(rows: Rows, present: Booleans, group: slice) -> None:
 
 
 def in_parallel(function: Callable[[Item], Any], items: Iterable[Item], num_threads: int) -> None:
-    """Call ``function`` with every item, on several threads at once; the first error is raised when
-    all have stopped.
+    """Call ``function`` on every item from several threads.
 
-    The threads are daemons: a read that hangs does not keep the interpreter from ending.
+    The first error is raised when all threads have stopped. They are daemons: a read that hangs
+    does not keep the interpreter alive.
     """
     if num_threads < 2:
         for item in items:

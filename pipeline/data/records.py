@@ -1,4 +1,4 @@
-"""The index of a shard: where each record begins, how long it is, and its checksum."""
+"""The index of a shard: the offset, size and checksum of each record."""
 
 import json
 from dataclasses import dataclass
@@ -12,35 +12,35 @@ from pipeline.storage.base import Storage
 
 
 def checksum(record: bytes) -> str:
-    """What a record is held to each time it is read: XXH3 of 128 bits.
+    """The checksum that is verified each time a record is read: XXH3 with 128 bits.
 
-    It finds any damage, ten times as fast as sha256; against forgery there is the sha256 of the
-    whole shard, and of the index.
+    It detects damage ten times as fast as sha256. The sha256 of the whole shard and of the index
+    detect forgery.
     """
     return xxhash.xxh3_128_hexdigest(record)
 
 
 @dataclass(frozen=True)
 class Index:
-    """The records of one shard; every array has shape ``(num_records,)``, but ``starts`` one more,
-    and ``keys`` one for each sample.
-    """
+    """The records of one shard; arrays have shape ``(num_records,)`` unless stated."""
 
     offset: Integers  # in bytes
     size: Integers  # in bytes
     checksum: tuple[str, ...]
-    starts: Integers  # each record's first sample, and the number of all
-    labels: (
-        Integers | None
-    )  # of encoding "image", which has a sample in each record; else they are in the records
-    keys: tuple[str, ...] | None  # the samples' names where they came from, if they had any
+    starts: Integers
+    """(num_records + 1,): the first sample of each record, and the number of samples."""
+    labels: Integers | None
+    """The labels of encoding "image", which has one sample in each record; else in the records."""
+    keys: tuple[str, ...] | None
+    """(num_samples,): the names that the samples had in their source, if any."""
 
     @staticmethod
     def to_bytes(
         offset: list[int], size: list[int], checksum: list[str], **others: list[int] | list[str]
     ) -> bytes:
-        """The index object, from one value for each record: ``num_samples``, or ``labels``.
-        ``keys`` has one for each sample.
+        """The bytes of an index, from columns with one value for each record.
+
+        ``others`` are ``num_samples`` or ``labels``, and ``keys``, which has one for each sample.
         """
         return json.dumps(
             {"offset": offset, "size": size, "checksum": checksum, **others}, separators=(",", ":")
@@ -48,9 +48,7 @@ class Index:
 
     @classmethod
     def load(cls, storage: Storage, shard: Shard) -> "Index":
-        """A shard's index. Raises ``UserError`` if it is missing or is not the one that the
-        manifest names.
-        """
+        """The index of a shard. Raises ``UserError`` if it is missing or damaged."""
         content = read_verified(storage, shard.index_name, shard.index_sha256)
         try:
             columns = json.loads(content)

@@ -1,8 +1,9 @@
 """Images to WebDataset shards and a manifest, written by Ray tasks in parallel.
 
-The shards come first, under their final names, each with a receipt, and the manifest last: a run
-that is killed leaves no data set, and the next one of the same images and options goes on after the
-shards that are there. A task holds one shard in memory. Equal images and options give equal bytes.
+Shards are written first, under their final names, each with an entry in a journal; the manifest is
+written last. A run that is killed leaves no data set, and the next run with the same images and
+options continues after the finished shards. A task holds one shard in memory. Equal images and
+options give equal bytes.
 """
 
 import hashlib
@@ -27,8 +28,8 @@ from pipeline.config.sections import (
 )
 from pipeline.data import manifest
 from pipeline.data.images import BadImage
+from pipeline.data.journal import Journal
 from pipeline.data.manifest import Manifest, Shard
-from pipeline.data.receipts import Receipts
 from pipeline.data.sources import open_source
 from pipeline.data.sources.base import ImageSource
 from pipeline.data.writer import write_images
@@ -38,9 +39,8 @@ from pipeline.storage.base import Storage
 from pipeline.values import JsonObject
 
 REPORT_KEY = "report.json"
-SMALL = (
-    64 * 64 * 3
-)  # bytes of an image; up to it, a block of raw pixels is read faster than as many image files
+SMALL = 64 * 64 * 3
+"""Bytes of an image, up to which a block of raw pixels is read faster than image files are."""
 EXAMPLES = 1000
 """Duplicates that the report lists."""
 
@@ -65,31 +65,31 @@ def write_data_set(
         "block_size": block_size,
     }
     recipe["encoding"] = encoding.value
-    contents = _existing(storage, recipe)
+    contents = _load_if_whole(storage, recipe)
     reused = contents is not None
     if contents is None:
         cluster.connect(workers, place)
-        receipts = Receipts(storage, recipe | {"version": manifest.VERSION})
+        journal = Journal(storage, recipe | {"version": manifest.VERSION})
         contents = Manifest(
             name=dataset.name,
             image_shape=source.image_shape,
             num_classes=source.num_classes,
             block_size=block_size,
-            splits=_write_all(storage, source, receipts, options, block_size, encoding),
+            splits=_write_all(storage, source, journal, options, block_size, encoding),
             source=recipe,
             encoding="npy" if encoding is Encoding.npy else "image",
         )
         _remove_leftovers(storage, contents)
         contents.publish(storage)
-        receipts.clear()
+        journal.clear()
     report = storage.read_json(REPORT_KEY)
     found = {"unreadable": len(report["unreadable"]), "duplicates": report["duplicates"]}
     return {"url": storage.url, "reused": reused, **manifest.summary(contents), **found}
 
 
-def _existing(storage: Storage, recipe: dict[str, Any]) -> Manifest | None:
-    """The data set in ``storage``, if it is there, whole, and made by ``recipe``."""
-    contents = manifest.existing(storage, recipe)
+def _load_if_whole(storage: Storage, recipe: JsonObject) -> Manifest | None:
+    """The data set in ``storage`` if it exists, is whole, and was made by ``recipe``."""
+    contents = manifest.load_made_by(storage, recipe)
     if contents is None:
         return None
     sizes = storage.sizes()
@@ -114,22 +114,22 @@ class Job:
         return f"{self.split}/{self.number:05d}.tar"
 
     @property
-    def receipt(self) -> str:
+    def entry(self) -> str:
         return f"{self.split}-{self.number:05d}"
 
 
 def _write_all(
     storage: Storage,
     source: ImageSource,
-    receipts: Receipts,
+    journal: Journal,
     options: ShardOptions,
     block_size: int,
     encoding: Encoding,
 ) -> dict[str, tuple[Shard, ...]]:
-    """Write the shards that have no receipt yet, one Ray task each, and the report."""
+    """Write the shards that the journal does not have yet, one Ray task each, and the report."""
     jobs = list(_jobs(source.splits, options.samples_per_shard))
-    finished, sizes = receipts.names(), storage.sizes()
-    done = {job: receipts.read(job.receipt) for job in jobs if job.receipt in finished}
+    finished, sizes = journal.finished(), storage.sizes()
+    done = {job: journal.read(job.entry) for job in jobs if job.entry in finished}
     done = {
         job: made
         for job, made in done.items()
@@ -152,10 +152,10 @@ def _write_all(
         total=total, initial=total - behind, desc="sharding", unit=" images", mininterval=1.0
     ) as progress:
         calls = (
-            (storage, needed(job), receipts, job, block_size, encoding, options.max_unreadable)
+            (storage, needed(job), journal, job, block_size, encoding, options.max_unreadable)
             for job in waiting
         )
-        for job, made in cluster.in_tasks(write_with_receipt, calls):
+        for job, made in cluster.in_tasks(write_job, calls):
             done[job] = made
             unreadable += len(made["unreadable"])
             progress.update(job.stop - job.start)
@@ -175,7 +175,7 @@ def _write_all(
 
 
 def _report(storage: Storage, source: ImageSource, done: dict[Job, Any]) -> None:
-    """Write down which images could not be read, and which are there more than once."""
+    """Write ``report.json``: the images that could not be read, and the duplicates."""
     jobs = sorted(done, key=lambda job: (list(source.splits).index(job.split), job.number))
     unreadable = [
         {"image": source.key(job.split, number), "reason": why}
@@ -209,22 +209,22 @@ def _report(storage: Storage, source: ImageSource, done: dict[Job, Any]) -> None
 
 
 def _jobs(splits: dict[str, int], samples_per_shard: int) -> Iterator[Job]:
-    """Every shard."""
+    """All shards, in the order of the manifest."""
     for split, count in splits.items():
         for number, start in enumerate(range(0, count, samples_per_shard)):
             yield Job(split, number, start, min(start + samples_per_shard, count))
 
 
-def write_with_receipt(
+def write_job(
     storage: Storage,
     source: ImageSource,
-    receipts: Receipts,
+    journal: Journal,
     job: Job,
     block_size: int,
     encoding: Encoding,
     max_unreadable: int,
-) -> tuple[Job, dict[str, Any]]:
-    """Write one shard, its index, and last the receipt, which is also returned."""
+) -> tuple[Job, JsonObject]:
+    """Write one shard and its index, then its entry in the journal, which is also returned."""
     images: list[np.ndarray] = []
     labels: list[int] = []
     unreadable: list[tuple[int, str]] = []
@@ -257,13 +257,14 @@ def write_with_receipt(
         named,
     )
     made = {"shard": asdict(shard), "unreadable": unreadable, "digests": digests.hex()}
-    receipts.write(job.receipt, made)
+    journal.write(job.entry, made)
     return job, made
 
 
 def _remove_leftovers(storage: Storage, contents: Manifest) -> None:
-    """Shards of an earlier, killed run with smaller shards: tools that go by names would read them
-    too.
+    """Delete the shards of an earlier, killed run with smaller shards.
+
+    Tools that find shards by their names would read them too.
     """
     wanted = {
         name

@@ -1,9 +1,8 @@
-"""Reading tar archives strictly: what is cut, altered or not a tar is an error, never silently
-fewer members.
+"""A strict tar reader: a truncated, altered or foreign file is an error, never a shorter archive.
 
-The standard library's reader ends at the first header that it does not understand, as if the
-archive ended there; so does everything built on it. Formats: ustar, pax and GNU, as written by tar,
-Python and webdataset.
+The standard library's reader takes the first header that it cannot parse for the end of the
+archive, and so does everything built on it. Formats: ustar, pax and GNU, as written by tar, Python
+and webdataset.
 """
 
 from collections.abc import Iterator
@@ -13,16 +12,16 @@ from typing import Protocol
 BLOCK = 512
 """Bytes."""
 MAX_NAME = 1 << 16
-"""Bytes of an extended header: it holds names, and nothing else that we use."""
+"""Bytes of the longest extended header; of its fields, only names and sizes are used."""
 ZEROS = bytes(BLOCK)
 
 
 class BadTar(ValueError):
-    """The bytes are not a whole tar archive; the text says why."""
+    """The bytes are not a complete tar archive; the message says why."""
 
 
 class Source(Protocol):
-    """What an archive is read from, front to end."""
+    """A stream that an archive is read from, front to end."""
 
     def read(self, size: int, /) -> bytes: ...
 
@@ -38,11 +37,11 @@ class Member:
 
 
 def members(source: Source, max_size: int) -> Iterator[Member]:
-    """Every regular file in its order; folders and links are passed over.
+    """All regular files of an archive, in their order; folders and links are skipped.
 
-    Memory is bounded by the largest member, and that by ``max_size`` bytes. Raises ``BadTar`` if
-    the archive is cut anywhere, between two members too (a whole one ends in a block of zeros), a
-    header is damaged, or a member is too large.
+    Memory is bounded by the largest member, which may have ``max_size`` bytes. Raises ``BadTar`` if
+    the archive is cut anywhere, also between two members (a complete one ends in a block of zeros),
+    a header is damaged, or a member is too large.
     """
     offset, extended = 0, dict[str, str]()
     while True:
@@ -78,11 +77,10 @@ def members(source: Source, max_size: int) -> Iterator[Member]:
 
 
 def slices(record: memoryview) -> dict[str, memoryview]:
-    """The contents of a record's members by the extension of their name, without copying; the
-    record is part of a ustar.
+    """The contents of the members of a record, by extension, without copying.
 
-    For records that this project wrote and whose checksum was verified. Raises ``BadTar`` on
-    anything else.
+    For records that ``pipeline.data.writer`` wrote, whose checksum was verified: each is part of a
+    ustar archive. Raises ``BadTar`` on anything else.
     """
     found, offset = {}, 0
     while offset < len(record):
@@ -96,7 +94,7 @@ def slices(record: memoryview) -> dict[str, memoryview]:
 
 
 def _parse(header: bytes, offset: int) -> tuple[str, int, bytes]:
-    """Name, size and kind of the member that a header begins."""
+    """The name, size and kind of the member that follows a header."""
     try:
         stated = int(header[148:156].rstrip(b" \0").strip() or b"x", 8)
     except ValueError:
@@ -137,7 +135,7 @@ def _round_up(size: int) -> int:
 
 
 def _padded(source: Source, size: int, offset: int) -> bytes:
-    """``size`` bytes, and past the padding behind them."""
+    """The next ``size`` bytes; the padding after them is skipped."""
     content = _exactly(source, size, offset)
     _exactly(source, _round_up(size) - size, offset + size)
     return content

@@ -26,7 +26,7 @@ def write_shard(
     block_size: int,
     encoding: Encoding = Encoding.npy,
 ) -> Shard:
-    """Write one shard, of samples ``start`` to ``stop`` of a split, and its index."""
+    """Write samples ``start`` to ``stop`` of a split to one shard, with its index."""
     images, labels = source.read(split, start, stop)
     return write_images(storage, name, start, images, labels, block_size, encoding)
 
@@ -41,8 +41,9 @@ def write_images(
     encoding: Encoding,
     keys: list[str] | None = None,
 ) -> Shard:
-    """Write a shard of images, each ``(height, width, channels)``, and its index; ``first`` is the
-    first one's number.
+    """Write images, each ``(height, width, channels)``, to one shard with its index.
+
+    ``first`` is the number of the first image, and ``keys`` their names in the source.
     """
     file = io.BytesIO()
     # A fixed time and owner: equal images must give equal bytes.
@@ -83,7 +84,7 @@ def write_images(
 def _write_blocks(
     writer: Any, first: int, images: Any, labels: Labels, block_size: int
 ) -> dict[str, list[Any]]:
-    """Records of ``block_size`` images; returns the columns of their index."""
+    """Write records of ``block_size`` images. Returns the columns of their index."""
     columns: dict[str, list[Any]] = {"offset": [], "size": [], "num_samples": []}
     for start in range(0, len(labels), block_size):
         block, part = (
@@ -94,9 +95,8 @@ def _write_blocks(
         writer.write(
             {
                 "__key__": f"{first + start:09d}",
-                "images.npy": _npy(
-                    block.transpose(0, 3, 1, 2)
-                ),  # channels first, as the model wants them
+                # Channels first, as the model wants them.
+                "images.npy": _npy(block.transpose(0, 3, 1, 2)),
                 "labels.npy": _npy(part),
             }
         )

@@ -20,10 +20,10 @@ from tqdm import tqdm
 import vlae
 from pipeline.cluster import in_tasks
 from pipeline.config.sections import Binarization
+from pipeline.data import DataSet
 from pipeline.data.batch import Batch, binarize
 from pipeline.data.loader import EvalLoader
-from pipeline.data.manifest import Manifest
-from pipeline.data.order import share
+from pipeline.data.order import even_part
 from pipeline.errors import UserError
 from pipeline.evaluation.probe import code_noise
 from pipeline.machine import device, keep_freed_memory
@@ -39,8 +39,7 @@ BATCH = 64
 
 def encode_split(
     model: OpenedModel,
-    data: Storage,
-    contents: Manifest,
+    data: DataSet,
     output: Storage,
     split: str,
     seed: int,
@@ -53,10 +52,10 @@ def encode_split(
     ``connect`` connects to Ray, and is called only if there is something to encode.
     Raises UserError if there is no such split, or ``output`` holds other codes.
     """
-    total = contents.num_samples(split)
+    total = data.manifest.num_samples(split)
     recipe = {
         "weights": model.weights,
-        "manifest": contents.digest,
+        "manifest": data.manifest.digest,
         "split": split,
         "binarization": model.binarization.value,
         "seed": seed,
@@ -75,9 +74,9 @@ def encode_split(
     missing = [part for part in range(num_parts) if _key(part) not in done]
     if missing:
         connect()
-        shared = [ray.put(each) for each in (model.network, data, contents, output)]
+        shared = [ray.put(each) for each in (model.network, data, output)]
         settings = (split, model.binarization, seed)
-        ends = [share(total, part, num_parts) for part in missing]
+        ends = [even_part(total, part, num_parts) for part in missing]
         left = sum(stop - start for start, stop in ends)
         with tqdm(total=total, unit=" images", desc=f"codes of {split}", dynamic_ncols=True) as bar:
             bar.update(total - left)
@@ -98,8 +97,7 @@ def encode_split(
 
 def encode_part(
     model: vlae.VLAE,
-    data: Storage,
-    contents: Manifest,
+    data: DataSet,
     output: Storage,
     split: str,
     binarization: Binarization,
@@ -113,9 +111,7 @@ def encode_part(
     keep_freed_memory()
     torch.set_num_threads(1)  # several would add up in another order
     model = model.to(device())
-    loader = EvalLoader(
-        data, contents, split=split, batch_size=BATCH, rank=part, world_size=num_parts
-    )
+    loader = EvalLoader(data, split=split, batch_size=BATCH, rank=part, world_size=num_parts)
     table = pa.concat_tables(
         [codes(model, batch, loader.keys(batch), binarization, seed) for batch in loader]
     )

@@ -50,11 +50,11 @@ def evaluate(config: EvaluateConfig, model: OpenedModel) -> JsonObject:
         if model.version
         else None,
         "architecture": model.training["config"]["model"],
-        "image_shape": list(evaluation.contents.image_shape),
+        "image_shape": list(evaluation.data.manifest.image_shape),
         "dataset": {
-            "url": evaluation.data.url,
+            "url": evaluation.data.storage.url,
             "binarization": model.binarization.value,
-            "manifest": evaluation.contents.digest,
+            "manifest": evaluation.data.manifest.digest,
         },
         "bounds": to_dict(config.bounds),
         "split": config.split,
@@ -102,12 +102,10 @@ class Evaluation:
         self.config, self.training, self.binarization = config, model.training, model.binarization
         self.device = device()
         self.model = model.network.to(self.device)
-        self.data, self.contents = open_data(model, config.dataset_url, config.storage)
+        self.data = open_data(model, config.dataset_url, config.storage)
 
     def loader(self, split: str, batch_size: int, num_images: int | None) -> EvalLoader:
-        return EvalLoader(
-            self.data, self.contents, split=split, batch_size=batch_size, num_images=num_images
-        )
+        return EvalLoader(self.data, split=split, batch_size=batch_size, num_images=num_images)
 
     def measure(self) -> dict[str, Any]:
         """The figures of the evaluated images, under ``latents`` those of each latent, and, if
@@ -179,7 +177,7 @@ class Evaluation:
         """Fitted on ``train`` and chosen on ``valid``, whatever split is evaluated; none where
         there are no classes to tell apart.
         """
-        contents, num_images = self.contents, self.config.probe_images
+        contents, num_images = self.data.manifest, self.config.probe_images
         if (
             not num_images
             or (contents.num_classes or 0) < 2

@@ -89,9 +89,9 @@ def _per_image(
     storage: StorageOptions,
 ) -> dict[str, Tensor]:
     """What ``COMPARED`` names, of each image: (num_images,), in float64."""
-    data, contents = open_data(model, url, storage)
+    data = open_data(model, url, storage)
     loader = EvalLoader(
-        data, contents, split=split, batch_size=evaluation.BATCH, num_images=bounds.num_images
+        data, split=split, batch_size=evaluation.BATCH, num_images=bounds.num_images
     )
     parts: list[dict[str, Tensor]] = []
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter
 import vlae
 from pipeline.config.goals import Goals
 from pipeline.config.search import TuneConfig
-from pipeline.data import manifest
+from pipeline.data import DataSet
 from pipeline.data.batch import binarize
 from pipeline.data.loader import EvalLoader
 from pipeline.evaluation import pictures
@@ -367,14 +367,8 @@ def side_by_side(config: TuneConfig, rows: Sequence[Row], look: Look) -> bytes:
     """What some models make of the same validation images, and what they draw by themselves, as
     PNG.
     """
-    data = open_storage(config.dataset.url, config.storage.endpoint_url)
-    batch = next(
-        iter(
-            EvalLoader(
-                data, manifest.load(data), split="valid", batch_size=IMAGES, num_images=IMAGES
-            )
-        )
-    )
+    data = DataSet.load(open_storage(config.dataset.url, config.storage.endpoint_url))
+    batch = next(iter(EvalLoader(data, split="valid", batch_size=IMAGES, num_images=IMAGES)))
     originals = binarize(batch, config.dataset.binarization, config.train.seed)
     drawn = {}
     for row in rows:

@@ -29,13 +29,13 @@ def check(config: TuneConfig, storage: Storage) -> None:
     """
     for key, values in config.search.axes.items():
         for value in values:
-            contents = launch.check_data(trial_config(config, {key: value}))
-    if "probe_accuracy" in config.search.goals.quantities and (contents.num_classes or 0) < 2:
+            data = launch.check_data(trial_config(config, {key: value}))
+    if "probe_accuracy" in config.search.goals.quantities and (data.manifest.num_classes or 0) < 2:
         raise UserError(
             f"probe_accuracy is searched for, but the images of {config.dataset.url} have no"
             " labels; use other objectives"
         )
-    wanted = {**config.search_identity(), "manifest": contents.digest}
+    wanted = {**config.search_identity(), "manifest": data.manifest.digest}
     if not storage.exists(RECORD):
         storage.write_json(RECORD, wanted)
         return

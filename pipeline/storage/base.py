@@ -57,6 +57,12 @@ class Storage(ABC):
     def child(self, prefix: str) -> "Storage":
         """The storage at ``url/prefix``."""
 
+    def elsewhere(self, url: str) -> "Storage":
+        """The storage at another address, at the same S3 endpoint if this one has one."""
+        from pipeline.storage import open_storage
+
+        return open_storage(url)
+
     @abstractmethod
     def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         """``length`` bytes of an object from byte ``start``, in pieces; without ``length`` all that

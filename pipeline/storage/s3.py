@@ -69,6 +69,11 @@ class S3Storage(Storage):
     def child(self, prefix: str) -> "S3Storage":
         return S3Storage(self.bucket, self._key(prefix).strip("/"), self.endpoint_url)
 
+    def elsewhere(self, url: str) -> Storage:
+        from pipeline.storage import open_storage
+
+        return open_storage(url, self.endpoint_url)
+
     def write(self, key: str, data: bytes) -> None:
         with self._explained(key):
             self._s3.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)

@@ -18,7 +18,7 @@ from pipeline import runs
 from pipeline.config.compose import build
 from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
-from pipeline.data import manifest
+from pipeline.data import DataSet
 from pipeline.errors import UserError
 from pipeline.runs import RESULT
 from pipeline.storage import open_storage
@@ -36,8 +36,8 @@ def check(config: TrainConfig) -> None:
     """Raise UserError unless the data set exists, fits the model and the batch, and the run's name
     is not another run's.
     """
-    contents = check_data(config)
-    storage, identity = runs.run_storage(config), config.identity() | {"manifest": contents.digest}
+    storage, data = runs.run_storage(config), check_data(config)
+    identity = config.identity() | {"manifest": data.manifest.digest}
     if storage.exists("identity.json"):
         earlier = storage.read_json("identity.json")
         changed = [
@@ -57,24 +57,23 @@ def check(config: TrainConfig) -> None:
     storage.write_json("config.json", to_dict(config))
 
 
-def check_data(config: TrainConfig) -> manifest.Manifest:
-    """Raise UserError unless the data set exists, and fits the model and the batch; returns what is
-    in it.
-    """
-    contents = manifest.load(open_storage(config.dataset.url, config.storage.endpoint_url))
+def check_data(config: TrainConfig) -> DataSet:
+    """The data set of a run. Raises UserError unless it exists and fits the model and batch."""
+    data = DataSet.load(open_storage(config.dataset.url, config.storage.endpoint_url))
     try:
-        config.build(contents.image_shape)
+        config.build(data.manifest.image_shape)
     except ValueError as error:
         raise UserError(
             f"model.window: {error}" if "window" in str(error) else f"model: {error}"
         ) from None
-    if contents.num_samples("train") < config.train.global_batch:
+    num_images = data.manifest.num_samples("train")
+    if num_images < config.train.global_batch:
         raise UserError(
             f"train.global_batch={config.train.global_batch} is more than the"
-            f" {contents.num_samples('train')} training images of {config.dataset.url}; use a"
+            f" {num_images} training images of {config.dataset.url}; use a"
             " smaller batch"
         )
-    return contents
+    return data
 
 
 def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:

@@ -7,16 +7,16 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
-from pipeline.data import manifest
+from pipeline.data import DataSet
 from pipeline.data.cache import open_cache
 from pipeline.data.loader import EvalLoader, TrainLoader
+from pipeline.data.reader import ReadOptions
 from pipeline.errors import UserError
 from pipeline.evaluation.measure import QUANTITIES, measure, report
 from pipeline.machine import keep_freed_memory
@@ -59,30 +59,25 @@ def fit(
     stays away.
     """
     keep_freed_memory()
-    train, run, data = (
-        config.train,
-        run_storage(config),
-        open_storage(config.dataset.url, config.storage.endpoint_url),
-    )
-    contents = patiently(partial(manifest.load, data))
-    reading: dict[str, Any] = {
-        "cache": open_cache(config.dataset),
-        "max_skipped": config.dataset.max_skipped,
-    }
-    reading |= {"rank": rank, "world_size": world_size}
-    learner = Learner(config, contents.image_shape, world_size, device)
+    train, run = config.train, run_storage(config)
+    place = open_storage(config.dataset.url, config.storage.endpoint_url)
+    data = patiently(partial(DataSet.load, place))
+    reading = ReadOptions(open_cache(config.dataset), config.dataset.max_skipped)
+    learner = Learner(config, data.manifest.image_shape, world_size, device)
     step = agreed(patiently(partial(checkpoint.resume, run, learner.state)), device)
     meter, beats = StepMeter(device), Beats(config, step, device)
-    training = {"config": {**to_dict(config), "name": config.run_name}, "manifest": contents.digest}
+    described = {**to_dict(config), "name": config.run_name}
+    training = {"config": described, "manifest": data.manifest.digest}
 
     def validate() -> Metrics:
         loader = EvalLoader(
             data,
-            contents,
             split="valid",
             batch_size=VALIDATION_BATCH,
             num_images=train.valid_images,
-            **reading,
+            rank=rank,
+            world_size=world_size,
+            options=reading,
         )
         moments = measure(
             learner.ema.module,
@@ -105,13 +100,14 @@ def fit(
 
     batches = TrainLoader(
         data,
-        contents,
         seed=train.seed,
         global_batch=train.global_batch,
         num_streams=train.num_streams,
         num_steps=train.num_steps,
         start_step=step,
-        **reading,
+        rank=rank,
+        world_size=world_size,
+        options=reading,
     )
     with patiently(lambda: MetricLog(run, step, writes=rank == 0)) as log, Uploads() as uploads:
         for batch in meter.waits(batches):

@@ -29,10 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data import manifest
+from pipeline.data import DataSet
 from pipeline.data.cache import ShardCache
 from pipeline.data.loader import TrainLoader
 from pipeline.data.manifest import Manifest
+from pipeline.data.reader import ReadOptions
 from pipeline.data.sources.base import Images, ImageSource, Labels
 from pipeline.data.writer import write_shard
 from pipeline.errors import UserError
@@ -82,8 +83,7 @@ def epoch(
     small, to read often.
     """
     loader = TrainLoader(
-        storage,
-        manifest.load(storage),
+        DataSet.load(storage),
         seed=3,
         global_batch=8,
         num_streams=2,
@@ -390,8 +390,8 @@ def cached(act: Act, max_bytes: int = 1 << 30) -> Callable[[Stage], str]:
     def play(stage: Stage) -> str:
         cache = ShardCache(stage.folder / "cache", max_bytes)
         with stage.behind(act) as storage:
-            first = epoch(storage, cache=cache)
-            assert epoch(storage, cache=cache) == first
+            first = epoch(storage, options=ReadOptions(cache))
+            assert epoch(storage, options=ReadOptions(cache)) == first
         left = [path for path in cache.folder.glob("*") if not path.name.startswith("lock-")]
         assert sum(path.stat().st_size for path in left) <= max_bytes
         assert not any(path.name.startswith(".") for path in left)
@@ -418,12 +418,12 @@ def at_rest(key: str, change: Callable[[bytes], bytes | None]) -> Callable[[Stag
 
 def altered_in_cache(stage: Stage) -> str:
     cache = ShardCache(stage.folder / "cache", 1 << 30)
-    epoch(stage.storage, cache=cache)
+    epoch(stage.storage, options=ReadOptions(cache))
     for path in cache.folder.glob("[0-9a-f]*"):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    return epoch(stage.storage, cache=cache)
+    return epoch(stage.storage, options=ReadOptions(cache))
 
 
 def server_killed(stage: Stage) -> str:

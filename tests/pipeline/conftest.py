@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from pipeline.data import DataSet
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import Images, ImageSource, Labels
 from pipeline.data.writer import write_shard
@@ -31,7 +32,7 @@ class NumberedImages(ImageSource):
         return images.astype(np.uint8).reshape(-1, 3, 2, 3).transpose(0, 2, 3, 1), numbers % 10
 
 
-def write(storage: Storage) -> Manifest:
+def write(storage: Storage) -> DataSet:
     """Write the numbered images to ``storage``."""
     splits = {}
     for split, sizes in SHARDS.items():
@@ -50,10 +51,10 @@ def write(storage: Storage) -> Manifest:
         )
     manifest = Manifest("numbered", (3, 2, 3), 10, BLOCK_SIZE, splits)
     manifest.publish(storage)
-    return manifest
+    return DataSet(storage, manifest)
 
 
 @pytest.fixture
-def numbered(storage: Storage) -> Manifest:
-    """The manifest of a data set in ``storage``."""
+def numbered(storage: Storage) -> DataSet:
+    """The numbered images in ``storage``."""
     return write(storage)

@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline import commands
 from pipeline.config import run
+from pipeline.data import DataSet
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import Images, ImageSource, Labels
 from pipeline.data.writer import write_shard
@@ -57,7 +58,7 @@ class Strokes(ImageSource):
         return images, labels
 
 
-def write(storage: Storage) -> Manifest:
+def write(storage: Storage) -> DataSet:
     """Write the data set to ``storage``."""
     splits = {}
     for split, sizes in SHARDS.items():
@@ -68,7 +69,7 @@ def write(storage: Storage) -> Manifest:
         )
     manifest = Manifest("strokes", Strokes.image_shape, Strokes.num_classes, 16, splits)
     manifest.publish(storage)
-    return manifest
+    return DataSet(storage, manifest)
 
 
 def train_config(root: str, *overrides: str) -> run.TrainConfig:

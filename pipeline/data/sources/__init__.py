@@ -1,51 +1,33 @@
-"""Where images come from: the table of image sources."""
+"""Where images come from: the table of image sources.
 
-from pathlib import Path
+A new source is a module beside this one, a row in ``SOURCES``, and a name in ``Source``.
+"""
 
-from pipeline.config import sections
+from collections.abc import Callable
+
+from pipeline.config.sections import DatasetOptions, ShardOptions, Source
 from pipeline.data.sources.arrays import IdxSource, NpzSource
 from pipeline.data.sources.base import ImageSource
-from pipeline.data.sources.files import FileSource, FolderSource, TarSource, WebDatasetSource
+from pipeline.data.sources.files import FolderSource, TarSource, WebDatasetSource
 from pipeline.data.sources.mnist import MnistSource
 from pipeline.data.sources.parquet import ParquetSource
 from pipeline.data.sources.synthetic import SyntheticSource
-from pipeline.errors import UserError
+
+SOURCES: dict[Source, Callable[[DatasetOptions, ShardOptions, str | None], ImageSource]] = {
+    Source.mnist: MnistSource.open,
+    Source.idx: IdxSource.open,
+    Source.folder: FolderSource.open,
+    Source.npz: NpzSource.open,
+    Source.tar: TarSource.open,
+    Source.webdataset: WebDatasetSource.open,
+    Source.parquet: ParquetSource.open,
+    Source.synthetic: SyntheticSource.open,
+}
+"""How each source is opened: from the options, and the S3 server's address."""
 
 
 def open_source(
-    dataset: sections.DatasetOptions,
-    options: sections.ShardOptions,
-    endpoint_url: str | None = None,
+    dataset: DatasetOptions, options: ShardOptions, endpoint_url: str | None = None
 ) -> ImageSource:
-    """The source that the configuration names. Raises ``UserError`` if it is not there or cannot be
-    used.
-    """
-    kind, path = (
-        dataset.source,
-        Path(dataset.path).expanduser().absolute() if dataset.path else None,
-    )
-    if kind is sections.Source.mnist:
-        return MnistSource(path)
-    if kind is sections.Source.synthetic:
-        if path is not None:
-            raise UserError(
-                "dataset.source=synthetic draws its images itself; leave dataset.path out"
-            )
-        return SyntheticSource(options.seed)
-    if path is None or dataset.path is None:
-        raise UserError(f"dataset.source={kind.value} needs dataset.path, where its files are")
-    if kind in FILE_SOURCES:
-        return FILE_SOURCES[kind](dataset.path, options, endpoint_url)
-    if kind is sections.Source.npz:
-        return NpzSource(path, options.valid_fraction, options.test_fraction)
-    if not path.is_dir():
-        raise UserError(f"dataset.path={dataset.path} is not a folder")
-    return IdxSource(path, options.valid_fraction)
-
-
-FILE_SOURCES: dict[sections.Source, type[FileSource]] = {
-    sections.Source.folder: FolderSource,
-    sections.Source.tar: TarSource,
-    sections.Source.webdataset: WebDatasetSource,
-    sections.Source.parquet: ParquetSource,
-}
+    """The image source ``dataset.source``. Raises ``UserError`` if it is missing or unusable."""
+    return SOURCES[dataset.source](dataset, options, endpoint_url)

@@ -9,15 +9,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from pipeline.config.sections import DatasetOptions, ShardOptions
 from pipeline.data.sources.base import (
     SPLITS,
     Images,
     ImageSource,
     Labels,
     content_sha256,
-    place_of,
+    hash_fraction,
+    local_path,
+    required_path,
 )
 from pipeline.errors import UserError
+from pipeline.values import JsonObject
 
 
 def _last_part(count: int, fraction: float) -> int:
@@ -34,7 +38,7 @@ class ArraySource(ImageSource):
     _kind: str
 
     @cached_property
-    def description(self) -> dict[str, Any]:
+    def description(self) -> JsonObject:
         return {"source": self._kind, "images": self.splits, "sha256": content_sha256(self._arrays)}
 
     @property
@@ -65,6 +69,15 @@ class IdxSource(ArraySource):
     """
 
     _kind = "idx"
+
+    @classmethod
+    def open(
+        cls, dataset: DatasetOptions, options: ShardOptions, endpoint_url: str | None
+    ) -> "IdxSource":
+        path = local_path(required_path(dataset))
+        if not path.is_dir():
+            raise UserError(f"dataset.path={dataset.path} is not a folder")
+        return cls(path, options.valid_fraction)
 
     def __init__(self, path: Path, valid_fraction: float) -> None:
         train_images, train_labels = _read_idx_pair(path, "train")
@@ -156,6 +169,13 @@ class NpzSource(ArraySource):
         "test": (("x_test", "y_test"), ("test_images", "test_labels")),
     }
 
+    @classmethod
+    def open(
+        cls, dataset: DatasetOptions, options: ShardOptions, endpoint_url: str | None
+    ) -> "NpzSource":
+        path = local_path(required_path(dataset))
+        return cls(path, options.valid_fraction, options.test_fraction)
+
     def __init__(self, path: Path, valid_fraction: float, test_fraction: float) -> None:
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -187,10 +207,8 @@ class NpzSource(ArraySource):
         for split, fraction in (("test", test_fraction), ("valid", valid_fraction)):
             if split not in self._arrays:
                 images, labels = self._arrays["train"]
-                chosen = np.array(
-                    [place_of(f"{split} {number}") < fraction for number in range(len(labels))],
-                    dtype=bool,
-                )
+                places = [hash_fraction(f"{split} {number}") for number in range(len(labels))]
+                chosen = np.array([place < fraction for place in places], dtype=bool)
                 self._arrays[split], self._arrays["train"] = (
                     (images[chosen], labels[chosen]),
                     (images[~chosen], labels[~chosen]),

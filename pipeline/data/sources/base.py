@@ -3,13 +3,15 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.config.sections import DatasetOptions
 from pipeline.data.images import BadImage
 from pipeline.errors import UserError
+from pipeline.values import JsonObject
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -24,7 +26,7 @@ class ImageSource(ABC):
 
     @property
     @abstractmethod
-    def description(self) -> dict[str, Any]:
+    def description(self) -> JsonObject:
         """JSON values that are equal for equal images in equal splits, wherever they lie; cheap to
         make.
         """
@@ -81,6 +83,20 @@ class ImageSource(ABC):
         return UserError(f"cannot read {self.key(split, number)} ({reason}); mend or remove it")
 
 
+def required_path(dataset: DatasetOptions) -> str:
+    """``dataset.path``. Raises ``UserError`` if it is not set."""
+    if not dataset.path:
+        raise UserError(
+            f"dataset.source={dataset.source.value} needs dataset.path, where its files are"
+        )
+    return dataset.path
+
+
+def local_path(path: str) -> Path:
+    """The absolute path of a local file or folder."""
+    return Path(path).expanduser().absolute()
+
+
 def content_sha256(arrays: dict[str, tuple[Images, Labels]]) -> str:
     """The sha256 of all images and labels, split by split."""
     content = hashlib.sha256()
@@ -90,6 +106,6 @@ def content_sha256(arrays: dict[str, tuple[Images, Labels]]) -> str:
     return content.hexdigest()
 
 
-def place_of(key: str) -> float:
+def hash_fraction(key: str) -> float:
     """A number in [0, 1) that depends on the key alone."""
     return int.from_bytes(hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:6]) / 2**48

@@ -13,21 +13,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from pipeline.config import sections
+from pipeline.config.sections import DatasetOptions, ShardOptions
 from pipeline.data import tar
 from pipeline.data.images import BadImage, decode
-from pipeline.data.members import MAX_MEMBER, samples
-from pipeline.data.sources.base import SPLITS, Images, ImageSource, Labels, place_of
+from pipeline.data.sources.base import (
+    SPLITS,
+    Images,
+    ImageSource,
+    Labels,
+    hash_fraction,
+    required_path,
+)
+from pipeline.data.sources.members import MAX_MEMBER, read_samples
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.storage.folder import FolderStorage
 from pipeline.storage.pieces import Pieces
 from pipeline.storage.web import HttpStorage
+from pipeline.values import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,13 @@ class FileSource(ImageSource):
     own.
     """
 
-    def __init__(self, path: str, options: sections.ShardOptions, endpoint_url: str | None) -> None:
+    @classmethod
+    def open(
+        cls, dataset: DatasetOptions, options: ShardOptions, endpoint_url: str | None
+    ) -> "FileSource":
+        return cls(required_path(dataset), options, endpoint_url)
+
+    def __init__(self, path: str, options: ShardOptions, endpoint_url: str | None) -> None:
         self._storage, self._names, self._path = self._locate(path, endpoint_url)
         self._options = options
         items = list(self._list())
@@ -64,17 +77,14 @@ class FileSource(ImageSource):
             raise UserError(f"there are no images in {path} (looked for {', '.join(self._wanted)})")
         self._items: dict[str, list[Item]] = {split: [] for split in SPLITS}
         valid_until = options.test_fraction + (1 - options.test_fraction) * options.valid_fraction
-        for item in (
-            sorted(items, key=lambda item: (place_of(item.key), item.key)) if self._mixed else items
-        ):
-            place = place_of(item.key)
-            split = (
-                "test"
-                if place < options.test_fraction
-                else "valid"
-                if place < valid_until
-                else "train"
-            )
+        if self._mixed:
+            items.sort(key=lambda item: (hash_fraction(item.key), item.key))
+        for item in items:
+            place = hash_fraction(item.key)
+            if place < options.test_fraction:
+                split = "test"
+            else:
+                split = "valid" if place < valid_until else "train"
             self._items[self._assigned(item, split)].append(item)
         for split, chosen in self._items.items():
             if not chosen:
@@ -113,7 +123,7 @@ class FileSource(ImageSource):
         return [key for key in storage.list() if key.lower().endswith(self._wanted)]
 
     @cached_property
-    def description(self) -> dict[str, Any]:
+    def description(self) -> JsonObject:
         # Names and sizes, not contents: a look at every file's bytes would take as long as
         # sharding.
         content, sizes = hashlib.sha256(), self._sizes()
@@ -308,7 +318,7 @@ class WebDatasetSource(FileSource):
     def _list(self) -> Iterator[Item]:
         for file in self._names:
             pieces = Pieces(self._storage.stream(file))
-            for sample in samples(
+            for sample in read_samples(
                 f"{self._storage.url}/{file}", pieces, self._options.label_column
             ):
                 yield Item(

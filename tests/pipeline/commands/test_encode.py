@@ -22,7 +22,7 @@ import vlae
 from pipeline import commands
 from pipeline.commands import encode, shard
 from pipeline.config import sections
-from pipeline.data import manifest
+from pipeline.data import DataSet
 from pipeline.data.batch import binarize
 from pipeline.data.loader import EvalLoader
 from pipeline.data.sources.base import SPLITS
@@ -74,8 +74,8 @@ def test_every_image_is_encoded_once_in_order_with_its_label_scale_and_rate(
     assert table["sample"].to_pylist() == list(range(96))
     assert "key" not in table.column_names
     network = vlae.load(f"{root}/runs/{model}/model")
-    data = strokes.data_storage(root)
-    (batch,) = EvalLoader(data, manifest.load(data), split="train", batch_size=96)
+    data = DataSet.load(strokes.data_storage(root))
+    (batch,) = EvalLoader(data, split="train", batch_size=96)
     x = binarize(batch, sections.Binarization.dynamic, 0)
     noise = code_noise(network, batch, 0)
     with torch.no_grad():
@@ -100,13 +100,12 @@ def test_every_image_is_encoded_once_in_order_with_its_label_scale_and_rate(
 def test_the_files_are_the_same_without_ray(root: str, tmp_path: Path) -> None:
     by_tasks, alone = open_storage(str(tmp_path / "tasks")), open_storage(str(tmp_path / "alone"))
     encode.run(options(root, by_tasks.url, "split=test", "images_per_part=4"))
-    data = strokes.data_storage(root)
+    data = DataSet.load(strokes.data_storage(root))
     network = vlae.load(f"{root}/runs/flow/model")
     for part in (3, 1, 0, 2):
         encoding.encode_part(
             network,
             data,
-            manifest.load(data),
             alone,
             "test",
             sections.Binarization.dynamic,

@@ -13,7 +13,7 @@ import vlae
 from pipeline import cli, commands
 from pipeline.commands import evaluate
 from pipeline.config import sections
-from pipeline.data import manifest
+from pipeline.data import DataSet
 from pipeline.data.loader import EvalLoader
 from pipeline.data.manifest import Manifest
 from pipeline.evaluation import evaluation
@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     and ``single``, of one test image.
     """
     root = str(tmp_path_factory.mktemp("root"))
-    contents = strokes.write(strokes.data_storage(root))
+    contents = strokes.write(strokes.data_storage(root)).manifest
     for name in ("unlabelled", "single"):
         storage = open_storage(f"{root}/datasets/{name}")
         strokes.write(storage)
@@ -86,10 +86,10 @@ def evaluated(
 
 def encoded(runs: Path, name: str, split: str) -> Codes:
     """The codes of a split's images under a trained model."""
-    data = strokes.data_storage(str(runs.parent))
+    data = DataSet.load(strokes.data_storage(str(runs.parent)))
     return encode(
         vlae.load(runs / name / "model"),
-        EvalLoader(data, manifest.load(data), split=split, batch_size=5),
+        EvalLoader(data, split=split, batch_size=5),
         binarization=sections.Binarization.dynamic,
         seed=0,
         device=torch.device("cpu"),

@@ -31,14 +31,15 @@ from pipeline.config.sections import (
     Source,
     StorageOptions,
 )
-from pipeline.data import indexing, manifest, tar
+from pipeline.data import DataSet, indexing, manifest, tar
 from pipeline.data.cache import ShardCache
 from pipeline.data.images import BadImage, array, decode, encode, measure
+from pipeline.data.journal import Journal
 from pipeline.data.loader import EvalLoader, TrainLoader
-from pipeline.data.members import samples
-from pipeline.data.receipts import Receipts
+from pipeline.data.reader import ReadOptions
 from pipeline.data.records import Index
 from pipeline.data.sources import open_source
+from pipeline.data.sources.members import read_samples
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
@@ -121,20 +122,20 @@ def test_other_peoples_shards_become_a_data_set_where_they_lie(
     assert {key: storage.read(key) for key in storage.list("shards")} == before
     assert not storage.list("manifest/work")
     place = storage.child("manifest")
-    contents = manifest.load(place)
+    data_set = DataSet.load(place)
     for split, first in (("train", 0), ("valid", 40), ("test", 60)):
-        for batch in EvalLoader(place, contents, split=split, batch_size=7):
+        for batch in EvalLoader(data_set, split=split, batch_size=7):
             np.testing.assert_array_equal(batch.images[:, 0, 0, 0], batch.samples + first)
             np.testing.assert_array_equal(batch.labels, (batch.samples + first) % 7)
             assert (batch.images == batch.images[:, :1, :1, :1]).all()
     order = {"seed": 1, "global_batch": 8, "num_streams": 4, "num_steps": 10, "group_bytes": 4000}
-    alone = [b.samples.tolist() for b in TrainLoader(place, contents, **order)]  # type: ignore[arg-type]
+    alone = [b.samples.tolist() for b in TrainLoader(data_set, **order)]  # type: ignore[arg-type]
     cache = ShardCache(tmp_path / "cache", 10**6)
     ranks = [
         [
             b.samples.tolist()
             for b in TrainLoader(
-                place, contents, **order, rank=rank, world_size=2, start_step=3, cache=cache
+                data_set, **order, rank=rank, world_size=2, start_step=3, options=ReadOptions(cache)
             )
         ]  # type: ignore[arg-type]
         for rank in (0, 1)
@@ -164,7 +165,7 @@ def test_other_peoples_shards_become_a_data_set_where_they_lie(
     content[-2000] ^= 1  # in the zeros behind the last member, which no reader ever looks at
     storage.write("shards/000001.tar", bytes(content))
     content = bytearray(storage.read("shards/000002.tar"))
-    content[int(Index.load(place, contents.shards("valid")[0]).offset[3]) + 10] ^= (
+    content[int(Index.load(place, data_set.manifest.shards("valid")[0]).offset[3]) + 10] ^= (
         1  # in its fourth image
     )
     storage.write("shards/000002.tar", bytes(content))
@@ -198,16 +199,16 @@ def web(tmp_path: Path) -> Iterator[str]:
 def test_shards_on_the_web_are_resized_as_they_are_read(web: str, tmp_path: Path) -> None:
     storage = FolderStorage(tmp_path / "manifest")
     options = IndexOptions(train=f"{web}/{{000000..000003}}.tar", image_size=4, channels=1)
-    receipts = Receipts(storage, {})
+    journal = Journal(storage, {})
     for number, url in enumerate(indexing.expand(options.train, None)):
-        indexing.index_shard(storage, receipts, f"train-{number:06d}", url, options)
+        indexing.index_shard(storage, journal, f"train-{number:06d}", url, options)
     shards = tuple(
-        manifest.Shard(**receipts.read(name)["shard"]) for name in sorted(receipts.names())
+        manifest.Shard(**journal.read(name)["shard"]) for name in sorted(journal.finished())
     )
     contents = manifest.Manifest(
         "web", (1, 4, 4), 7, 1, {"train": shards}, encoding="image", fit="crop"
     )
-    found = list(EvalLoader(storage, contents, split="train", batch_size=100))
+    found = list(EvalLoader(DataSet(storage, contents), split="train", batch_size=100))
     assert np.concatenate([b.images[:, 0, 2, 2] for b in found]).tolist() == list(range(80))
     assert found[0].images.shape[1:] == (1, 4, 4)
     with pytest.raises(
@@ -247,6 +248,17 @@ def test_patterns_are_spelt_out_and_splits_are_whole_shards(tmp_path: Path) -> N
         indexing.expand(str(tmp_path / "none"), None)
 
 
+@pytest.mark.parametrize("span", ["{0..99999999}", "{5..3}", "{-1..99999999}", "{0..99999999..2}"])
+def test_an_impossible_range_is_refused_before_it_is_expanded(span: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"/{span}.tar: {span} is no range of numbers")):
+        indexing.expand(f"s3://b/{span}.tar", None)
+
+
+def test_braces_that_do_not_match_are_refused() -> None:
+    with pytest.raises(UserError, match=r"s3://b/\{0\.\.3\.tar: its braces do not match"):
+        indexing.expand("s3://b/{0..3.tar", None)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -254,9 +266,9 @@ def indexed(content: bytes, tmp_path: Path, **options: Any) -> dict[str, Any]:
     (tmp_path / "x.tar").write_bytes(content)
     storage = FolderStorage(tmp_path / "manifest")
     url = str(tmp_path / "x.tar")
-    receipts = Receipts(storage, {})
-    indexing.index_shard(storage, receipts, "train-000000", url, IndexOptions(train=url, **options))
-    return receipts.read("train-000000")
+    journal = Journal(storage, {})
+    indexing.index_shard(storage, journal, "train-000000", url, IndexOptions(train=url, **options))
+    return journal.read("train-000000")
 
 
 def named(name: str, content: bytes = b"") -> bytes:
@@ -357,7 +369,7 @@ WHOLE = mixed(range(4))
 def test_a_tar_with_any_bytes_in_it_is_read_or_refused(at: int, change: bytes, end: int) -> None:
     for content in (WHOLE[:at] + change + WHOLE[at + len(change) :], WHOLE[:end]):
         try:
-            found = list(samples("x.tar", Pieces(iter([content])), "label"))
+            found = list(read_samples("x.tar", Pieces(iter([content])), "label"))
         except UserError:
             pass
         else:

@@ -16,9 +16,15 @@ import webdataset
 
 from pipeline.commands import shard
 from pipeline.commands.shard import ShardConfig
-from pipeline.config.sections import ClusterOptions, DatasetOptions, Encoding, ShardOptions, Source
-from pipeline.config.sections import StorageOptions as StorageOptions
-from pipeline.data import manifest, sharding
+from pipeline.config.sections import (
+    ClusterOptions,
+    DatasetOptions,
+    Encoding,
+    ShardOptions,
+    Source,
+    StorageOptions,
+)
+from pipeline.data import DataSet, sharding
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
@@ -44,7 +50,7 @@ def objects(storage: Storage) -> dict[str, bytes]:
 def test_idx_files_become_a_data_set(storage: Storage, tmp_path: Path) -> None:
     arrays = write_idx(tmp_path / "idx")
     result = shard.run(config_for(storage, Source.idx, tmp_path / "idx"))
-    contents = manifest.load(storage)
+    data = DataSet.load(storage)
     assert result == {
         "url": storage.url,
         "reused": False,
@@ -58,7 +64,7 @@ def test_idx_files_become_a_data_set(storage: Storage, tmp_path: Path) -> None:
         "bytes": sum(
             len(content) for key, content in objects(storage).items() if key.endswith(".tar")
         ),
-        "manifest_digest": contents.digest,
+        "manifest_digest": data.manifest.digest,
         "unreadable": 0,
         "duplicates": 0,
     }
@@ -70,7 +76,7 @@ def test_idx_files_become_a_data_set(storage: Storage, tmp_path: Path) -> None:
             for kind in ("tar", "index.json")
         ]
     )
-    train = next(iter(EvalLoader(storage, contents, split="train", batch_size=64)))
+    train = next(iter(EvalLoader(data, split="train", batch_size=64)))
     np.testing.assert_array_equal(train.images[:, 0], arrays["train-images-idx3-ubyte"][:50])
     np.testing.assert_array_equal(train.labels, arrays["train-labels-idx1-ubyte"][:50])
 
@@ -128,7 +134,7 @@ def test_a_folder_of_images_becomes_a_data_set(storage: Storage, tmp_path: Path)
     batches = [
         b
         for split in result["splits"]
-        for b in EvalLoader(storage, manifest.load(storage), split=split, batch_size=100)
+        for b in EvalLoader(DataSet.load(storage), split=split, batch_size=100)
     ]
     colours = sorted(tuple(image[:, 0, 0].tolist()) for batch in batches for image in batch.images)
     assert colours == sorted((number, 255 - number, 7) for number in range(80))
@@ -154,10 +160,10 @@ def test_images_keep_their_names_also_where_some_cannot_be_read(
             encoding=encoding,
         )
     )
-    contents = manifest.load(storage)
+    data = DataSet.load(storage)
     named = {}
-    for split in contents.splits:
-        loader = EvalLoader(storage, contents, split=split, batch_size=9)
+    for split in data.manifest.splits:
+        loader = EvalLoader(data, split=split, batch_size=9)
         for batch in loader:
             named |= dict(
                 zip(loader.keys(batch) or [], batch.images[:, 0, 0, 0].tolist(), strict=True)
@@ -227,9 +233,9 @@ def test_images_that_cannot_be_read_may_be_left_out_up_to_a_bound_and_are_listed
         "cat/7.png",
         "dog/copy.png",
     ]
-    contents = manifest.load(storage)
-    for split in contents.splits:
-        for batch in EvalLoader(storage, contents, split=split, batch_size=9):
+    data = DataSet.load(storage)
+    for split in data.manifest.splits:
+        for batch in EvalLoader(data, split=split, batch_size=9):
             assert (batch.images[:, 1] == 255 - batch.images[:, 0]).all()
 
 
@@ -239,9 +245,9 @@ def test_large_images_are_kept_one_by_one_without_loss(
 ) -> None:
     arrays = write_idx(tmp_path / "idx")
     shard.run(config_for(storage, Source.idx, tmp_path / "idx", encoding=encoding))
-    contents = manifest.load(storage)
-    assert (contents.encoding, contents.block_size) == ("image", 1)
-    train = next(iter(EvalLoader(storage, contents, split="train", batch_size=64)))
+    data = DataSet.load(storage)
+    assert (data.manifest.encoding, data.manifest.block_size) == ("image", 1)
+    train = next(iter(EvalLoader(data, split="train", batch_size=64)))
     np.testing.assert_array_equal(train.images[:, 0], arrays["train-images-idx3-ubyte"][:50])
     np.testing.assert_array_equal(train.labels, arrays["train-labels-idx1-ubyte"][:50])
     storage.download("train/00000.tar", tmp_path / "stock.tar")
@@ -269,9 +275,8 @@ def test_a_killed_run_goes_on_after_the_shards_that_are_there(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            sharding, "_report", killed
-        )  # when all shards are written, and the manifest is not
+        # When all shards are written, and the manifest is not.
+        patch.setattr(sharding, "_report", killed)
         with pytest.raises(KeyboardInterrupt):
             shard.run(config)
     storage.delete(["train/00003.tar"])
@@ -316,7 +321,7 @@ def test_a_killed_run_leaves_no_data_set_and_the_next_one_none_of_its_shards(
     assert storage.list("train")
     assert not storage.exists("manifest.json")
     with pytest.raises(UserError, match="there is no data set"):
-        manifest.load(storage)
+        DataSet.load(storage)
     before: list[str] = []
     while before != (
         before := storage.list("train")

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 from pipeline.config.sections import DatasetOptions
-from pipeline.data import cache
+from pipeline.data import DataSet, cache
 from pipeline.data.cache import ShardCache, open_cache
 from pipeline.data.loader import EvalLoader, TrainLoader
-from pipeline.data.manifest import Manifest
-from pipeline.data.reader import in_parallel
+from pipeline.data.reader import ReadOptions, in_parallel
 from pipeline.errors import DamagedData, UserError
 from pipeline.storage.base import PARTIAL, Storage
 from pipeline.storage.folder import FolderStorage
@@ -75,7 +74,7 @@ def test_a_shard_larger_than_the_cache_and_a_full_disk_are_read_past_it(
     assert not small.folder.exists()
     full = ShardCache(Path("/dev/full/cache"), 10 * SIZE)  # no folder can be made there
     assert read(full, storage, made, 5, 10) == content[5:15]
-    assert "reading past it" in caplog.text
+    assert "reading it from storage" in caplog.text
 
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -186,38 +185,42 @@ def test_the_configuration_names_a_cache(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def damaged(tmp_path: Path) -> tuple[FolderStorage, Manifest]:
+def damaged(tmp_path: Path) -> DataSet:
     """The numbered images, of which records 1 of shard 1 (samples 11 to 14) and all of shard 2
     (sample 19) are bad.
     """
     storage = FolderStorage(tmp_path / "storage")
-    manifest = write(storage)
+    data = write(storage)
     content = bytearray(storage.read("train/00001.tar"))
     content[3 * 512 + 4 * 512 + 100] ^= 1
     storage.write("train/00001.tar", bytes(content))
     storage.delete(["train/00002.tar"])
-    return storage, manifest
+    return data
 
 
 BAD = {11, 12, 13, 14, 19}
 
 
 def test_skipping_is_off_unless_asked_for_and_has_a_bound(
-    damaged: tuple[FolderStorage, Manifest],
+    damaged: DataSet,
 ) -> None:
     for allowed, message in (
         (0, r"0000[12]\.tar"),
         (4, r"with it 5 samples cannot be read, and dataset\.max_skipped=4"),
     ):
         with pytest.raises(UserError, match=message):
-            list(EvalLoader(*damaged, split="train", batch_size=8, max_skipped=allowed))
+            list(
+                EvalLoader(
+                    damaged, split="train", batch_size=8, options=ReadOptions(max_skipped=allowed)
+                )
+            )
 
 
 def test_an_evaluation_leaves_out_what_it_skips_and_says_so(
-    damaged: tuple[FolderStorage, Manifest], caplog: pytest.LogCaptureFixture
+    damaged: DataSet, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    loader = EvalLoader(*damaged, split="train", batch_size=8, max_skipped=5)
+    loader = EvalLoader(damaged, split="train", batch_size=8, options=ReadOptions(max_skipped=5))
     for _ in range(2):  # what was skipped before does not count again
         batches = list(loader)
         assert np.concatenate([batch.samples for batch in batches]).tolist() == [
@@ -231,11 +234,11 @@ def test_an_evaluation_leaves_out_what_it_skips_and_says_so(
 
 
 def test_training_replaces_what_it_skips_alike_on_any_number_of_ranks(
-    damaged: tuple[FolderStorage, Manifest],
+    damaged: DataSet,
 ) -> None:
     def epoch(rank: int, world_size: int, start_step: int = 0) -> list[list[int]]:
         loader = TrainLoader(
-            *damaged,
+            damaged,
             seed=1,
             global_batch=8,
             num_streams=4,
@@ -244,7 +247,7 @@ def test_training_replaces_what_it_skips_alike_on_any_number_of_ranks(
             rank=rank,
             world_size=world_size,
             group_bytes=24 * 4 * 18,
-            max_skipped=5,
+            options=ReadOptions(max_skipped=5),
         )
         found = []
         for batch in loader:

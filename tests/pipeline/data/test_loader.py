@@ -17,10 +17,11 @@ import webdataset
 
 from pipeline import noise
 from pipeline.config.sections import Binarization
+from pipeline.data import DataSet
 from pipeline.data.batch import Batch, binarize
 from pipeline.data.images import BadImage, array
 from pipeline.data.loader import EvalLoader, TrainLoader, one_ahead
-from pipeline.data.manifest import Manifest, Shard
+from pipeline.data.manifest import Shard
 from pipeline.errors import UserError
 from pipeline.storage.base import Storage
 from pipeline.storage.folder import FolderStorage
@@ -31,7 +32,7 @@ STEPS_PER_EPOCH = 6
 """Of 50 samples."""
 
 
-def train(storage: Storage, manifest: Manifest, **changes: Any) -> list[Batch]:
+def train(data: DataSet, **changes: Any) -> list[Batch]:
     """All batches of a run: two epochs and a bit, groups of 3 batches."""
     arguments = {
         "seed": 1,
@@ -40,7 +41,7 @@ def train(storage: Storage, manifest: Manifest, **changes: Any) -> list[Batch]:
         "num_steps": 2 * STEPS_PER_EPOCH + 2,
         "group_bytes": 6 * NUM_STREAMS * IMAGE_BYTES,
     }
-    return list(TrainLoader(storage, manifest, **(arguments | changes)))
+    return list(TrainLoader(data, **(arguments | changes)))
 
 
 def check_content(batch: Batch) -> None:
@@ -68,10 +69,8 @@ def joined(parts: list[Batch]) -> Batch:
     return Batch(parts[0].step, tensors[0], tensors[1], arrays[0], arrays[1])
 
 
-def test_an_epoch_gives_every_sample_once_but_for_the_tail(
-    storage: Storage, numbered: Manifest
-) -> None:
-    batches = train(storage, numbered)
+def test_an_epoch_gives_every_sample_once_but_for_the_tail(numbered: DataSet) -> None:
+    batches = train(numbered)
     assert [batch.step for batch in batches] == list(range(14))
     for batch in batches:
         check_content(batch)
@@ -87,23 +86,20 @@ def test_an_epoch_gives_every_sample_once_but_for_the_tail(
     assert orders[0] != orders[1]
 
 
-def test_ranks_share_the_same_global_batches(storage: Storage, numbered: Manifest) -> None:
-    alone = train(storage, numbered)
+def test_ranks_share_the_same_global_batches(numbered: DataSet) -> None:
+    alone = train(numbered)
     for world_size in (2, 3, 4):
-        ranks = [
-            train(storage, numbered, rank=rank, world_size=world_size) for rank in range(world_size)
-        ]
+        ranks = [train(numbered, rank=rank, world_size=world_size) for rank in range(world_size)]
         for whole, *parts in zip(alone, *ranks, strict=True):
             assert_equal(joined(parts), whole)
 
 
 def test_resuming_at_any_step_gives_the_rest_of_the_run(tmp_path: Path) -> None:
-    storage = FolderStorage(tmp_path)
-    manifest = write(storage)
+    numbered = write(FolderStorage(tmp_path))
     for rank in (0, 1):
-        whole = train(storage, manifest, rank=rank, world_size=2)
+        whole = train(numbered, rank=rank, world_size=2)
         for start_step in range(len(whole) + 1):
-            rest = train(storage, manifest, rank=rank, world_size=2, start_step=start_step)
+            rest = train(numbered, rank=rank, world_size=2, start_step=start_step)
             for expected, got in zip(whole[start_step:], rest, strict=True):
                 assert_equal(expected, got)
 
@@ -111,8 +107,7 @@ def test_resuming_at_any_step_gives_the_rest_of_the_run(tmp_path: Path) -> None:
 def test_resuming_reads_each_open_shard_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = FolderStorage(tmp_path)
-    manifest = write(storage)
+    numbered = write(FolderStorage(tmp_path))
     ranges: list[str] = []
     stream = FolderStorage.stream
 
@@ -127,8 +122,7 @@ def test_resuming_reads_each_open_shard_once(
     assert (
         len(
             train(
-                storage,
-                manifest,
+                numbered,
                 start_step=10,
                 num_steps=11,
                 num_streams=1,
@@ -144,12 +138,10 @@ def test_resuming_reads_each_open_shard_once(
     assert len(set(ranges)) == 5
 
 
-def test_evaluation_gives_every_sample_once_in_order(storage: Storage, numbered: Manifest) -> None:
+def test_evaluation_gives_every_sample_once_in_order(numbered: DataSet) -> None:
     for world_size in (1, 2, 3):
         loaders = [
-            EvalLoader(
-                storage, numbered, split="train", batch_size=4, rank=rank, world_size=world_size
-            )
+            EvalLoader(numbered, split="train", batch_size=4, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         batches = [batch for loader in loaders for batch in loader]
@@ -160,24 +152,22 @@ def test_evaluation_gives_every_sample_once_in_order(storage: Storage, numbered:
         assert sum(loader.num_samples for loader in loaders) == 50
 
 
-def test_evaluation_of_the_first_so_many(storage: Storage, numbered: Manifest) -> None:
-    batches = list(EvalLoader(storage, numbered, split="train", batch_size=8, num_images=11))
+def test_evaluation_of_the_first_so_many(numbered: DataSet) -> None:
+    batches = list(EvalLoader(numbered, split="train", batch_size=8, num_images=11))
     assert [len(batch.images) for batch in batches] == [8, 3]
     assert (
         sum(
-            len(b.images)
-            for b in EvalLoader(storage, numbered, split="valid", batch_size=8, num_images=100)
+            len(b.images) for b in EvalLoader(numbered, split="valid", batch_size=8, num_images=100)
         )
         == 9
     )
 
 
-def test_more_ranks_than_images_leave_some_without(storage: Storage, numbered: Manifest) -> None:
+def test_more_ranks_than_images_leave_some_without(numbered: DataSet) -> None:
     counts = [
         len(
             list(
                 EvalLoader(
-                    storage,
                     numbered,
                     split="valid",
                     batch_size=4,
@@ -193,15 +183,15 @@ def test_more_ranks_than_images_leave_some_without(storage: Storage, numbered: M
 
 
 def test_a_stock_reader_sees_the_same_images_in_the_same_order(tmp_path: Path) -> None:
-    manifest = write(FolderStorage(tmp_path))
-    urls = [str(tmp_path / shard.name) for shard in manifest.shards("train")]
+    numbered = write(FolderStorage(tmp_path))
+    urls = [str(tmp_path / shard.name) for shard in numbered.manifest.shards("train")]
     stock = (
         webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
         .decode()
         .to_tuple("images.npy", "labels.npy")
     )
     images, labels = (np.concatenate(column) for column in zip(*stock, strict=True))
-    ours = list(EvalLoader(FolderStorage(tmp_path), manifest, split="train", batch_size=8))
+    ours = list(EvalLoader(numbered, split="train", batch_size=8))
     np.testing.assert_array_equal(images, np.concatenate([batch.images for batch in ours]))
     np.testing.assert_array_equal(labels, np.concatenate([batch.labels for batch in ours]))
 
@@ -209,11 +199,11 @@ def test_a_stock_reader_sees_the_same_images_in_the_same_order(tmp_path: Path) -
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def damaged(manifest: Manifest) -> Shard:
-    return manifest.shards("train")[3]
+def damaged(numbered: DataSet) -> Shard:
+    return numbered.manifest.shards("train")[3]
 
 
-def test_an_altered_record_is_named(storage: Storage, numbered: Manifest) -> None:
+def test_an_altered_record_is_named(storage: Storage, numbered: DataSet) -> None:
     shard = damaged(numbered)
     content = bytearray(storage.read(shard.name))
     content[5000] ^= 1
@@ -223,13 +213,13 @@ def test_an_altered_record_is_named(storage: Storage, numbered: Manifest) -> Non
         r" index says [0-9a-f]{32}"
     )
     with pytest.raises(UserError, match=message):
-        train(storage, numbered)
+        train(numbered)
     with pytest.raises(UserError, match=message):
-        list(EvalLoader(storage, numbered, split="train", batch_size=8))
+        list(EvalLoader(numbered, split="train", batch_size=8))
 
 
 def test_a_truncated_shard_is_named_even_when_cut_between_members(
-    storage: Storage, numbered: Manifest
+    storage: Storage, numbered: DataSet
 ) -> None:
     shard = damaged(numbered)
     storage.write(shard.name, storage.read(shard.name)[: 512 * 8])
@@ -240,16 +230,16 @@ def test_a_truncated_shard_is_named_even_when_cut_between_members(
             r" 4096"
         ),
     ):
-        train(storage, numbered)
+        train(numbered)
 
 
-def test_a_missing_shard_is_named(storage: Storage, numbered: Manifest) -> None:
+def test_a_missing_shard_is_named(storage: Storage, numbered: DataSet) -> None:
     storage.delete([damaged(numbered).name])
     with pytest.raises(
         UserError,
         match=r"no .*/train/00003\.tar, though the manifest .* lists it \([0-9]+ bytes\); delete",
     ):
-        train(storage, numbered)
+        train(numbered)
 
 
 def test_nothing_is_unpickled() -> None:
@@ -262,16 +252,16 @@ def test_nothing_is_unpickled() -> None:
 # --- misuse ---------------------------------------------------------------------------------------
 
 
-def test_impossible_requests_are_refused_at_once(storage: Storage, numbered: Manifest) -> None:
+def test_impossible_requests_are_refused_at_once(numbered: DataSet) -> None:
     with pytest.raises(UserError, match="5 ranks cannot share 4 streams"):
-        train(storage, numbered, world_size=5)
+        train(numbered, world_size=5)
     with pytest.raises(
         UserError,
         match=(
             r"a global batch of 64 is more than all 50 samples; choose another train\.global_batch"
         ),
     ):
-        train(storage, numbered, global_batch=64)
+        train(numbered, global_batch=64)
 
 
 # --- threads --------------------------------------------------------------------------------------
@@ -281,9 +271,9 @@ def loader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "loader"]
 
 
-def test_a_consumer_that_stops_early_leaves_no_thread(storage: Storage, numbered: Manifest) -> None:
+def test_a_consumer_that_stops_early_leaves_no_thread(numbered: DataSet) -> None:
     loader = TrainLoader(
-        storage, numbered, seed=0, global_batch=8, num_streams=4, num_steps=10**9, group_bytes=1
+        numbered, seed=0, global_batch=8, num_streams=4, num_steps=10**9, group_bytes=1
     )
     for batch in loader:
         if batch.step == 20:

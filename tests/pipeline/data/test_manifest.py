@@ -8,28 +8,32 @@ from dataclasses import replace
 import pytest
 import xxhash
 
-from pipeline.data import manifest
+from pipeline.data import DataSet, manifest
 from pipeline.data.manifest import Manifest, PagedShards, Shard
 from pipeline.data.records import Index
 from pipeline.errors import UserError
 from pipeline.storage.base import Storage
 
 
-def test_a_manifest_survives_storage(storage: Storage, numbered: Manifest) -> None:
-    assert manifest.load(storage) == numbered
-    assert numbered.num_samples("train") == 50
-    assert [shard.name for shard in numbered.shards("test")] == ["test/00000.tar", "test/00001.tar"]
-    for shard in numbered.shards("train"):
+def test_a_manifest_survives_storage(storage: Storage, numbered: DataSet) -> None:
+    assert manifest.load(storage) == numbered.manifest
+    assert numbered.manifest.num_samples("train") == 50
+    assert [shard.name for shard in numbered.manifest.shards("test")] == [
+        "test/00000.tar",
+        "test/00001.tar",
+    ]
+    for shard in numbered.manifest.shards("train"):
         content = storage.read(shard.name)
         assert (len(content), hashlib.sha256(content).hexdigest()) == (shard.size, shard.sha256)
 
 
-def test_the_digest_stands_for_the_content(numbered: Manifest) -> None:
-    first, *others = numbered.shards("train")
+def test_the_digest_stands_for_the_content(numbered: DataSet) -> None:
+    first, *others = numbered.manifest.shards("train")
     altered = replace(
-        numbered, splits={**numbered.splits, "train": (replace(first, sha256="0" * 64), *others)}
+        numbered.manifest,
+        splits={**numbered.manifest.splits, "train": (replace(first, sha256="0" * 64), *others)},
     )
-    assert replace(numbered).digest == numbered.digest != altered.digest
+    assert replace(numbered.manifest).digest == numbered.manifest.digest != altered.digest
 
 
 def test_a_missing_data_set_says_how_to_make_one(storage: Storage) -> None:
@@ -39,14 +43,14 @@ def test_a_missing_data_set_says_how_to_make_one(storage: Storage) -> None:
         manifest.load(storage)
 
 
-def test_an_unknown_split_is_named_with_the_known_ones(numbered: Manifest) -> None:
+def test_an_unknown_split_is_named_with_the_known_ones(numbered: DataSet) -> None:
     with pytest.raises(
         UserError, match="numbered has no split 'validation'; it has train, valid, test"
     ):
-        numbered.shards("validation")
+        numbered.manifest.shards("validation")
 
 
-def test_a_manifest_of_another_version_is_refused(storage: Storage, numbered: Manifest) -> None:
+def test_a_manifest_of_another_version_is_refused(storage: Storage, numbered: DataSet) -> None:
     storage.write_json("manifest.json", {**storage.read_json("manifest.json"), "version": 1})
     with pytest.raises(
         UserError, match=r"manifest\.json is of version 1, but this program reads version 2"
@@ -57,7 +61,7 @@ def test_a_manifest_of_another_version_is_refused(storage: Storage, numbered: Ma
         manifest.load(storage)
 
 
-def test_a_damaged_manifest_is_refused(storage: Storage, numbered: Manifest) -> None:
+def test_a_damaged_manifest_is_refused(storage: Storage, numbered: DataSet) -> None:
     content = storage.read_json("manifest.json")
     for change in (
         {"splits": None},
@@ -75,8 +79,8 @@ def test_a_damaged_manifest_is_refused(storage: Storage, numbered: Manifest) -> 
         manifest.load(storage)
 
 
-def test_an_index_says_where_the_records_are(storage: Storage, numbered: Manifest) -> None:
-    shard = numbered.shards("train")[3]
+def test_an_index_says_where_the_records_are(storage: Storage, numbered: DataSet) -> None:
+    shard = numbered.manifest.shards("train")[3]
     index = Index.load(storage, shard)
     assert index.starts.tolist() == [0, 4, 8, 12, 16, 20]
     assert index.offset[0] == 0
@@ -88,8 +92,8 @@ def test_an_index_says_where_the_records_are(storage: Storage, numbered: Manifes
         )
 
 
-def test_an_altered_index_is_refused(storage: Storage, numbered: Manifest) -> None:
-    shard = numbered.shards("train")[0]
+def test_an_altered_index_is_refused(storage: Storage, numbered: DataSet) -> None:
+    shard = numbered.manifest.shards("train")[0]
     storage.write(shard.index_name, storage.read(shard.index_name).replace(b"3", b"4", 1))
     with pytest.raises(
         UserError,
@@ -106,8 +110,8 @@ def test_very_many_shards_are_kept_in_pages(
         Shard(f"{n}.tar", n, f"{n:064x}", 7 * n + 1, f"{n}.json", f"{n + 1:064x}")
         for n in range(37)
     ]
-    few = manifest.kept(storage, "valid", shards[:10])
-    many = manifest.kept(storage, "train", shards)
+    few = manifest.paginate(storage, "valid", shards[:10])
+    many = manifest.paginate(storage, "train", shards)
     assert isinstance(few, tuple)
     assert isinstance(many, PagedShards)
     written = Manifest("many", (1, 2, 3), None, 4, {"train": many, "valid": few})

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import order
-from pipeline.data.order import Circle, Order, share, straight
+from pipeline.data.order import Circle, Order, even_part, in_manifest_order
 
 
 @st.composite
@@ -150,7 +150,7 @@ def test_what_cannot_be_dealt_is_refused() -> None:
 def test_evaluation_sees_everything_once_over_any_number_of_ranks(
     num_samples: int, world_size: int
 ) -> None:
-    shares = [share(num_samples, rank, world_size) for rank in range(world_size)]
+    shares = [even_part(num_samples, rank, world_size) for rank in range(world_size)]
     assert [position for start, stop in shares for position in range(start, stop)] == list(
         range(num_samples)
     )
@@ -161,7 +161,7 @@ def test_evaluation_sees_everything_once_over_any_number_of_ranks(
 
 
 def test_evaluation_goes_in_the_order_of_the_manifest() -> None:
-    circle = straight((2, 0, 3))
+    circle = in_manifest_order((2, 0, 3))
     assert isinstance(circle, Circle)
     assert circle.segments(0, 5).tolist() == [[0, 0, 2], [2, 0, 3]]
     assert circle.segments(1, 3).tolist() == [[0, 1, 2], [2, 0, 1]]

@@ -16,8 +16,8 @@ from PIL import Image
 
 from pipeline.config.sections import DatasetOptions, ShardOptions, Source
 from pipeline.data.images import BadImage, decode
+from pipeline.data.sources import SOURCES, open_source
 from pipeline.data.sources import mnist as mnist_module
-from pipeline.data.sources import open_source
 from pipeline.data.sources.arrays import IdxSource
 from pipeline.data.sources.files import FolderSource
 from pipeline.data.sources.mnist import MnistSource
@@ -25,6 +25,11 @@ from pipeline.data.sources.synthetic import SyntheticSource
 from pipeline.errors import UserError
 from tests.pipeline.images import idx_bytes, write_idx, write_images
 from vlae.synthetic import clouds
+
+
+def test_every_source_that_can_be_chosen_is_in_the_table() -> None:
+    assert set(SOURCES) == set(Source)
+
 
 NAMES = [f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(40)]
 

@@ -12,15 +12,14 @@ import vlae
 from pipeline.commands import load
 from pipeline.config.options import to_dict
 from pipeline.config.sections import Binarization
+from pipeline.data import DataSet
 from pipeline.data.batch import Batch, binarize
 from pipeline.data.loader import EvalLoader
-from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.evaluation.measure import QUANTITIES, measure, report
 from pipeline.evaluation.moments import Moments
 from pipeline.noise import Purpose, normal
 from pipeline.storage import open_storage
-from pipeline.storage.base import Storage
 from tests.pipeline import strokes
 
 CPU = torch.device("cpu")
@@ -28,13 +27,8 @@ SAMPLES = 3
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    return open_storage(str(tmp_path_factory.mktemp("strokes")))
-
-
-@pytest.fixture(scope="module")
-def contents(data: Storage) -> Manifest:
-    return strokes.write(data)
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    return strokes.write(open_storage(str(tmp_path_factory.mktemp("strokes"))))
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +59,10 @@ def binarization(request: pytest.FixtureRequest) -> Binarization:
 
 
 @pytest.fixture(scope="module")
-def one_by_one(
-    model: vlae.VLAE, data: Storage, contents: Manifest, binarization: Binarization
-) -> Tensor:
+def one_by_one(model: vlae.VLAE, data: DataSet, binarization: Binarization) -> Tensor:
     """The sums, image by image, from the model's own bound."""
     moments = Moments()
-    for batch in EvalLoader(data, contents, split="train", batch_size=1):
+    for batch in EvalLoader(data, split="train", batch_size=1):
         x = binarize(batch, binarization, 5)
         codes = torch.from_numpy(
             normal((Purpose.IMPORTANCE, 5), batch.positions, SAMPLES * model.latents)
@@ -99,8 +91,7 @@ def test_the_result_is_that_of_each_image_by_itself(
     world_size: int,
     threads: int,
     model: vlae.VLAE,
-    data: Storage,
-    contents: Manifest,
+    data: DataSet,
     binarization: Binarization,
     one_by_one: Tensor,
 ) -> None:
@@ -113,7 +104,7 @@ def test_the_result_is_that_of_each_image_by_itself(
 
     for rank in range(world_size):
         loader = EvalLoader(
-            data, contents, split="train", batch_size=batch_size, rank=rank, world_size=world_size
+            data, split="train", batch_size=batch_size, rank=rank, world_size=world_size
         )
         total += sums(
             measure(
@@ -134,13 +125,12 @@ def test_the_result_is_that_of_each_image_by_itself(
 
 def figures(
     model: vlae.VLAE,
-    data: Storage,
-    contents: Manifest,
+    data: DataSet,
     seed: int,
     num_images: int | None = None,
     samples: int = SAMPLES,
 ) -> dict[str, float]:
-    loader = EvalLoader(data, contents, split="train", batch_size=32, num_images=num_images)
+    loader = EvalLoader(data, split="train", batch_size=32, num_images=num_images)
     moments = measure(
         model,
         loader,
@@ -154,19 +144,14 @@ def figures(
 
 
 def test_the_same_seed_gives_the_same_figures_and_another_gives_others(
-    model: vlae.VLAE, data: Storage, contents: Manifest
+    model: vlae.VLAE, data: DataSet
 ) -> None:
-    assert figures(model, data, contents, 1) == figures(model, data, contents, 1)
-    assert (
-        figures(model, data, contents, 1)["elbo_nats"]
-        != figures(model, data, contents, 2)["elbo_nats"]
-    )
+    assert figures(model, data, 1) == figures(model, data, 1)
+    assert figures(model, data, 1)["elbo_nats"] != figures(model, data, 2)["elbo_nats"]
 
 
-def test_the_report_is_of_the_images_that_were_measured(
-    model: vlae.VLAE, data: Storage, contents: Manifest
-) -> None:
-    values = figures(model, data, contents, 1, num_images=10)
+def test_the_report_is_of_the_images_that_were_measured(model: vlae.VLAE, data: DataSet) -> None:
+    values = figures(model, data, 1, num_images=10)
     assert values["num_images"] == 10
     assert values["elbo_nats"] == pytest.approx(values["distortion_nats"] + values["rate_nats"])
     assert values["elbo_bits_per_dim"] == pytest.approx(values["elbo_nats"] / (64 * math.log(2)))
@@ -177,15 +162,15 @@ def test_the_report_is_of_the_images_that_were_measured(
     for name in ("rate", "distortion", "elbo", "iwae", "slack"):
         assert 0 < values[f"{name}_nats_se"] < abs(values[f"{name}_nats"])
     assert values["iwae_samples"] == SAMPLES
-    assert not [name for name in figures(model, data, contents, 1, samples=1) if "iwae" in name]
+    assert not [name for name in figures(model, data, 1, samples=1) if "iwae" in name]
 
 
 def test_damage_found_on_the_way_ends_the_measuring(
     model: vlae.VLAE, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    data = open_storage(str(tmp_path_factory.mktemp("damaged")))
-    contents = strokes.write(data)
-    damaged = contents.shards("train")[1].name
-    data.write(damaged, data.read(damaged)[:-5000] + b"?" * 5000)
+    storage = open_storage(str(tmp_path_factory.mktemp("damaged")))
+    data = strokes.write(storage)
+    damaged = data.manifest.shards("train")[1].name
+    storage.write(damaged, storage.read(damaged)[:-5000] + b"?" * 5000)
     with pytest.raises(UserError, match=damaged):
-        figures(model, data, contents, 1)
+        figures(model, data, 1)

@@ -165,14 +165,13 @@ def test_codes_that_no_probe_can_learn_from_are_refused(count: int) -> None:
 def test_codes_are_those_of_the_labelled_images_in_order_whatever_the_batches(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    data = open_storage(str(tmp_path_factory.mktemp("strokes")))
-    contents = strokes.write(data)
+    data = strokes.write(open_storage(str(tmp_path_factory.mktemp("strokes"))))
     torch.manual_seed(0)
-    model = load("train", ["model=tiny"]).build(contents.image_shape)
+    model = load("train", ["model=tiny"]).build(data.manifest.image_shape)
 
     def found(batch_size: int, threads: int) -> tuple[Codes, int]:
         loader, seen = (
-            EvalLoader(data, contents, split="train", batch_size=batch_size, num_images=70),
+            EvalLoader(data, split="train", batch_size=batch_size, num_images=70),
             [0],
         )
         options = {
@@ -185,7 +184,7 @@ def test_codes_are_those_of_the_labelled_images_in_order_whatever_the_batches(
         return made, sum(seen)
 
     expected: list[tuple[Tensor, ...]] = []
-    for batch in EvalLoader(data, contents, split="train", batch_size=1, num_images=70):
+    for batch in EvalLoader(data, split="train", batch_size=1, num_images=70):
         noise = torch.from_numpy(normal((Purpose.CODE, 4), batch.positions, model.latents))
         with torch.no_grad():
             posterior = model.encoder(binarize(batch, Binarization.dynamic, 4))

@@ -69,7 +69,7 @@ def made() -> list[Trial]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """The report of a search whose models have just begun to learn."""
     root = str(tmp_path_factory.mktemp("store"))
-    shape = strokes.write(strokes.data_storage(root)).image_shape
+    shape = strokes.write(strokes.data_storage(root)).manifest.image_shape
     plain = options.to_dict(
         commands.load("tune", [*strokes.TINY, f"storage.root={root}", "search.constraints=[]"])
     )

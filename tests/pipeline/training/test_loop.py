@@ -26,7 +26,7 @@ import vlae
 from pipeline import runs
 from pipeline.config.run import TrainConfig
 from pipeline.config.sections import Binarization
-from pipeline.data import manifest
+from pipeline.data import DataSet
 from pipeline.data.batch import Batch, binarize
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import UserError
@@ -102,7 +102,7 @@ def test_a_run_leaves_its_model_its_log_and_its_newest_checkpoints(
     training = whole.read_json("model/training.json")
     assert training["config"]["name"] == "whole"
     assert training["config"]["model"]["window"] == "3x1"
-    assert training["manifest"] == manifest.load(strokes.data_storage(root)).digest
+    assert training["manifest"] == DataSet.load(strokes.data_storage(root)).manifest.digest
 
 
 def test_the_log_has_every_step_once_with_its_learning_rate(whole: Storage) -> None:
@@ -133,8 +133,8 @@ def test_what_is_published_is_the_average_and_its_measure_is_the_last_validation
         not torch.equal(value, model.state_dict()[name])
         for name, value in fresh.state_dict().items()
     )
-    data = strokes.data_storage(root)
-    loader = EvalLoader(data, manifest.load(data), split="valid", batch_size=64)
+    data = DataSet.load(strokes.data_storage(root))
+    loader = EvalLoader(data, split="valid", batch_size=64)
     moments = measure(
         model, loader, samples=1, binarization=Binarization.dynamic, seed=0, device=CPU
     )

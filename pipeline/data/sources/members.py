@@ -30,7 +30,7 @@ class Sample:
     label: int  # -1 if there is none
 
 
-def samples(url: str, source: tar.Source, label_key: str) -> Iterator[Sample]:
+def read_samples(url: str, source: tar.Source, label_key: str) -> Iterator[Sample]:
     """The samples of the tar at ``url``. Raises ``UserError`` that names the member at fault."""
     group: dict[str, tar.Member] = {}
     current, seen = "", set[str]()
