@@ -84,22 +84,32 @@ class Learner:
         add up to it), and its mean rate, in nats per image; and whether the step was taken, or
         skipped as its gradients were not finite.
         """
-        optim, train = self.config.optim, self.config.train
-        x = binarize(batch, self.config.dataset.binarization, train.seed).to(
-            self.device, self.dtype, non_blocking=True
-        )
+        train = self.config.train
+        x = binarize(batch, self.config.dataset.binarization, train.seed)
         noise = torch.from_numpy(
             normal((Purpose.POSTERIOR, train.seed), batch.positions, self.model.latents)
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = optimizer.learning_rate(optim, train, batch.step)
-        self.optimizer.zero_grad(set_to_none=False)
-        distortion, rates = self.backward(
-            x, noise.to(self.device, self.dtype, non_blocking=True), batch.step
+        return self.step(
+            x.to(self.device, self.dtype, non_blocking=True),
+            noise.to(self.device, self.dtype, non_blocking=True),
+            batch.step,
         )
+
+    def step(self, x: Tensor, noise: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Take step ``number``, counted from 0, on given images and noise; returns what ``learn``
+        does.
+
+        ``x`` is this rank's part of the global batch, (local_batch, channels, height, width), and
+        ``noise`` is standard normal, (local_batch, latents).
+        """
+        optim = self.config.optim
+        for group in self.optimizer.param_groups:
+            group["lr"] = optimizer.learning_rate(optim, self.config.train, number)
+        self.optimizer.zero_grad(set_to_none=False)
+        distortion, rates = self.backward(x, noise, number)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, optim.clip_norm)
         taken = self.guard.step(self.optimizer, norm, rates)
-        self.ema.update(self.weights, batch.step + 1)
+        self.ema.update(self.weights, number + 1)
         if self.soft:
             self.soft.update(rates.sum())
         return distortion, rates.sum(), taken

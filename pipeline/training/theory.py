@@ -25,7 +25,14 @@ from tqdm import tqdm
 
 import vlae
 from pipeline.config.options import to_dict
-from pipeline.config.run import Algorithm, OptimOptions, TrainOptions
+from pipeline.config.run import (
+    Algorithm,
+    ModelOptions,
+    OptimOptions,
+    TrainConfig,
+    TrainOptions,
+)
+from pipeline.config.sections import DatasetOptions, Source
 from pipeline.errors import UserError
 from pipeline.evaluation import pictures
 from pipeline.evaluation.moments import Moments
@@ -33,7 +40,7 @@ from pipeline.machine import keep_freed_memory
 from pipeline.runs import TRAINING_FILE, publish
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
-from pipeline.training import optimizer
+from pipeline.training.learner import Learner
 from pipeline.values import JsonObject
 from vlae.synthetic import PatternedTexture, clouds
 
@@ -107,7 +114,7 @@ def experiment(config: Experiment) -> JsonObject:
     return result
 
 
-def _options(config: Experiment) -> dict[str, Any]:
+def _options(config: Experiment) -> JsonObject:
     """Everything that the figures depend on."""
     options = {key: value for key, value in asdict(config).items() if key != "output"}
     recipe = {
@@ -120,7 +127,7 @@ def _options(config: Experiment) -> dict[str, Any]:
     return {**options, **recipe, "optim": to_dict(OPTIM)}
 
 
-def _finished(output: Storage, config: Experiment, job: str) -> dict[str, Any] | None:
+def _finished(output: Storage, config: Experiment, job: str) -> JsonObject | None:
     """The figures of a job that is done, if it was done with these options."""
     key = f"{job}/{TRAINING_FILE}" if job == KNOWN else f"{job}/model/{TRAINING_FILE}"
     if not output.exists(key):
@@ -129,7 +136,7 @@ def _finished(output: Storage, config: Experiment, job: str) -> dict[str, Any] |
     return record["figures"] if record["options"] == _options(config) else None
 
 
-def _work_all(config: Experiment, jobs: list[str]) -> dict[str, dict[str, Any]]:
+def _work_all(config: Experiment, jobs: list[str]) -> dict[str, JsonObject]:
     """Do some jobs, as many at once as there are cores, and show their progress."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -137,7 +144,7 @@ def _work_all(config: Experiment, jobs: list[str]) -> dict[str, dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
     waiting, running = list(jobs), dict[str, BaseProcess]()
-    done: dict[str, dict[str, Any]] = {}
+    done: dict[str, JsonObject] = {}
     lengths: dict[str, float] = {}
     images = sum(config.images for job in jobs if job != KNOWN)
     with tqdm(
@@ -203,7 +210,7 @@ def generator(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(len(purposes) * seed + purposes.index(purpose))
 
 
-def known_quantities(images: PatternedTexture, seed: int) -> dict[str, Any]:
+def known_quantities(images: PatternedTexture, seed: int) -> JsonObject:
     """What is known of a distribution, in nats per image.
 
     H(x|c), and the code lengths without z, are exact. H(c|x), a small part of the entropy, is a
@@ -227,62 +234,60 @@ def known_quantities(images: PatternedTexture, seed: int) -> dict[str, Any]:
     }
 
 
+def train_config(config: Experiment, name: str) -> TrainConfig:
+    """How one decoder is trained, as the options of a training run."""
+    return TrainConfig(
+        dataset=DatasetOptions(name="clouds", source=Source.synthetic),
+        model=ModelOptions(
+            window=WINDOWS[name],
+            latents=LATENTS[name],
+            flow_depth=FLOW_DEPTH,
+            flow_hidden=256,
+            encoder_channels=16,
+            decoder_channels=16,
+            decoder_maps=16,
+            decoder_features=64,
+            decoder_blocks=2,
+        ),
+        optim=OPTIM,
+        train=TrainOptions(
+            images=config.images,
+            global_batch=BATCH,
+            num_streams=1,
+            seed=config.seed,
+            free_nats=0.0 if name == "full" else FREE_NATS,
+            free_fraction=FREE_FRACTION,
+            rate_warmup_fraction=0.0,
+        ),
+    )
+
+
 def train(config: Experiment, name: str, progress: Callable[[int, float], object]) -> vlae.VLAE:
     """Train one decoder on images that are all new; returns the moving average of its weights.
 
     ``progress`` is called about once a second with the images since the last call and their mean
     code length in nats. Raises UserError if the gradients do not stay finite.
     """
-    plan = TrainOptions(
-        images=config.images,
-        global_batch=BATCH,
-        num_streams=1,
-        free_nats=0.0 if name == "full" else FREE_NATS,
-        free_fraction=FREE_FRACTION,
-        rate_warmup_fraction=0.0,
-    )
-    images, draw, device = clouds(), generator(config.seed, "training"), torch.device("cpu")
-    torch.manual_seed(config.seed)
-    model = vlae.build(
-        image_shape=images.image_shape,
-        window=WINDOWS[name],
-        latents=LATENTS[name],
-        flow_depth=FLOW_DEPTH,
-    )
-    weights = vlae.flatten(model)
-    ema, adam, guard = (
-        vlae.EMA(model, OPTIM.ema_decay),
-        optimizer.make(OPTIM, weights),
-        optimizer.Guard(device),
-    )
+    images, draw = clouds(), generator(config.seed, "training")
+    learner = Learner(train_config(config, name), images.image_shape, 1, torch.device("cpu"))
+    num_steps, latents = learner.config.train.num_steps, learner.model.latents
     at, lengths = time.monotonic(), list[Tensor]()
     pool: Iterator[Tensor] = iter(())
-    for step in range(plan.num_steps):
+    for step in range(num_steps):
         x = next(pool, None)
         if x is None:
             pool = iter(images.sample(POOL, draw)[0].split(BATCH))
             x = next(pool)
-        bound = model(x, torch.randn(len(x), model.latents, generator=draw))
-        rate = bound.rate.detach().mean()
-        loss = vlae.training_loss(
-            bound, rate, optimizer.free_nats(plan, step), optimizer.rate_weight(plan, step)
-        )
-        for group in adam.param_groups:
-            group["lr"] = optimizer.learning_rate(OPTIM, plan, step)
-        adam.zero_grad(set_to_none=False)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(weights, OPTIM.clip_norm)
-        guard.step(adam, norm, loss.detach())
-        ema.update(weights, step + 1)
-        lengths.append(-bound.elbo.detach().mean())
-        if time.monotonic() - at > 1 or step + 1 == plan.num_steps:
-            guard.check(name, step + 1)
+        distortion, rate, _ = learner.step(x, torch.randn(len(x), latents, generator=draw), step)
+        lengths.append(distortion + rate)
+        if time.monotonic() - at > 1 or step + 1 == num_steps:
+            learner.guard.check(name, step + 1)
             progress(len(lengths) * BATCH, float(torch.stack(lengths).mean()))
             at, lengths = time.monotonic(), []
-    return ema.module
+    return learner.ema.module
 
 
-def measure(config: Experiment, model: vlae.VLAE) -> dict[str, Any]:
+def measure(config: Experiment, model: vlae.VLAE) -> JsonObject:
     """A model's bound on held-out images, the same for every decoder, in nats per image, with
     standard errors.
 
@@ -308,7 +313,7 @@ def measure(config: Experiment, model: vlae.VLAE) -> dict[str, Any]:
     return figures | {f"{name}_se": moments.standard_error(name) for name in moments.sums}
 
 
-def _against(known: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+def _against(known: JsonObject, measured: JsonObject) -> JsonObject:
     """A decoder's figures: rate, distortion, code length = rate + distortion, and excess = code
     length - entropy.
     """
@@ -322,7 +327,7 @@ def _against(known: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _figure(config: Experiment, output: Storage, result: dict[str, Any]) -> bytes:
+def _figure(config: Experiment, output: Storage, result: JsonObject) -> bytes:
     distribution, draw = clouds(), generator(config.seed, "figure")
     x, labels = distribution.sample(SHOWN, draw)
     images = {"images": x, "their patterns": torch.sigmoid(distribution.patterns[labels])[:, None]}
