@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.storage import open_storage, resume, s3
 from pipeline.storage.base import PARTIAL, ObjectNotFound, Storage, atomic_file
 from pipeline.storage.folder import FolderStorage
-from pipeline.storage.server import ObjectStore
+from pipeline.storage.server import ObjectStorageServer
 
 # --- both kinds -----------------------------------------------------------------------------------
 
@@ -145,7 +145,9 @@ def test_deleting_the_last_object_removes_its_folder(tmp_path: Path) -> None:
 # --- S3 -------------------------------------------------------------------------------------------
 
 
-def test_more_objects_than_one_page_are_listed_and_deleted(object_store: ObjectStore) -> None:
+def test_more_objects_than_one_page_are_listed_and_deleted(
+    object_store: ObjectStorageServer,
+) -> None:
     storage = open_storage("s3://tests/pages")
     keys = [f"{number:04d}" for number in range(1005)]  # a page and a batch hold 1000
     for key in keys:
@@ -155,7 +157,7 @@ def test_more_objects_than_one_page_are_listed_and_deleted(object_store: ObjectS
     assert storage.list() == []
 
 
-def test_a_missing_bucket_is_named(object_store: ObjectStore) -> None:
+def test_a_missing_bucket_is_named(object_store: ObjectStorageServer) -> None:
     storage = open_storage("s3://no-such-bucket/prefix")
     for use in (lambda: storage.read("a"), lambda: storage.write("a", b""), storage.list):
         with pytest.raises(
@@ -165,7 +167,7 @@ def test_a_missing_bucket_is_named(object_store: ObjectStore) -> None:
 
 
 def test_wrong_credentials_are_refused_with_what_to_do(
-    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    object_store: ObjectStorageServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(b"1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
@@ -183,7 +185,7 @@ def test_wrong_credentials_are_refused_with_what_to_do(
     s3._client.cache_clear()
 
 
-def test_missing_credentials_are_said_to_be_missing(object_store: ObjectStore) -> None:
+def test_missing_credentials_are_said_to_be_missing(object_store: ObjectStorageServer) -> None:
     code = "from pipeline.storage import open_storage; open_storage('s3://tests/x').read('a')"
     hidden = {
         "HOME": "/nonexistent",
@@ -194,7 +196,7 @@ def test_missing_credentials_are_said_to_be_missing(object_store: ObjectStore) -
     assert "UserError: no credentials for s3://tests/x/a" in done.stderr
 
 
-def test_an_endpoint_that_does_not_answer_is_named(object_store: ObjectStore) -> None:
+def test_an_endpoint_that_does_not_answer_is_named(object_store: ObjectStorageServer) -> None:
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -272,7 +274,7 @@ class BadConnection:
 
 
 @pytest.fixture
-def content(object_store: ObjectStore) -> bytes:
+def content(object_store: ObjectStorageServer) -> bytes:
     """The content of the object ``big`` in ``s3://tests/bad``."""
     content = os.urandom(1_000_000)
     open_storage("s3://tests/bad").write("big", content)
@@ -280,7 +282,7 @@ def content(object_store: ObjectStore) -> bytes:
 
 
 def test_a_body_that_is_cut_goes_on_from_the_byte_reached(
-    object_store: ObjectStore, content: bytes
+    object_store: ObjectStorageServer, content: bytes
 ) -> None:
     with closing(BadConnection(object_store.port, [300_000, 200_000, 1_000])) as bad:
         assert open_storage("s3://tests/bad", bad.url).read("big") == content
@@ -300,7 +302,7 @@ def test_a_body_that_is_cut_goes_on_from_the_byte_reached(
 
 
 def test_a_range_that_is_cut_goes_on_from_the_byte_reached(
-    object_store: ObjectStore, content: bytes, tmp_path: Path
+    object_store: ObjectStorageServer, content: bytes, tmp_path: Path
 ) -> None:
     with closing(BadConnection(object_store.port, [150_000])) as bad:
         assert (
@@ -313,7 +315,7 @@ def test_a_range_that_is_cut_goes_on_from_the_byte_reached(
 
 
 def test_a_body_that_stalls_goes_on(
-    object_store: ObjectStore, content: bytes, monkeypatch: pytest.MonkeyPatch
+    object_store: ObjectStorageServer, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume, "READ_TIMEOUT", 0.5)
     with closing(BadConnection(object_store.port, [300_000], stall=True)) as bad:
@@ -321,7 +323,7 @@ def test_a_body_that_stalls_goes_on(
 
 
 def test_an_object_that_is_replaced_in_mid_read_is_noticed(
-    object_store: ObjectStore, content: bytes
+    object_store: ObjectStorageServer, content: bytes
 ) -> None:
     def replace() -> None:
         open_storage("s3://tests/bad").write("big", content[::-1])
@@ -334,7 +336,7 @@ def test_an_object_that_is_replaced_in_mid_read_is_noticed(
 
 
 def test_a_connection_that_always_breaks_is_given_up(
-    object_store: ObjectStore, content: bytes, monkeypatch: pytest.MonkeyPatch
+    object_store: ObjectStorageServer, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume, "READ_ATTEMPTS", 3)
     with (

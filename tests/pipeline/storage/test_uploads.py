@@ -12,7 +12,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.storage import open_storage, uploads
 from pipeline.storage.base import Unavailable
-from pipeline.storage.server import ObjectStore
+from pipeline.storage.server import ObjectStorageServer
 from pipeline.storage.uploads import Uploads, patiently
 
 
@@ -113,16 +113,16 @@ def test_an_object_is_written_when_the_server_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.storage.s3.WRITE_ATTEMPTS", 1)
-    with ObjectStore(tmp_path, "uploads") as store:
-        for name, value in store.environment().items():
+    with ObjectStorageServer(tmp_path, "uploads") as server:
+        for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
-        storage = open_storage("s3://uploads/run", store.endpoint_url)
+        storage = open_storage("s3://uploads/run", server.endpoint_url)
         storage.write("before", b"1")
-        port = store.port
+        port = server.port
     with Uploads() as uploads:
         uploads.put("a", lambda: storage.write("after", b"2"))
         while not uploads.failures:
             time.sleep(0.05)
-        with ObjectStore(tmp_path, "uploads", port):
+        with ObjectStorageServer(tmp_path, "uploads", port):
             uploads.wait()
             assert (storage.read("before"), storage.read("after")) == (b"1", b"2")
