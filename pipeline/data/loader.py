@@ -5,13 +5,13 @@ the manifest's order. Both read one ahead in the background, hold every record t
 unpickle nothing.
 """
 
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
+from pipeline import background
 from pipeline.data.batch import Batch
 from pipeline.data.cache import ShardCache
 from pipeline.data.manifest import Integers, Manifest
@@ -208,27 +208,14 @@ def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
     """The same items, each made in the background while the one before is in use.
 
     An error in making an item is raised where the item would have come. Each thread makes one item
-    and ends: a consumer that stops early leaves no more than that running, and a daemon thread does
-    not keep the interpreter from ending.
+    and ends, so a consumer that stops early leaves at most one thread running.
     """
-
-    def start() -> Future[Item]:
-        future: Future[Item] = Future()
-
-        def make() -> None:
-            try:
-                future.set_result(next(items))
-            except BaseException as error:  # noqa: BLE001  (all of them belong to the consumer, the end of the items too)
-                future.set_exception(error)
-
-        threading.Thread(target=make, name="loader", daemon=True).start()
-        return future
-
-    future = start()
+    make = partial(background.start, partial(next, items), "loader")
+    future = make()
     while True:
         try:
             item = future.result()
         except StopIteration:
             return
-        future = start()
+        future = make()
         yield item

@@ -1,8 +1,8 @@
-"""The theory held to a distribution whose entropy is known. It needs neither Ray nor a data set.
+"""Test the theory on a distribution whose entropy is known, without Ray or a data set.
 
-Three decoders are trained on images of ``vlae.synthetic.clouds``, all of them new: one that sees
-nothing, one whose window covers the texture, and one that sees every earlier pixel. No code length
-can be below the entropy, so what each exceeds it by says how good its use of z is, whatever the
+Three decoders are trained on fresh images of ``vlae.synthetic.clouds``: one sees no pixels, one has
+a window that covers the texture, and one sees all earlier pixels. No code length can be below the
+entropy. So the excess of a decoder's code length over the entropy shows how well it uses z, at any
 rate.
 """
 
@@ -46,9 +46,10 @@ from vlae.synthetic import PatternedTexture, clouds
 
 WINDOWS = {"factorized": "0x0", "covering": "3x1", "full": "full"}
 LATENTS = {"factorized": 32, "covering": 8, "full": 8}
-"""The factorized decoder has to say much more."""
+"""The factorized decoder must encode much more in z."""
 FLOW_DEPTH = 2
 BATCH = 32
+"""Images of one step."""
 OPTIM = OptimOptions(
     algorithm=Algorithm.adam,
     learning_rate=2e-3,
@@ -58,43 +59,45 @@ OPTIM = OptimOptions(
     ema_decay=0.999,
 )
 FREE_NATS, FREE_FRACTION = 3.5, 0.4
-"""The floor under the rate early in a run, about the global information. The full decoder has none:
-it is left to itself.
+"""The floor under the rate early in a run, about the global information.
+
+The full decoder has no floor, so that it is free to ignore z.
 """
 
 KNOWN = "known"
-"""The job that computes what is known of the distribution."""
+"""The job that computes the distribution's known quantities."""
 JOBS = ("full", KNOWN, "covering", "factorized")
-"""In the order in which they are begun: what takes longest first."""
+"""All jobs in the order in which they start, the longest first."""
 
 POOL = 4096
-"""Images drawn at once: a draw takes as long for one as for some hundreds."""
+"""Images drawn at once: drawing one takes as long as drawing hundreds."""
 CHUNK = 500
 """Images measured at once."""
 KNOWN_IMAGES = 40_000
-"""Images by which H(c|x) is measured."""
+"""Images on which H(c|x) is measured."""
 SHOWN, AVERAGED = 8, 200
-"""Images in the figure, and how many decodings of each are averaged to show what its code says."""
+"""Images in the figure, and decodings averaged for each to show what its code holds."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the three decoders are trained and measured on."""
+    """How the three decoders are trained and measured."""
 
     images: int
     """New images that each decoder is trained on."""
     num_images: int
     """Held-out images that it is measured on."""
     seed: int
+    """Determines the images, the initial weights and all noise."""
     output: str
-    """Where the figures, the picture and the models go."""
+    """Folder of the figures, the picture and the models."""
 
 
 def experiment(config: Experiment) -> JsonObject:
-    """Train and measure the three decoders, draw the figure, and write it all to ``config.output``.
+    """Train and measure the three decoders, and draw the figure; all goes to ``config.output``.
 
-    What exists already, made by the same options, is reused. Raises UserError if the output cannot
-    be written, or a run's numbers do not stay finite.
+    Results that exist there already are reused if they were made with the same options. Raises
+    UserError if the output cannot be written, or if the gradients do not stay finite.
     """
     output = open_storage(config.output)
     found = {job: _finished(output, config, job) for job in JOBS}
@@ -115,7 +118,7 @@ def experiment(config: Experiment) -> JsonObject:
 
 
 def _options(config: Experiment) -> JsonObject:
-    """Everything that the figures depend on."""
+    """All options and constants that the figures depend on."""
     options = {key: value for key, value in asdict(config).items() if key != "output"}
     recipe = {
         "latents": LATENTS,
@@ -128,7 +131,7 @@ def _options(config: Experiment) -> JsonObject:
 
 
 def _finished(output: Storage, config: Experiment, job: str) -> JsonObject | None:
-    """The figures of a job that is done, if it was done with these options."""
+    """The figures of a job that was finished with these options; None if there are none."""
     key = f"{job}/{TRAINING_FILE}" if job == KNOWN else f"{job}/model/{TRAINING_FILE}"
     if not output.exists(key):
         return None
@@ -137,7 +140,7 @@ def _finished(output: Storage, config: Experiment, job: str) -> JsonObject | Non
 
 
 def _work_all(config: Experiment, jobs: list[str]) -> dict[str, JsonObject]:
-    """Do some jobs, as many at once as there are cores, and show their progress."""
+    """Run the jobs in processes, one for each core at a time, and show their progress."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -153,7 +156,7 @@ def _work_all(config: Experiment, jobs: list[str]) -> dict[str, JsonObject]:
         while waiting or running:
             while waiting and len(running) < cores:
                 job = waiting.pop(0)
-                # Daemons end with this process, however it ends.
+                # Daemons end with this process.
                 running[job] = context.Process(
                     target=_work, args=(config, job, messages), daemon=True
                 )
@@ -181,8 +184,8 @@ def _work_all(config: Experiment, jobs: list[str]) -> dict[str, JsonObject]:
 
 
 def _work(config: Experiment, job: str, messages: Any) -> None:
-    """One job, in its process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to tell of
+    """Run one job; the target of its process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent reports an interruption
     keep_freed_memory()
     torch.set_num_threads(1)
     output, options = open_storage(config.output), _options(config)
@@ -205,16 +208,16 @@ def _work(config: Experiment, job: str, messages: Any) -> None:
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """Random numbers for one purpose; no two purposes share any."""
+    """A random generator for one purpose, seeded unlike those of the other purposes."""
     purposes = ("training", "held out", "known", "codes", "figure")
     return torch.Generator().manual_seed(len(purposes) * seed + purposes.index(purpose))
 
 
 def known_quantities(images: PatternedTexture, seed: int) -> JsonObject:
-    """What is known of a distribution, in nats per image.
+    """Entropy, global information and code lengths without z, in nats per image.
 
-    H(x|c), and the code lengths without z, are exact. H(c|x), a small part of the entropy, is a
-    mean over images; it is what gives the entropy and the global information their standard errors.
+    H(x|c) and the code lengths without z are exact. H(c|x), a small part of the entropy, is a mean
+    over images. It is the source of the standard errors of entropy and global information.
     """
     draw, moments = generator(seed, "known"), Moments()
     for _ in range(KNOWN_IMAGES // POOL + 1):
@@ -235,7 +238,7 @@ def known_quantities(images: PatternedTexture, seed: int) -> JsonObject:
 
 
 def train_config(config: Experiment, name: str) -> TrainConfig:
-    """How one decoder is trained, as the options of a training run."""
+    """The training run of one decoder."""
     return TrainConfig(
         dataset=DatasetOptions(name="clouds", source=Source.synthetic),
         model=ModelOptions(
@@ -263,10 +266,10 @@ def train_config(config: Experiment, name: str) -> TrainConfig:
 
 
 def train(config: Experiment, name: str, progress: Callable[[int, float], object]) -> vlae.VLAE:
-    """Train one decoder on images that are all new; returns the moving average of its weights.
+    """Train one decoder on fresh images; returns the model with its averaged weights.
 
-    ``progress`` is called about once a second with the images since the last call and their mean
-    code length in nats. Raises UserError if the gradients do not stay finite.
+    ``progress`` is called about once a second with the number of images since the last call, and
+    their mean code length in nats. Raises UserError if the gradients do not stay finite.
     """
     images, draw = clouds(), generator(config.seed, "training")
     learner = Learner(train_config(config, name), images.image_shape, 1, torch.device("cpu"))
@@ -288,12 +291,11 @@ def train(config: Experiment, name: str, progress: Callable[[int, float], object
 
 
 def measure(config: Experiment, model: vlae.VLAE) -> JsonObject:
-    """A model's bound on held-out images, the same for every decoder, in nats per image, with
-    standard errors.
+    """A model's bound on held-out images, in nats per image, with standard errors.
 
-    An image that is hard is hard for every model, and how hard on average is known: -log p(x) has
-    the mean H(x). So distortion and code length are measured by what they exceed it by, image by
-    image, which has a fraction of their variance.
+    All decoders are measured on the same images. Distortion and code length are measured as their
+    excess over -log p(x), image by image: the mean of -log p(x) is known to be H(x), and since some
+    images are hard for every model, the excess has a fraction of the variance.
     """
     images, draw, codes = (
         clouds(),
@@ -314,9 +316,7 @@ def measure(config: Experiment, model: vlae.VLAE) -> JsonObject:
 
 
 def _against(known: JsonObject, measured: JsonObject) -> JsonObject:
-    """A decoder's figures: rate, distortion, code length = rate + distortion, and excess = code
-    length - entropy.
-    """
+    """A decoder's figures, with code length = rate + distortion = entropy + excess."""
     entropy, names = known["entropy"], ("window", "rate", "rate_se", "excess", "excess_se")
     return {
         **{name: measured[name] for name in names},

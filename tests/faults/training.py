@@ -252,7 +252,7 @@ def disk_full(stage: Stage) -> str:
     assert done.returncode == 1, done.stdout
     last = done.stderr.strip().splitlines()[-1]
     assert re.search(
-        r"Unavailable: cannot use .*/runs/full/.*: No space left on device; this went on for", last
+        r"Unavailable: cannot use .*/runs/full/.*: No space left on device; retried for", last
     ), last
     return last
 

@@ -220,7 +220,7 @@ def test_a_checkpoint_of_an_optimizer_of_other_tensors_is_refused_by_name(storag
     with pytest.raises(
         UserError,
         match=(
-            rf"^checkpoint {re.escape(storage.url)}/{key} cannot be gone on from: an earlier"
+            rf"^cannot resume from checkpoint {re.escape(storage.url)}/{key}: an earlier"
             r" version"
         ),
     ):

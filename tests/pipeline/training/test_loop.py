@@ -358,7 +358,7 @@ def test_when_bad_steps_persist_the_run_stops_at_its_last_good_state(
     config = configure(root, "broken", "train.keep_checkpoints=100")
     with monkeypatch.context() as patch:
         plant_faults(patch, range(11, 1000))
-        patch.setattr(Guard, "PATIENCE", 15)
+        patch.setattr(Guard, "MAX_SKIPPED", 15)
         with pytest.raises(
             UserError,
             match=(

@@ -113,11 +113,11 @@ def test_any_value_that_is_not_finite_skips_the_step() -> None:
 
 def test_it_gives_up_when_nothing_but_skipped_steps_follow_each_other() -> None:
     training = Training(Algorithm.adam)
-    for number in range(3 * Guard.PATIENCE):  # every other one is no reason
+    for number in range(3 * Guard.MAX_SKIPPED):  # every other one is no reason
         training.step(number, math.nan if number % 2 else None)
         training.guard.check("mine", number)
     training.step(0)
-    for number in range(Guard.PATIENCE - 1):
+    for number in range(Guard.MAX_SKIPPED - 1):
         training.step(number, math.nan)
     training.guard.check("mine", 7)
     training.step(0, math.nan)
@@ -129,7 +129,10 @@ def test_it_gives_up_when_nothing_but_skipped_steps_follow_each_other() -> None:
         ),
     ):
         training.guard.check("mine", 7)
-    assert training.guard.read() == (3 * Guard.PATIENCE // 2 + Guard.PATIENCE, Guard.PATIENCE)
+    assert training.guard.read() == (
+        3 * Guard.MAX_SKIPPED // 2 + Guard.MAX_SKIPPED,
+        Guard.MAX_SKIPPED,
+    )
 
 
 def test_counts_go_on_where_they_were() -> None:
