@@ -5,9 +5,8 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import urllib3
 
@@ -20,13 +19,13 @@ from pipeline.storage.resume import Answer, ReadInterrupted, resuming_stream
 @lru_cache(maxsize=32)
 def _pool(proxy: str | None, pid: int) -> urllib3.PoolManager:
     """This process's connections, since they must not be shared across a fork."""
-    options: dict[str, Any] = {
-        "timeout": urllib3.Timeout(connect=resume.CONNECT_TIMEOUT, read=resume.READ_TIMEOUT),
-        "retries": False,  # resuming_stream does it
-        "maxsize": 32,
-        "headers": {"User-Agent": "vlae-pipeline", "Accept-Encoding": "identity"},
-    }
-    return urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+    make = partial(urllib3.ProxyManager, proxy) if proxy else urllib3.PoolManager
+    return make(
+        timeout=urllib3.Timeout(connect=resume.CONNECT_TIMEOUT, read=resume.READ_TIMEOUT),
+        retries=False,  # resuming_stream retries instead
+        maxsize=32,
+        headers={"User-Agent": "vlae-pipeline", "Accept-Encoding": "identity"},
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -28,12 +28,16 @@ KEY = re.compile(r"checkpoints/(\d{10})-([0-9a-f]{64})\.safetensors")
 """A checkpoint's key: its step and its sha256."""
 
 
+State: TypeAlias = dict[str, Any]
+"""The state of a part of a run, as PyTorch's ``state_dict`` returns it."""
+
+
 class Stateful(Protocol):
-    """A part of a run's state, such as a module or an optimizer."""
+    """A part of a run, such as a module or an optimizer."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> State: ...
 
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+    def load_state_dict(self, state_dict: State, /) -> object: ...
 
 
 def snapshot(state: Mapping[str, Stateful]) -> dict[str, Tensor]:
@@ -90,7 +94,7 @@ def resume(storage: Storage, state: Mapping[str, Stateful]) -> int:
                 step = int(json.loads(file.metadata()["step"]))
         for part, each in state.items():
             prefix = part + "/"
-            values: dict[str, Any] = {
+            values: State = {
                 name.removeprefix(prefix): value
                 for name, value in tensors.items()
                 if name.startswith(prefix)
@@ -124,7 +128,7 @@ def _tensors(part: Stateful) -> dict[str, Tensor]:
 
 def _optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], url: str
-) -> dict[str, Any]:
+) -> State:
     """An optimizer's state from the tensors that ``_tensors`` named.
 
     Its settings stay as configured. Raises UserError if the shapes are those of other weights,

@@ -24,12 +24,8 @@ from pipeline.runs import RESULT
 from pipeline.storage import open_storage
 from pipeline.storage.uploads import MAX_OUTAGE, retry
 from pipeline.training import loop
-from pipeline.training.restarts import (
-    Restarts,
-    SaveAtTermination,
-    asked_to_stop,
-    terminated,
-)
+from pipeline.training.restarts import Restarts, SaveAtTermination, asked_to_stop, terminated
+from pipeline.values import JsonObject
 
 
 def check(config: TrainConfig) -> None:
@@ -127,7 +123,7 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
             time.sleep(Restarts.pause(attempt))
 
 
-def worker(config: dict[str, Any]) -> None:
+def worker(config: JsonObject) -> None:
     """The training function of each Ray Train worker."""
     typed, context = build(TrainConfig, config, {}), ray.train.get_context()
     rank = context.get_world_rank()

@@ -94,10 +94,10 @@ class Guard:
         skipped, in_a_row = self.counts.tolist()
         return skipped, in_a_row
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {"counts": self.counts}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.counts = state["counts"].to(self.counts.device)
 
 
