@@ -46,7 +46,7 @@ import numpy as np
 from sklearn.datasets import load_sample_images
 
 from pipeline.data.sources.mnist import MnistSource
-from pipeline.storage.server import ObjectStore
+from pipeline.storage.server import ObjectStorageServer
 
 PEERS = ("webdataset", "streaming", "litdata")
 EPOCHS = 4
@@ -130,9 +130,12 @@ def main() -> None:
     summary: dict[str, dict[str, object]] = {
         name: {} for name in ("ratio_to_best_peer", "ratio_to_hand_loop", "ratio_to_ceiling")
     }
-    with tempfile.TemporaryDirectory() as name, ObjectStore(f"{name}/store", "benchmark") as store:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ObjectStorageServer(f"{name}/store", "benchmark") as server,
+    ):
         os.environ.update(
-            store.environment()
+            server.environment()
             | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
         )
         for data, (images, labels) in data_sets().items():

@@ -1,4 +1,4 @@
-"""Getting hold of a Ray cluster: a running one, or one of our own on this machine."""
+"""Connect to a Ray cluster: a running one, or a new one on this machine."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.machine import WORKER_ENVIRONMENT
 
 IN_FLIGHT = 256
-"""Tasks that wait for a worker at once; more would only burden Ray."""
+"""Most tasks that are submitted at a time; more would only burden Ray."""
 
 
 def connect(cluster: ClusterOptions, storage: StorageOptions) -> None:
@@ -117,12 +117,11 @@ def _start(cluster: ClusterOptions) -> None:
 def in_tasks(
     function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], use_gpu: bool = False
 ) -> Iterator[Any]:
-    """Call ``function`` with each tuple of arguments, in Ray tasks, and give the results as they
-    come, in any order.
+    """Call ``function`` in Ray tasks, once for each tuple of arguments; yield the results.
 
-    The arguments are made as tasks are free to take them; those from ``ray.put`` reach the function
-    as what was put. Each task has a core, and with ``use_gpu`` a GPU. A task's ``UserError`` is
-    raised here as it was there.
+    Results come in the order in which tasks finish. The tuples are read as tasks become free. An
+    argument from ``ray.put`` reaches the function as the object that was put. Each task has a core,
+    and with ``use_gpu`` a GPU. A task's UserError is raised here.
     """
     task = ray.remote(num_gpus=1 if use_gpu else 0)(function)
     remaining, pending = iter(calls), list[Any]()
@@ -151,9 +150,7 @@ def _has_token() -> bool:
 
 
 def check_capacity(cluster: ClusterOptions) -> None:
-    """Raise UserError if no node of the cluster could ever hold one worker, or a fixed cluster not
-    all of them.
-    """
+    """Raise UserError unless the cluster has room for at least ``cluster.min_workers`` workers."""
     places = num_places(cluster)
     if places < cluster.min_workers:
         wanted = " and ".join(f"{count:g} {name}" for name, count in resources(cluster).items())
@@ -164,12 +161,12 @@ def check_capacity(cluster: ClusterOptions) -> None:
 
 
 def resources(cluster: ClusterOptions) -> dict[str, float]:
-    """What one worker holds, by Ray's names."""
+    """The resources of one worker, by Ray's names."""
     return {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if cluster.use_gpu else {})
 
 
 def num_places(cluster: ClusterOptions) -> int:
-    """How many workers the cluster has room for, node by node."""
+    """The number of workers that fit on the cluster's nodes."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(
         min(int(node.get(name, 0) // count) for name, count in resources(cluster).items())

@@ -1,23 +1,22 @@
-"""The one kind of error that a command shows without a traceback."""
+"""The errors that a command shows without a traceback."""
 
 
 class UserError(Exception):
-    """Something the user can mend: one sentence that names the file, key or object, and says what
-    to do.
+    """A mistake or problem that the user can solve.
 
-    The command line prints it and exits with code 2.
+    Its message is one sentence that names the file, key or object and says what to do. The command
+    line prints it and exits with code 2.
     """
 
 
 class DamagedData(UserError):
-    """Stored data is missing, altered or cannot be understood, however often it is read."""
+    """Stored data is missing, altered or unreadable; reading it again would not help."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A command was told to stop by a signal, and has put its work where it can go on from: one
-    sentence, and the signal's number.
+    """A signal stopped a command, which has saved its work so that it can resume.
 
-    The command line prints it and exits with 128 + that number, as shells do.
+    The command line prints the sentence and exits with 128 + the signal's number, as shells do.
     """
 
     def __init__(self, sentence: str, signal_number: int) -> None:

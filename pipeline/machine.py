@@ -1,4 +1,4 @@
-"""What a process asks of the machine: its device, threads and allocator."""
+"""A process's device, number of threads, and memory allocator."""
 
 import ctypes
 import os
@@ -7,17 +7,21 @@ import sys
 import torch
 
 WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "THP_MEM_ALLOC_ENABLE": "1"}
-"""Workers train in a thread of their own, and glibc gives such a thread's freed memory back to the
-kernel at every step, whatever ``loop.keep_freed_memory`` asks of it: only the main arena keeps it.
-So they have no other. And PyTorch puts the host's large tensors on pages of 2 MB: with those of 4
-kB, some per cent of a step on a CPU are spent on looking up pages.
+"""Environment variables of the workers.
+
+MALLOC_ARENA_MAX: workers train in a thread other than the main one. For such a thread glibc returns
+freed memory to the kernel at every step, whatever ``keep_freed_memory`` requests: only the main
+arena keeps it. So the main arena is made the only one.
+
+THP_MEM_ALLOC_ENABLE: PyTorch puts large host tensors on pages of 2 MB. With pages of 4 kB, a few
+per cent of a step on a CPU are page table lookups.
 """
 
 
 def num_threads(device: torch.device) -> int:
-    """How many batches to work on at once: on a CPU as many as this process may use cores.
+    """The number of batches to process at once: one on a GPU, else one for each available core.
 
-    OMP_NUM_THREADS says so where it is set, as Ray does for what it starts.
+    OMP_NUM_THREADS overrides the number of cores; Ray sets it for its workers.
     """
     if device.type == "cuda":
         return 1
@@ -27,20 +31,19 @@ def num_threads(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step instead of giving it back to the kernel and
-    zeroing it anew.
+    """Make glibc keep freed memory for the next step, instead of returning it to the kernel.
 
-    Activations are allocated and freed at every step; without this about a quarter of a step on a
-    CPU goes to page faults.
+    Activations are allocated and freed at every step. Without this, about a quarter of a step on a
+    CPU is spent on page faults.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             trim_threshold, mmap_threshold = -1, -3
             libc.mallopt(trim_threshold, 1 << 30)
-            libc.mallopt(mmap_threshold, 32 << 20)  # glibc takes no more
+            libc.mallopt(mmap_threshold, 32 << 20)  # the largest that glibc accepts
 
 
 def device() -> torch.device:
-    """Where models are used: on a GPU if there is one."""
+    """The device that models run on: a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

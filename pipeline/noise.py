@@ -1,26 +1,25 @@
-r"""Random numbers as a pure function of a key and a counter: no state to save, the same for every
-number of workers.
+r"""Random numbers as a pure function of a key and a counter.
 
-Row ``i`` of what a function here returns depends on ``key`` and ``ids[i]`` alone. So what is drawn
-for position ``p`` of the global batch at step ``s`` is ``uniform((seed, Purpose.BINARIZATION),
-ids=[s * global_batch + p], ...)``, whichever rank asks, in whatever company, and after any number
-of restarts.
+There is no state to save, and the numbers are the same for any number of workers. Row ``i`` of a
+result depends on ``key`` and ``ids[i]`` alone. So position ``p`` of the global batch at step ``s``
+gets the numbers ``uniform((seed, Purpose.BINARIZATION), ids=[s * global_batch + p], ...)``,
+whichever rank draws them, together with whichever other rows, and after any number of restarts.
 
-How: row ``i`` is a SplitMix64 sequence (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom
-number generators", OOPSLA 2014): with :math:`m` the 64-bit finaliser (D. Stafford's variant 13, a
-bijection in which every input bit moves every output bit with probability close to one half),
+Row ``i`` is a SplitMix64 sequence (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom
+number generators", OOPSLA 2014). With :math:`m` the 64-bit finaliser (D. Stafford's variant 13, a
+bijection in which every input bit flips every output bit with probability close to one half),
 
 .. math:: s_i = m(k + \gamma\,\mathrm{id}_i), \quad g_i = m(s_i + \gamma) \mathbin{|} 1, \quad
 b_{ij} = m(s_i + (j+1)\, g_i)
 
 with :math:`k` a hash of the key and :math:`\gamma` the odd integer next to :math:`2^{64}/\phi`.
 :math:`m` and the sum are bijections, so different ids have different :math:`s_i`: no two rows are
-the same. Each row has its own increment :math:`g_i`, so two rows that meet in one number (which
-over :math:`10^9` rows of a thousand must happen) part again at the next; with one increment for all
-they would go on together. SplitMix64 passes BigCrush. It is no cipher, and need not be.
+equal. Each row has its own increment :math:`g_i`. So two rows that share one number, as must happen
+among :math:`10^9` rows of a thousand numbers, differ again in the next; with a common increment all
+later numbers would be equal. SplitMix64 passes BigCrush. It is not a cipher, and need not be.
 
-The integers are exact everywhere; ``normal`` rests on the platform's logarithm and cosine, whose
-last bit may differ.
+The integers are the same on every platform. ``normal`` uses the platform's logarithm and cosine,
+whose last bit may differ.
 """
 
 from enum import IntEnum
@@ -29,15 +28,17 @@ import numpy as np
 import numpy.typing as npt
 
 GAMMA = 0x9E3779B97F4A7C15
+"""The odd integer next to 2^64 / phi."""
 MASK = (1 << 64) - 1
-CHUNK = (
-    1 << 16
-)  # numbers that are made at once: they stay in the processor's cache, and temporary arrays small
+"""Reduces an integer modulo 2^64."""
+CHUNK = 1 << 16
+"""Numbers generated at once, few enough for the processor's cache."""
 
 
 class Purpose(IntEnum):
-    """The second element of a key, after the seed: what the numbers are for, so that no two uses
-    draw the same ones.
+    """What random numbers are used for.
+
+    It is part of the key, beside the seed, so that no two uses draw the same numbers.
     """
 
     BINARIZATION = 1
@@ -54,8 +55,8 @@ class Purpose(IntEnum):
 def bits(key: tuple[int, ...], ids: npt.NDArray[np.integer], size: int) -> npt.NDArray[np.uint64]:
     """Random 64-bit integers, shape ``(len(ids), size)``.
 
-    ``key`` is any number of integers, ``ids`` of shape ``(n,)`` counts rows; only their value
-    modulo 2^64 matters.
+    ``key`` is any number of integers, and ``ids``, of shape ``(n,)``, numbers the rows. Only their
+    values modulo 2^64 matter.
     """
     gamma = np.uint64(GAMMA)
     starts = _mix(np.uint64(_hash(key)) + gamma * ids.astype(np.uint64))  # (n,)
@@ -70,7 +71,7 @@ def uniform(
     """Uniform in [0, 1), multiples of 2^-24 (all that a float32 can hold), shape ``(len(ids),
     size)``.
     """
-    # Through int32, which processors turn into float32 many times faster than uint64.
+    # Through int32, which processors convert to float32 many times faster than uint64.
     return (bits(key, ids, size) >> np.uint64(40)).astype(np.int32).astype(np.float32) * np.float32(
         2.0**-24
     )
@@ -79,12 +80,11 @@ def uniform(
 def normal(
     key: tuple[int, ...], ids: npt.NDArray[np.integer], size: int
 ) -> npt.NDArray[np.float32]:
-    """Standard normal, shape ``(len(ids), size)``; never infinite: the largest possible absolute
-    value is 8.6.
+    """Standard normal, shape ``(len(ids), size)``; no absolute value exceeds 8.6.
 
     Box-Muller in float64 on two 53-bit uniforms: one in (0, 1] for the radius, whose logarithm is
-    therefore finite, one for the angle. A key used here must not be used for ``uniform``: both
-    would rest on the same bits.
+    therefore finite, and one for the angle. Do not use one key for both ``normal`` and
+    ``uniform``: their numbers would come from the same bits.
     """
     half = (size + 1) // 2
     uniforms = (bits(key, ids, 2 * half) >> np.uint64(11)).astype(
@@ -97,8 +97,9 @@ def normal(
 
 
 def permutation(key: tuple[int, ...], size: int) -> npt.NDArray[np.int64]:
-    """A random order of ``range(size)``: that of random 64-bit numbers, ties by index; shape
-    ``(size,)``.
+    """A random order of ``range(size)``, shape ``(size,)``.
+
+    It is the order of random 64-bit numbers, ties by index.
     """
     values = np.empty(size, dtype=np.uint64)
     for start in range(0, size, CHUNK):
@@ -129,7 +130,7 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _hash(key: tuple[int, ...]) -> int:
-    """A 64-bit number for a key; the length and the order of its elements matter."""
+    """A 64-bit hash of a key; the number and the order of its elements matter."""
     state = len(key)
     for element in key:
         mixed = _mix(np.array([(state + GAMMA) & MASK], dtype=np.uint64))[0]

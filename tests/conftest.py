@@ -19,7 +19,7 @@ import torch
 
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
-from pipeline.storage.server import ObjectStore
+from pipeline.storage.server import ObjectStorageServer
 
 # Ray reads the token once, when a process first needs it: it has to be there before anything
 # imports Ray.
@@ -66,17 +66,17 @@ def _is_connected() -> bool:
 
 
 @pytest.fixture(scope="session")
-def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStorageServer]:
     """A running S3 server with the bucket ``tests``; the environment leads every client of this
     session to it.
     """
     with (
-        ObjectStore(tmp_path_factory.mktemp("objects"), "tests") as store,
+        ObjectStorageServer(tmp_path_factory.mktemp("objects"), "tests") as server,
         pytest.MonkeyPatch.context() as patch,
     ):
-        for name, value in store.environment().items():
+        for name, value in server.environment().items():
             patch.setenv(name, value)
-        yield store
+        yield server
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -90,7 +90,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 @pytest.fixture(scope="session")
 def ray_cluster(
-    object_store: ObjectStore, tmp_path_factory: pytest.TempPathFactory
+    object_store: ObjectStorageServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """A Ray cluster started with ``ray start --head``, with a token; gives the address for jobs.
 

@@ -15,7 +15,7 @@ from pipeline.config.search import TuneConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.measure import with_error
 from pipeline.storage import open_storage
-from pipeline.storage.server import ObjectStore
+from pipeline.storage.server import ObjectStorageServer
 from pipeline.values import JsonObject
 
 
@@ -38,9 +38,9 @@ def run(config: DemoConfig) -> JsonObject:
 
     started = time.monotonic()
     folder = Path(config.folder)
-    with ObjectStore(folder / "objects", "vlae") as store:
-        os.environ.update(store.environment())
-        _say(f"object storage at {store.endpoint_url}, data in {folder / 'objects'}")
+    with ObjectStorageServer(folder / "objects", "vlae") as server:
+        os.environ.update(server.environment())
+        _say(f"object storage at {server.endpoint_url}, data in {folder / 'objects'}")
         shards = dataclasses.replace(
             load("shard", []),
             storage=config.storage,

@@ -1,4 +1,4 @@
-"""``vlae plan``: what a training run takes, before anything is made or hired."""
+"""``vlae plan``: estimate what a training run needs, before it starts."""
 
 from dataclasses import dataclass
 
@@ -12,17 +12,17 @@ from pipeline.values import JsonObject
 
 @dataclass
 class PlanConfig:
-    """Say what a training run needs: shards, streams, batches, and memory of each worker."""
+    """Estimate what a training run needs: shards, streams, batches, and memory of each worker."""
 
     num_images: int = option("training images of the data set", 50_000, at_least=1)
     image_size: int = option("their height and width in pixels", 28, at_least=1)
     channels: int = option("1 is grey, 3 is RGB", 1, at_least=1)
     binarization: Binarization = option("as dataset.binarization", Binarization.dynamic)
     num_workers: list[int] = option(
-        "numbers of workers, each with a row of its own", [1, 2, 4, 8], at_least=1
+        "numbers of workers; each gets a row in the table", [1, 2, 4, 8], at_least=1
     )
     local_batch: int = option("images of each worker in a step", 16, at_least=1)
-    output: str = option("where the result goes", "outputs/plan", path=True)
+    output: str = option("folder of the result", "outputs/plan", path=True)
     model: ModelOptions = section(ModelOptions, "the VLAE")
 
     def check(self) -> None:

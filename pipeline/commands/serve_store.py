@@ -1,4 +1,4 @@
-"""``vlae serve-store``: the embedded object storage server, on this machine."""
+"""``vlae serve-store``: run the embedded object storage server on this machine."""
 
 import os
 import shlex
@@ -8,62 +8,67 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.commands import Command
 from pipeline.config.options import option
 from pipeline.errors import UserError
-from pipeline.storage.server import ObjectStore
+
+if TYPE_CHECKING:
+    from pipeline.storage.server import ObjectStorageServer
 
 
 @dataclass
 class ServeStoreConfig:
-    """Run an S3 server on this machine."""
+    """Run an object storage server (S3) on this machine."""
 
-    folder: str = option("where its data is kept", "vlae-objects", path=True)
-    bucket: str = option("a bucket that is made at the start", "vlae")
-    port: int = option("its port on loopback; 0 takes a free one", 8333, at_least=0, below=1 << 16)
-    command: list[str] = option("a command to run with the server, better written after --", [])
+    folder: str = option("folder of its data, log and credentials", "vlae-objects", path=True)
+    bucket: str = option("its bucket, created at the start", "vlae")
+    port: int = option("its port on loopback; 0 is any free port", 8333, at_least=0, below=1 << 16)
+    command: list[str] = option("a command to run beside the server, usually given after --", [])
 
 
 def run(config: ServeStoreConfig) -> int:
-    """Run the server until Ctrl-C, or as long as ``config.command`` runs with the server's
-    environment.
+    """Run the server until Ctrl-C or SIGTERM, or until ``config.command`` ends.
 
-    Returns the exit code: the command's, or 0.
+    The command gets the server's environment. Returns the exit code: the command's, or 0.
     """
-    with ObjectStore(config.folder, config.bucket, config.port) as store:
-        return _run_command(store, config.command) if config.command else _serve(store)
+    from pipeline.storage.server import ObjectStorageServer
+
+    with ObjectStorageServer(config.folder, config.bucket, config.port) as server:
+        return _run_command(server, config.command) if config.command else _serve(server)
 
 
-def _serve(store: ObjectStore) -> int:
+def _serve(server: "ObjectStorageServer") -> int:
     stopped = threading.Event()
     with _handlers({signal.SIGINT: stopped.set, signal.SIGTERM: stopped.set}):
         print(
-            f"S3 server at {store.endpoint_url} with bucket {store.bucket}, data in {store.folder}"
+            f"object storage server at {server.endpoint_url} with bucket {server.bucket}, data in"
+            f" {server.folder}"
         )
-        print(f"to use it: source {shlex.quote(str(store.env_file))}   (that is:)")
-        for name, value in store.environment().items():
+        print(f"to use it: source {shlex.quote(str(server.env_file))}   (which runs:)")
+        for name, value in server.environment().items():
             print(f"  export {name}={shlex.quote(value)}")
-        print(f"then storage.root=s3://{store.bucket}/PREFIX; Ctrl-C stops the server", flush=True)
+        print(f"then storage.root=s3://{server.bucket}/PREFIX; Ctrl-C stops it", flush=True)
         while not stopped.wait(0.5):
-            store.check()
-    print("S3 server stopped")
+            server.check()
+    print("object storage server stopped")
     return 0
 
 
-def _run_command(store: ObjectStore, command: list[str]) -> int:
+def _run_command(server: "ObjectStorageServer", command: list[str]) -> int:
     try:
-        process = subprocess.Popen(command, env=os.environ | store.environment())
+        process = subprocess.Popen(command, env=os.environ | server.environment())
     except OSError as error:
         raise UserError(f"cannot run {command[0]}: {error.strerror}") from None
-    # Ctrl-C reaches the command by itself: the server must outlive what the command does about it.
+    # Ctrl-C reaches the command directly. The server must outlive the command's response to it.
     with _handlers({signal.SIGINT: lambda: None, signal.SIGTERM: process.terminate}):
         code = process.wait()
     return 128 - code if code < 0 else code
 
 
 def _handlers(actions: dict[signal.Signals, Callable[[], object]]) -> ExitStack:
-    """Signal handlers for the length of a ``with`` block."""
+    """Signal handlers that are set for the length of a ``with`` block."""
     stack = ExitStack()
     for number, action in actions.items():
         stack.callback(
@@ -79,6 +84,6 @@ COMMAND = Command(
     lambda config: config.folder,
     usage=(
         "vlae serve-store [key=value ...] [-- COMMAND ...]\n       with a COMMAND: run it with the"
-        " server's address and credentials in its environment, and stop with it"
+        " server's address and credentials in its environment, then stop the server"
     ),
 )

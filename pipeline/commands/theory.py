@@ -1,4 +1,4 @@
-"""``vlae theory``: the theory held to images whose entropy is known. It needs no Ray."""
+"""``vlae theory``: test the theory on images whose entropy is known. It needs no Ray."""
 
 from dataclasses import dataclass
 
@@ -11,24 +11,22 @@ DECODERS = ("factorized", "covering", "full")
 
 @dataclass
 class TheoryConfig:
-    """Hold the theory to images whose entropy is known: what three decoders leave to the code, in
-    nats.
-    """
+    """Test the theory on images of known entropy: how much do three decoders leave to the code?"""
 
-    images: int = option("new images that each decoder is trained on", 120_000, at_least=32)
+    images: int = option("fresh images that each decoder is trained on", 120_000, at_least=32)
     num_images: int = option("held-out images that it is measured on", 10_000, at_least=2)
     seed: int = option(
-        "decides the images, the weights' start and all noise", 0, at_least=0, below=1 << 60
+        "determines the images, the initial weights and all noise", 0, at_least=0, below=1 << 60
     )
     output: str = option(
-        "where the figures, the picture and the models go", "outputs/theory", path=True
+        "folder of the figures, the picture and the models", "outputs/theory", path=True
     )
 
 
 def run(config: TheoryConfig) -> JsonObject:
-    """Train and measure the three decoders and draw the figure.
+    """Train and measure the three decoders, and draw the figure.
 
-    Raises UserError if the output cannot be written, or a run's numbers do not stay finite.
+    Raises UserError if the output cannot be written, or if the gradients do not stay finite.
     """
     from pipeline.training.theory import Experiment, experiment
 
@@ -36,7 +34,7 @@ def run(config: TheoryConfig) -> JsonObject:
 
 
 def format_result(config: TheoryConfig, result: JsonObject) -> str:
-    """The figures as text."""
+    """The figures in nats, as text."""
     from pipeline.evaluation.measure import with_error
 
     entropy, information = result["entropy"], result["global_information"]

@@ -1,70 +1,70 @@
-"""``vlae train``: one model, distributed by Ray Train."""
+"""``vlae train``: train one model, distributed by Ray Train."""
 
 import contextlib
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from functools import partial
 
 from tqdm import tqdm
 
-from pipeline import runs
-from pipeline.cluster import connect
+from pipeline import background
 from pipeline.commands import Command
 from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
 from pipeline.errors import Interrupted
-from pipeline.registry.tracking import Tracking, training_run
-from pipeline.runs import RESULT, read_rows
-from pipeline.storage.base import Unavailable
-from pipeline.storage.uploads import patiently
-from pipeline.training import checkpoint
-from pipeline.training.launch import check, fit
-from pipeline.training.restarts import (
-    ask_to_stop,
-)
 from pipeline.values import JsonObject
 
 STOP_SECONDS = 60.0
-"""How long a command that was told to stop waits for its workers to save the run's state."""
+"""Seconds for which a stopped command waits for its workers to save the run's state."""
 
 
 def run(config: TrainConfig) -> JsonObject:
-    """Train to the end, or go on where the same command was interrupted. Returns the run's result.
+    """Train to the end, or resume where the same command was interrupted; returns the result.
 
-    A finished run is not trained again. Raises UserError before any compute if the data set is
-    missing or does not fit the model, and Interrupted if a signal, SIGTERM or Ctrl-C, ended it,
-    after its state was saved.
+    A finished run is not trained again. Raises UserError, before any training, if the data set is
+    missing or does not fit the model. Raises Interrupted if SIGTERM or Ctrl-C ended the run, after
+    its state was saved.
     """
+    from pipeline import runs
+    from pipeline.cluster import connect
+    from pipeline.registry.tracking import Tracking, training_run
+    from pipeline.storage.uploads import retry
+    from pipeline.training import checkpoint
+    from pipeline.training.launch import check
+
     check(config)
     storage = runs.run_storage(config)
     with Tracking(config.registry) as tracking:
         tracking.follow(
             training_run(storage, to_dict(config), storage.read_json("identity.json")["manifest"])
         )
-        if storage.exists(RESULT):
-            return {**storage.read_json(RESULT), "reused": True}
+        if storage.exists(runs.RESULT):
+            return {**storage.read_json(runs.RESULT), "reused": True}
         connect(config.cluster, config.storage)
         with progress(config):
-            stopped_by = fit_until_told_to_stop(config)
+            stopped_by = fit_until_stopped(config)
         if stopped_by:
             raise Interrupted(
                 f"run {config.run_name} is stopped, its state saved after step"
-                f" {patiently(partial(checkpoint.newest_step, storage))} of"
+                f" {retry(partial(checkpoint.newest_step, storage))} of"
                 f" {config.train.num_steps}; the same command goes on from there",
                 stopped_by,
             )
-        return {**patiently(partial(storage.read_json, RESULT)), "reused": False}
+        return {**retry(partial(storage.read_json, runs.RESULT)), "reused": False}
 
 
-def fit_until_told_to_stop(config: TrainConfig) -> int | None:
-    """``fit``, and at SIGTERM or Ctrl-C have the workers save the state and stop. Returns the
-    signal's number if they did.
+def fit_until_stopped(config: TrainConfig) -> int | None:
+    """Run ``fit``; at SIGTERM or Ctrl-C, make the workers save the state and stop.
 
-    The first signal waits for them for STOP_SECONDS, a second one no longer.
+    Returns the number of the signal that stopped the run, or None if the run finished. After the
+    first signal this waits up to STOP_SECONDS for the workers; a second signal ends the wait.
     """
+    from pipeline import runs
+    from pipeline.training.launch import fit
+    from pipeline.training.restarts import ask_to_stop
+
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
@@ -73,18 +73,10 @@ def fit_until_told_to_stop(config: TrainConfig) -> int | None:
             raise KeyboardInterrupt
         threading.Thread(target=ask_to_stop, daemon=True).start()
 
-    ended: Future[None] = Future()
-
-    def train() -> None:
-        try:
-            fit(config)
-            ended.set_result(None)
-        except BaseException as error:  # noqa: BLE001  (it belongs to the main thread, which does no more than wait: signals go there)
-            ended.set_exception(error)
-
     kept = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        threading.Thread(target=train, name="fit", daemon=True).start()
+        # In the background, since only a main thread that does not block handles signals.
+        ended = background.start(partial(fit, config), "fit")
         while not received and not ended.done():
             time.sleep(0.1)
         with contextlib.suppress(TimeoutError):
@@ -92,15 +84,16 @@ def fit_until_told_to_stop(config: TrainConfig) -> int | None:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-    return received[0] if received and not runs.run_storage(config).exists(RESULT) else None
+    return received[0] if received and not runs.run_storage(config).exists(runs.RESULT) else None
 
 
 @contextlib.contextmanager
 def progress(config: TrainConfig) -> Iterator[None]:
-    """Show a progress bar, fed from the metrics that the run logs to its storage, while the body
-    runs.
-    """
-    storage, done = runs.run_storage(config), threading.Event()
+    """Show a progress bar for the length of a block, from the metrics in the run's storage."""
+    from pipeline.runs import read_rows, run_storage
+    from pipeline.storage.base import Unavailable
+
+    storage, done = run_storage(config), threading.Event()
 
     def follow() -> None:
         with tqdm(
@@ -115,7 +108,7 @@ def progress(config: TrainConfig) -> Iterator[None]:
                 try:
                     rows = read_rows(storage)
                 except Unavailable:
-                    bar.set_postfix_str("the storage does not answer")
+                    bar.set_postfix_str("the storage is unavailable")
                     rows = []
                 train = [row for row in rows if "train/code_length" in row]
                 valid = [row["valid/elbo_nats"] for row in rows if "valid/elbo_nats" in row]

@@ -5,13 +5,13 @@ order of the manifest. Both read ahead in the background, verify the checksum of
 unpickle nothing.
 """
 
-import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
+from pipeline import background
 from pipeline.data.batch import Batch
 from pipeline.data.dataset import DataSet
 from pipeline.data.manifest import Integers
@@ -194,28 +194,15 @@ class EvalLoader:
 def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
     """The same items, each made in the background while the previous one is in use.
 
-    An error in making an item is raised in the item's place. Each thread makes one item and ends,
-    so a consumer that stops early leaves at most one running; a daemon thread does not keep the
-    interpreter alive.
+    An error in making an item is raised where the item would have come. Each thread makes one item
+    and ends, so a consumer that stops early leaves at most one thread running.
     """
-
-    def start() -> Future[Item]:
-        future: Future[Item] = Future()
-
-        def make() -> None:
-            try:
-                future.set_result(next(items))
-            except BaseException as error:  # noqa: BLE001  (all of them belong to the consumer, the end of the items too)
-                future.set_exception(error)
-
-        threading.Thread(target=make, name="loader", daemon=True).start()
-        return future
-
-    future = start()
+    make = partial(background.start, partial(next, items), "loader")
+    future = make()
     while True:
         try:
             item = future.result()
         except StopIteration:
             return
-        future = start()
+        future = make()
         yield item

@@ -1,11 +1,10 @@
-"""Objects in ``s3://bucket/prefix`` or in a folder: everything that is kept is read and written
-through here.
+"""The interface of all storage: objects by key, in a bucket, in a folder or on the web.
 
-A key is a relative path with forward slashes (``train/00000.tar``). Writing is atomic: a reader
-sees the old object or the new one, never a part. A read that is cut, stalls, drips or meets a
-server that is busy, failing or restarting goes on from the byte reached; what ends in failure is a
-``UserError`` that names the object and the cause. ``https://`` is for reading only: other people's
-shards.
+A key is a relative path with forward slashes (``train/00000.tar``). Writes are atomic: a reader
+sees the old object or the new one, never a part. A read resumes at the byte reached if the
+connection is cut, stalls or becomes very slow, or if the server is busy, failing or restarting. A
+final failure is a ``UserError`` that names the object and the cause. Web addresses (``https://``)
+can only be read; they are for shards that other people publish.
 """
 
 import json
@@ -20,38 +19,34 @@ from typing import Any, BinaryIO
 from pipeline.errors import UserError
 
 PIECE = 256 * 1024
-"""Bytes that are passed on at once, at most."""
-
-
+"""Most bytes that a stream yields at once."""
 PARTIAL = ".partial-"
-"""Begins the names of local files that are not complete yet."""
+"""Prefix of the names of incomplete local files."""
 
 
 class ObjectNotFound(UserError):
-    """There is no object of this key."""
+    """There is no object with this key."""
 
 
 class ObjectTooShort(UserError):
-    """The object ends before the bytes that were wanted."""
+    """The object ends before the requested bytes."""
 
 
 class Unavailable(UserError):
-    """The storage does not answer, is overloaded, or has no room: the same request may succeed
-    later.
-    """
+    """The storage does not answer, is overloaded or is full; the same request may succeed later."""
 
 
 class Storage(ABC):
-    """A place that holds objects by key. Small, immutable and picklable: pass it to workers as it
-    is.
+    """A place that holds objects by key.
 
-    Every method raises ``UserError`` if the place cannot be used.
+    Instances are small, immutable and picklable, so they can be passed to workers. Every method
+    raises UserError if the place cannot be used.
     """
 
     @property
     @abstractmethod
     def url(self) -> str:
-        """Where it is, without a slash at the end."""
+        """Its address, without a slash at the end."""
 
     @abstractmethod
     def child(self, prefix: str) -> "Storage":
@@ -65,46 +60,44 @@ class Storage(ABC):
 
     @abstractmethod
     def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
-        """``length`` bytes of an object from byte ``start``, in pieces; without ``length`` all that
-        follow.
+        """Yield ``length`` bytes of an object from byte ``start``; by default all to its end.
 
-        Raises ``ObjectNotFound`` and ``ObjectTooShort``, while iterating.
+        Raises ObjectNotFound and ObjectTooShort while iterating.
         """
 
     @abstractmethod
     def write(self, key: str, data: bytes) -> None:
-        """Make or replace an object, atomically."""
+        """Create or replace an object, atomically."""
 
     @abstractmethod
     def upload(self, key: str, path: Path) -> None:
-        """Make or replace an object from a local file, atomically."""
+        """Create or replace an object from a local file, atomically."""
 
     @abstractmethod
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """The size in bytes of every object below ``prefix`` (a folder's name), by key, in the
-        order of keys.
-        """
+        """The sizes in bytes of all objects below ``prefix`` (a folder's name), sorted by key."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
-        """Whether there is an object of this key."""
+        """Whether there is an object with this key."""
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects; those that are not there are none of our worries."""
+        """Delete objects; missing keys are ignored."""
 
     def read(self, key: str) -> bytes:
-        """All of an object. Raises ``ObjectNotFound``."""
+        """The content of an object. Raises ObjectNotFound."""
         return b"".join(self.stream(key))
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
-        """``length`` bytes from byte ``start``. Raises ``ObjectNotFound``, and ``ObjectTooShort``
-        if the object ends before.
+        """``length`` bytes from byte ``start``.
+
+        Raises ObjectNotFound, and ObjectTooShort if the object ends before.
         """
         return b"".join(self.stream(key, start, length))
 
     def download(self, key: str, path: Path) -> None:
-        """Make or replace a local file from an object, atomically. Raises ``ObjectNotFound``."""
+        """Create or replace a local file from an object, atomically. Raises ObjectNotFound."""
         try:
             with atomic_file(path) as file:
                 for piece in self.stream(key):
@@ -117,18 +110,19 @@ class Storage(ABC):
         return list(self.sizes(prefix))
 
     def read_json(self, key: str) -> Any:
-        """An object's JSON value. Raises ``ObjectNotFound``, or ``UserError`` if it is no JSON."""
+        """An object's JSON value. Raises ObjectNotFound, and UserError if it is not JSON."""
         try:
             return json.loads(self.read(key))
         except ValueError as error:
             raise UserError(f"{self.url}/{key} is damaged: it is not JSON ({error})") from None
 
     def write_json(self, key: str, value: Any) -> None:
-        """Write a value as JSON."""
+        """Create or replace an object with a JSON value, atomically."""
         self.write(key, json.dumps(value, indent=1).encode() + b"\n")
 
 
 def too_short(url: str, start: int, stop: int, size: int | str) -> UserError:
+    """The error of an object of ``size`` bytes that ends before byte ``stop``."""
     return ObjectTooShort(
         f"{url} is cut short: bytes {start} to {stop} were wanted, but it has only {size}"
     )
@@ -136,8 +130,9 @@ def too_short(url: str, start: int, stop: int, size: int | str) -> UserError:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write that takes the name ``path`` only when the block has ended well and
-    its bytes are on disk.
+    """A binary file that is renamed to ``path`` when the block ends without an error.
+
+    By then its content is on disk. If the block raises, nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}")

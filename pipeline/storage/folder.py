@@ -59,7 +59,7 @@ class FolderStorage(Storage):
             for folder, _, names in os.walk(self._path(prefix)):
                 for name in names:
                     path = Path(folder, name)
-                    with suppress(FileNotFoundError):  # deleted while we were looking
+                    with suppress(FileNotFoundError):  # deleted in the meantime
                         if not name.startswith(PARTIAL):
                             found[path.relative_to(self.root).as_posix()] = path.stat().st_size
         return dict(sorted(found.items()))
@@ -73,14 +73,13 @@ class FolderStorage(Storage):
             path = self._path(key)
             with self._explained(key):
                 path.unlink(missing_ok=True)
-            with suppress(OSError):  # a folder that still holds something stays
-                for folder in list(path.relative_to(self.root).parents)[
-                    :-1
-                ]:  # the last is the root itself
+            *folders, _ = path.relative_to(self.root).parents  # the last is the root itself
+            with suppress(OSError):  # a folder that is not empty stays
+                for folder in folders:
                     (self.root / folder).rmdir()
 
     def _path(self, key: str) -> Path:
-        # Keys may come from a manifest that someone else wrote: none may lead out of the folder.
+        # Keys may come from a manifest that someone else wrote; none may lead out of the folder.
         parts = PurePosixPath(key)
         if parts.is_absolute() or ".." in parts.parts:
             raise UserError(f"{key!r} is not a key in {self.url}: it leads out of it")
@@ -88,6 +87,7 @@ class FolderStorage(Storage):
 
     @contextmanager
     def _explained(self, key: str) -> Iterator[None]:
+        """Turn the OSErrors of a block into UserErrors that name the object."""
         try:
             yield
         except FileNotFoundError:

@@ -1,17 +1,17 @@
-"""Bytes that come in pieces, as storage gives them."""
+"""Streams of bytes in pieces, as storage yields them."""
 
 import hashlib
 from collections.abc import Iterator
 
 
 class Pieces:
-    """Pieces as a file that is read front to end."""
+    """A stream as a file that is read from front to end."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces, self._rest = pieces, memoryview(b"")
 
     def read(self, size: int, /) -> bytes:
-        """The next ``size`` bytes; fewer at the end only."""
+        """The next ``size`` bytes; fewer only at the end."""
         parts = [self._rest[:size]]
         self._rest, missing = self._rest[size:], size - len(parts[0])
         while missing:
@@ -24,7 +24,7 @@ class Pieces:
 
 
 class Counted(Iterator[bytes]):
-    """The same pieces, with the size and the sha256 of all that have passed."""
+    """The same pieces, with the size and the sha256 of those yielded so far."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces, self._content = pieces, hashlib.sha256()
@@ -41,6 +41,6 @@ class Counted(Iterator[bytes]):
         return piece
 
     def finish(self) -> None:
-        """Let the rest pass."""
+        """Consume the rest."""
         for _ in self:
             pass

@@ -1,4 +1,4 @@
-"""Reads over a network that continue from the byte reached after a failure."""
+"""Reads over a network that resume at the byte reached after a failure."""
 
 import logging
 import random
@@ -12,27 +12,27 @@ from pipeline.errors import UserError
 from pipeline.storage.base import PIECE, Unavailable, too_short
 
 CONNECT_TIMEOUT = 10.0
-"""Seconds."""
+"""Seconds to wait for a connection."""
 READ_TIMEOUT = 20.0
-"""Seconds without a single byte, or with less than a chunk."""
+"""Seconds without a single byte, or with less than READ_CHUNK, after which a read is retried."""
 READ_CHUNK = 64 * 1024
-"""Bytes."""
-READ_ATTEMPTS = (
-    20  # in a row that bring less than a chunk: 64 s of back-off at least, 96 s on average
-)
-FIRST_ATTEMPTS = (
-    5  # if the server never answered this process: 6 s, since its address may well be wrong
-)
+"""Bytes that an attempt must bring to count as progress."""
+READ_ATTEMPTS = 20
+"""Attempts in a row without progress before a read fails: 64 s to 128 s of back-off."""
+FIRST_ATTEMPTS = 5
+"""The same if the server has never answered this process: its address may well be wrong."""
 BACKOFF = 0.25
-"""Seconds, doubled at each attempt, up to LONGEST_PAUSE."""
-LONGEST_PAUSE = 8.0
+"""Seconds of the first pause, doubled at each attempt, up to MAX_PAUSE."""
+MAX_PAUSE = 8.0
+"""Most seconds between two attempts."""
 
 logger = logging.getLogger(__name__)
 
 
 class ReadInterrupted(Exception):
-    """A read failed in a way in which the next may not; ``explanation`` is what to say if it was
-    the last.
+    """A read failed, but another attempt may succeed.
+
+    ``explanation`` is the error to raise if this was the last attempt.
     """
 
     def __init__(self, reason: object, explanation: UserError | None = None) -> None:
@@ -42,15 +42,17 @@ class ReadInterrupted(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """A server's answer to a request for an object, from some byte on, its body not read yet."""
+    """A server's answer to a read request; its body is not read yet."""
 
     body: urllib3.BaseHTTPResponse
-    version: str | None  # changes when the object does
-    size: int  # of the whole object
+    version: str | None
+    """An identifier of the object's content, such as its ETag."""
+    size: int
+    """Bytes of the whole object."""
 
 
 _reached: set[str] = set()
-"""The servers that ever answered this process."""
+"""The servers that have answered this process before."""
 
 
 def resuming_stream(
@@ -60,12 +62,12 @@ def resuming_stream(
     length: int | None,
     ask: Callable[[int, int | None, str | None], Answer],
 ) -> Iterator[bytes]:
-    """The bytes of an object, from ``start``, in pieces; ``length`` none is all of it.
+    """Yield ``length`` bytes of an object from byte ``start``; by default all to its end.
 
-    ``ask(position, stop, version)`` sends one request and raises ``ReadInterrupted`` if another may
-    do better. No client library retries a body that is cut or stalls: we ask again from the byte
-    reached, and only for the very same version of the object, so that no mixture of two is ever
-    returned.
+    ``ask(position, stop, version)`` sends one request, and raises ReadInterrupted if another
+    attempt may succeed. Client libraries do not retry a body that is cut or stalls. So we ask
+    again, from the byte reached, and only for the same version of the object: two versions are
+    never mixed.
     """
     position, stop = start, None if length is None else start + length
     version, size, failures = None, None, 0
@@ -102,8 +104,8 @@ def resuming_stream(
                     f" {'all' if stop is None else stop}, {failures} times in a row ({error});"
                     f" check the connection to {server}"
                 ) from error
-            # Jitter: many ranks that were thrown off together must not come back together.
-            pause = random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, BACKOFF * 2**failures)
+            # Jitter: many ranks that were interrupted together must not all retry at once.
+            pause = random.uniform(0.5, 1.0) * min(MAX_PAUSE, BACKOFF * 2**failures)
             logger.warning(
                 "reading %s: %s at byte %d; trying again in %.1f s", url, error, position, pause
             )
@@ -111,7 +113,7 @@ def resuming_stream(
 
 
 def _pieces(body: urllib3.BaseHTTPResponse, size: int) -> Iterator[bytes]:
-    """``size`` bytes of a body as they come, or ``ReadInterrupted``."""
+    """Yield ``size`` bytes of a body as they arrive. Raises ReadInterrupted."""
     since, arrived = time.monotonic(), 0
     while size:
         piece = body.read1(min(size, PIECE))
@@ -127,4 +129,5 @@ def _pieces(body: urllib3.BaseHTTPResponse, size: int) -> Iterator[bytes]:
 
 
 def replaced(url: str) -> UserError:
+    """The error of an object that changed during a read."""
     return UserError(f"{url} was replaced while it was being read; run the command again")

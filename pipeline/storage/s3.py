@@ -38,19 +38,19 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import GetObjectRequestTypeDef
 
 WRITE_ATTEMPTS = 8
-"""By the SDK's own back-off."""
+"""Attempts at a write, with the SDK's own back-off."""
 
 
 @lru_cache(maxsize=32)
 def _client(endpoint_url: str | None, attempts: int, pid: int) -> "S3Client":
-    """This process's client: connections must not be shared across a fork."""
+    """This process's client, since connections must not be shared across a fork."""
     config = Config(
         connect_timeout=resume.CONNECT_TIMEOUT,
         read_timeout=resume.READ_TIMEOUT,
         retries={"mode": "standard", "total_max_attempts": attempts},
         max_pool_connections=32,
     )
-    # A session of our own, because making clients from the default one is not thread-safe.
+    # A new session, since creating clients from the default session is not thread-safe.
     return Session().client("s3", endpoint_url=endpoint_url, config=config)
 
 
@@ -105,7 +105,7 @@ class S3Storage(Storage):
     def delete(self, keys: Iterable[str]) -> None:
         remaining = [self._key(key) for key in keys]
         while remaining:
-            batch, remaining = remaining[:1000], remaining[1000:]  # S3 takes no more at once
+            batch, remaining = remaining[:1000], remaining[1000:]  # the most that S3 accepts
             with self._explained(batch[0]):
                 answer = self._s3.delete_objects(
                     Bucket=self.bucket,
@@ -127,9 +127,8 @@ class S3Storage(Storage):
 
     def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         url = f"{self.url}/{key}"
-        client = _client(
-            self.endpoint_url, 1, os.getpid()
-        )  # resuming_stream retries, for what comes before the body too
+        # One attempt only: resuming_stream retries, also before the body.
+        client = _client(self.endpoint_url, 1, os.getpid())
 
         def ask(position: int, stop: int | None, version: str | None) -> Answer:
             request: GetObjectRequestTypeDef = {"Bucket": self.bucket, "Key": self._key(key)}
@@ -141,10 +140,10 @@ class S3Storage(Storage):
                 response = client.get_object(**request)
             except (BotoCoreError, ClientError) as error:
                 explanation = self._explanation(error, key, start, stop)
-                if _is_passing(error):
+                if _is_temporary(error):
                     raise ReadInterrupted(error, explanation) from error
                 raise explanation from error
-            except ResponseParserError as error:  # half an answer, or another protocol's
+            except ResponseParserError as error:  # an incomplete answer, or another protocol
                 raise ReadInterrupted(error) from error
             total = (
                 response.get("ContentRange", "").rpartition("/")[2]
@@ -152,8 +151,8 @@ class S3Storage(Storage):
                 else response.get("ContentLength")
             )
             if total in (None, "") or "ETag" not in response:
-                raise ReadInterrupted("the headers of the answer were cut")
-            # The connection's own stream, which gives bytes as they come.
+                raise ReadInterrupted("the headers of the answer are incomplete")
+            # The connection's own stream, which yields bytes as they arrive.
             body = cast(urllib3.BaseHTTPResponse, response["Body"].__enter__())
             return Answer(body, response["ETag"], int(total))
 
@@ -161,6 +160,7 @@ class S3Storage(Storage):
 
     @contextmanager
     def _explained(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[None]:
+        """Turn the SDK's errors in a block into UserErrors that name the object."""
         try:
             yield
         except S3UploadFailedError as error:
@@ -171,7 +171,7 @@ class S3Storage(Storage):
     def _explanation(
         self, error: BaseException, key: str, start: int, stop: int | None
     ) -> UserError:
-        """What an SDK's error means, in one sentence."""
+        """The UserError that explains an error of the SDK in one sentence."""
         server = self.endpoint_url or "Amazon S3"
         name = f"{self.url}/{key}".rstrip("/")
         if isinstance(error, ClientError):
@@ -199,7 +199,7 @@ class S3Storage(Storage):
                     f"{server} refused access to {name} ({code}); set AWS_ACCESS_KEY_ID and"
                     " AWS_SECRET_ACCESS_KEY or AWS_PROFILE to credentials that may use it"
                 )
-            kind = Unavailable if _is_passing(error) else UserError
+            kind = Unavailable if _is_temporary(error) else UserError
             return kind(
                 f"{server} failed on {name}: {code}"
                 f" {error.response.get('Error', {}).get('Message', '')}"
@@ -217,9 +217,10 @@ class S3Storage(Storage):
         return UserError(f"cannot use {name} at {server}: {error}")
 
 
-def _is_passing(error: BaseException) -> bool:
-    """Whether a request may succeed if it is made again: no answer, an overloaded server, or one
-    that fails inside.
+def _is_temporary(error: BaseException) -> bool:
+    """Whether the same request may succeed later.
+
+    It may after a missing answer, an overloaded server, or an internal error of the server.
     """
     if isinstance(error, ClientError):
         status = error.response["ResponseMetadata"]["HTTPStatusCode"]

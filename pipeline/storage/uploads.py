@@ -1,6 +1,4 @@
-"""Writing to storage in the background of training, and with patience: storage may be away for a
-while.
-"""
+"""Writes in the background of training, retried while the storage is unavailable."""
 
 import itertools
 import logging
@@ -14,44 +12,41 @@ from pipeline.storage.base import Unavailable
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 600.0
-"""Seconds for which storage may be away before a run ends."""
-LONGEST_PAUSE = 15.0
-"""Seconds between two attempts."""
+MAX_OUTAGE = 600.0
+"""Seconds for which the storage may be unavailable before a run fails."""
+MAX_PAUSE = 15.0
+"""Most seconds between two attempts."""
 GRACE = 20.0
-"""Seconds."""
+"""Seconds for which pending writes may continue after an error."""
 
 Result = TypeVar("Result")
 
 
-def patiently(work: Callable[[], Result], failed: Callable[[], None] = lambda: None) -> Result:
-    """The result of ``work``, tried again for as long as PATIENCE while storage is away; ``failed``
-    is called at each failure.
+def retry(work: Callable[[], Result], on_failure: Callable[[], None] = lambda: None) -> Result:
+    """The result of ``work``, which is retried while the storage is unavailable.
 
-    Raises Unavailable if it stays away, and at once whatever else ``work`` raises.
+    ``on_failure`` is called after each failed attempt. Raises Unavailable after MAX_OUTAGE seconds
+    of failures; any other error of ``work`` is raised at once.
     """
     started = time.monotonic()
     for attempt in itertools.count():
         try:
             return work()
         except Unavailable as error:
-            failed()
-            if time.monotonic() - started > PATIENCE:
-                raise Unavailable(
-                    f"{error}; this went on for {PATIENCE / 60:.0f} minutes"
-                ) from error
-            pause = min(LONGEST_PAUSE, 0.5 * 2**attempt)
+            on_failure()
+            if time.monotonic() - started > MAX_OUTAGE:
+                raise Unavailable(f"{error}; retried for {MAX_OUTAGE / 60:.0f} minutes") from error
+            pause = min(MAX_PAUSE, 0.5 * 2**attempt)
             logger.warning("%s; trying again in %.1f s", error, pause)
             time.sleep(pause)
     raise AssertionError("unreachable")
 
 
-class Uploads:
-    """Work for storage, done one after the other in a thread of its own, each ``patiently``. A
-    context manager.
+class UploadQueue:
+    """Writes that a background thread makes one after the other, each with ``retry``.
 
-    Leaving the block waits for all of it; an exception that leaves it gives it GRACE seconds, and
-    drops the rest.
+    A context manager. Leaving the block waits for all writes. If an exception leaves it, pending
+    writes have GRACE seconds, and the rest is dropped.
     """
 
     def __init__(self) -> None:
@@ -61,28 +56,28 @@ class Uploads:
         self._closed = False
         self._error: Exception | None = None
         self.failures = 0
-        """How many attempts at writing have failed so far."""
+        """Failed attempts so far."""
         self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
         self._thread.start()
 
-    def put(self, name: str, work: Callable[[], None]) -> None:
-        """Have ``work`` done after what waits already; it takes the place of work of the same name
-        that has not begun.
+    def submit(self, name: str, work: Callable[[], None]) -> None:
+        """Add a write at the end of the queue.
 
-        Raises what earlier work has failed with.
+        It replaces a waiting write of the same name. Raises the error of an earlier write that
+        failed.
         """
         with self._changed:
             self._raise()
             self._waiting[name] = work
             self._changed.notify_all()
 
-    def is_busy(self, name: str) -> bool:
-        """Whether work of this name is waiting or being done."""
+    def is_pending(self, name: str) -> bool:
+        """Whether a write of this name is waiting or in progress."""
         with self._changed:
             return name in self._waiting or name == self._running
 
-    def wait(self) -> None:
-        """Return when all is done. Raises what any of it has failed with."""
+    def join(self) -> None:
+        """Wait for all writes. Raises the error of one that failed."""
         with self._changed:
             self._changed.wait_for(self._is_idle)
             self._raise()
@@ -103,8 +98,8 @@ class Uploads:
                 self._running = next(iter(self._waiting))
                 work = self._waiting.pop(self._running)
             try:
-                patiently(work, self._failed)
-            except Exception as error:  # noqa: BLE001  (it belongs to whoever waits for the work)
+                retry(work, self._count_failure)
+            except Exception as error:  # noqa: BLE001  (raised in the thread that submits or joins)
                 self._error = error
             with self._changed:
                 self._running = None
@@ -112,7 +107,7 @@ class Uploads:
                     self._waiting.clear()
                 self._changed.notify_all()
 
-    def _failed(self) -> None:
+    def _count_failure(self) -> None:
         self.failures += 1
 
     def __enter__(self) -> Self:
@@ -126,7 +121,7 @@ class Uploads:
     ) -> None:
         try:
             if kind is None:
-                self.wait()
+                self.join()
         finally:
             with self._changed:
                 self._changed.wait_for(self._is_idle, GRACE)

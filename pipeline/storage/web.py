@@ -1,13 +1,12 @@
-"""Objects at web addresses, read only."""
+"""Objects at web addresses, for reading only."""
 
 import os
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import urllib3
 
@@ -19,19 +18,19 @@ from pipeline.storage.resume import Answer, ReadInterrupted, resuming_stream
 
 @lru_cache(maxsize=32)
 def _pool(proxy: str | None, pid: int) -> urllib3.PoolManager:
-    """This process's connections; they must not be shared across a fork."""
-    options: dict[str, Any] = {
-        "timeout": urllib3.Timeout(connect=resume.CONNECT_TIMEOUT, read=resume.READ_TIMEOUT),
-        "retries": False,  # resuming_stream does it
-        "maxsize": 32,
-        "headers": {"User-Agent": "vlae-pipeline", "Accept-Encoding": "identity"},
-    }
-    return urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+    """This process's connections, since they must not be shared across a fork."""
+    make = partial(urllib3.ProxyManager, proxy) if proxy else urllib3.PoolManager
+    return make(
+        timeout=urllib3.Timeout(connect=resume.CONNECT_TIMEOUT, read=resume.READ_TIMEOUT),
+        retries=False,  # resuming_stream retries instead
+        maxsize=32,
+        headers={"User-Agent": "vlae-pipeline", "Accept-Encoding": "identity"},
+    )
 
 
 @dataclass(frozen=True)
 class HttpStorage(Storage):
-    """Objects below a web address: to be read, not listed or written."""
+    """Objects below a web address, which can be read but not listed or written."""
 
     root: str
 
@@ -58,14 +57,14 @@ class HttpStorage(Storage):
         raise self._read_only(f"cannot write {key}")
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        raise self._read_only("cannot list what is there")
+        raise self._read_only("cannot list objects")
 
     def delete(self, keys: Iterable[str]) -> None:
-        raise self._read_only("cannot delete anything")
+        raise self._read_only("cannot delete objects")
 
     def _read_only(self, what: str) -> UserError:
         return UserError(
-            f"{self.root}: {what}, since a web address can only be read; use s3://BUCKET/PREFIX or"
+            f"{self.root}: {what}: a web address can only be read; use s3://BUCKET/PREFIX or"
             " a local folder"
         )
 
@@ -118,8 +117,8 @@ class HttpStorage(Storage):
         if ranged and body.status == 200:
             body.close()
             raise UserError(
-                f"{url} cannot be read in parts, as its server does not know ranges; copy the data"
-                " elsewhere"
+                f"{url} cannot be read in parts: its server does not support ranges; copy the data"
+                " to another server"
             )
         total = (
             body.headers.get("Content-Range", "").rpartition("/")[2]
@@ -129,10 +128,10 @@ class HttpStorage(Storage):
         if not total.isdecimal():
             body.close()
             explanation = UserError(
-                f"{url} cannot be read, as its server does not say how long it is; copy the data"
-                " elsewhere"
+                f"{url} cannot be read: its server does not tell its size; copy the data to another"
+                " server"
             )
-            raise ReadInterrupted("the headers of the answer were cut", explanation)
+            raise ReadInterrupted("the headers of the answer are incomplete", explanation)
         return Answer(
             body, body.headers.get("ETag") or body.headers.get("Last-Modified"), int(total)
         )

@@ -1,7 +1,8 @@
-"""Checkpoints: one safetensors object each, named after its step and its own checksum.
+"""Checkpoints: one safetensors object each, named by its step and the checksum of its content.
 
-One object makes a checkpoint atomic on any storage, and a name that holds the checksum makes damage
-visible: a checkpoint is valid exactly if its content hashes to its name. Nothing is unpickled.
+Since it is a single object, a checkpoint is atomic on any storage. Since its name holds its
+checksum, damage is visible: a checkpoint is valid if and only if its content hashes to its name.
+Nothing is unpickled.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -23,23 +24,25 @@ from pipeline.storage.base import Storage
 
 logger = logging.getLogger(__name__)
 
-CUT = len("checkpoints/") + 10
-"""Where the step ends in a checkpoint's key."""
-NAME = re.compile(r"checkpoints/(\d{10})-([0-9a-f]{64})\.safetensors")
+KEY = re.compile(r"checkpoints/(\d{10})-([0-9a-f]{64})\.safetensors")
+"""A checkpoint's key: its step and its sha256."""
+
+
+State: TypeAlias = dict[str, Any]
+"""The state of a part of a run, as PyTorch's ``state_dict`` returns it."""
 
 
 class Stateful(Protocol):
-    """A part of a run's state: a module, an average of one, an optimizer, or what else goes on
-    where it was.
-    """
+    """A part of a run, such as a module or an optimizer."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> State: ...
 
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+    def load_state_dict(self, state_dict: State, /) -> object: ...
 
 
 def snapshot(state: Mapping[str, Stateful]) -> dict[str, Tensor]:
-    """A copy, on the host, of a state of several named parts, to be saved while training goes on.
+    """Copy a state of several named parts to the host, to be saved while training continues.
+
     This waits for the device.
     """
     return {
@@ -50,42 +53,40 @@ def snapshot(state: Mapping[str, Stateful]) -> dict[str, Tensor]:
 
 
 def save(storage: Storage, step: int, tensors: Mapping[str, Tensor], keep: int) -> None:
-    """Publish the snapshot of after ``step`` steps, then delete all but the ``keep`` newest
-    checkpoints up to that step.
+    """Publish the state after ``step`` steps, and delete all but the ``keep`` newest checkpoints.
 
-    One of a later step stays: the run was resumed from before it, since it is damaged, or else it
-    is another process's, of the same run, and just as good. Raises UserError, and publishes
-    nothing, if a number in it is not finite.
+    Checkpoints of later steps are neither counted nor deleted. A later one is either damaged, and
+    the run was resumed from before it, or it was written by another process of the same run, and is
+    just as good. Raises UserError, and publishes nothing, if a value is not finite.
     """
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise UserError(
-                f"{storage.url}: {name} is not finite after step {step}, and no checkpoint of it is"
-                " kept; lower optim.learning_rate"
+                f"{storage.url}: {name} is not finite after step {step}, so no checkpoint was"
+                " written; lower optim.learning_rate"
             )
     data = serialize(dict(tensors), {"step": json.dumps(step)})
     saved = f"checkpoints/{step:010d}-{hashlib.sha256(data).hexdigest()}.safetensors"
     storage.write(saved, data)
-    published = [key for key in _published(storage) if key != saved]
-    older = [key for key in published if key[:CUT] < saved[:CUT]]
-    later = [key for key in published if key[:CUT] > saved[:CUT]]
-    storage.delete(set(published) - {*later, *older[: keep - 1]})
+    others = [key for key in _newest_first(storage) if key != saved]
+    older = [key for key in others if _step(key) < step]
+    later = [key for key in others if _step(key) > step]
+    storage.delete(set(others) - {*later, *older[: keep - 1]})
 
 
 def resume(storage: Storage, state: Mapping[str, Stateful]) -> int:
-    """Take over the newest valid checkpoint; returns its step, or 0 if there is none. Damaged ones
-    are passed over, and logged.
+    """Load the newest valid checkpoint into ``state``; returns its step, or 0 if there is none.
 
-    Raises UserError if it is one of an earlier version, with a state that the optimizer does not
-    have.
+    Damaged checkpoints are skipped with a warning. Raises UserError if an earlier version of this
+    program wrote the checkpoint, with another optimizer state.
     """
-    for key in _published(storage):
+    for key in _newest_first(storage):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "checkpoint"
             storage.download(key, path)
             if not _is_valid(key, path):
                 logger.warning(
-                    "checkpoint %s/%s is damaged; the one before it is used", storage.url, key
+                    "checkpoint %s/%s is damaged; trying the one before it", storage.url, key
                 )
                 continue
             with safe_open(path, "pt") as file:
@@ -93,26 +94,27 @@ def resume(storage: Storage, state: Mapping[str, Stateful]) -> int:
                 step = int(json.loads(file.metadata()["step"]))
         for part, each in state.items():
             prefix = part + "/"
-            values: dict[str, Any] = {
+            values: State = {
                 name.removeprefix(prefix): value
                 for name, value in tensors.items()
                 if name.startswith(prefix)
             }
             if isinstance(each, torch.optim.Optimizer):
-                values = _nested(each, values, f"{storage.url}/{key}")
+                values = _optimizer_state(each, values, f"{storage.url}/{key}")
             each.load_state_dict(values)
         return step
     return 0
 
 
 def newest_step(storage: Storage) -> int:
-    """The step of the newest checkpoint, be it whole or not; 0 if there is none."""
-    return max((int(key[:CUT].rpartition("/")[2]) for key in _published(storage)), default=0)
+    """The step of the newest checkpoint, valid or damaged; 0 if there is none."""
+    return max(map(_step, _newest_first(storage)), default=0)
 
 
 def _tensors(part: Stateful) -> dict[str, Tensor]:
-    """The state of a part on the host, each tensor by its name; an optimizer's by the number of its
-    weight and its name.
+    """Copy the state of a part to the host, as named tensors.
+
+    An optimizer's tensors are named by the number of their weight and their own name.
     """
     state = part.state_dict()
     if isinstance(part, torch.optim.Optimizer):
@@ -124,12 +126,13 @@ def _tensors(part: Stateful) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
 
-def _nested(
+def _optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], url: str
-) -> dict[str, Any]:
-    """An optimizer's state, the other way round. Its settings are those of the configuration.
+) -> State:
+    """An optimizer's state from the tensors that ``_tensors`` named.
 
-    Raises UserError if it is that of other weights, which the optimizer would not notice.
+    Its settings stay as configured. Raises UserError if the shapes are those of other weights,
+    which the optimizer itself would not notice.
     """
     shapes = {
         str(index): weights.shape
@@ -140,22 +143,28 @@ def _nested(
         index, field = name.split("/")
         if value.ndim and value.shape != shapes.get(index):
             raise UserError(
-                f"checkpoint {url} cannot be gone on from: an earlier version of this program wrote"
-                " it; train anew with another name="
+                f"cannot resume from checkpoint {url}: an earlier version of this program wrote it;"
+                " train a new run with another name="
             )
         state.setdefault(int(index), {})[field] = value
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
-def _published(storage: Storage) -> list[str]:
+def _newest_first(storage: Storage) -> list[str]:
     """The keys of all checkpoints, newest first."""
-    return sorted(
-        (key for key in storage.list("checkpoints/") if NAME.fullmatch(key)), reverse=True
-    )
+    return sorted((key for key in storage.list("checkpoints/") if KEY.fullmatch(key)), reverse=True)
+
+
+def _step(key: str) -> int:
+    """The step in a checkpoint's key."""
+    match = KEY.fullmatch(key)
+    assert match
+    return int(match[1])
 
 
 def _is_valid(key: str, path: Path) -> bool:
-    match = NAME.fullmatch(key)
+    """Whether the file's content hashes to the checkpoint's key."""
+    match = KEY.fullmatch(key)
     assert match
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == match[2]

@@ -1,4 +1,4 @@
-"""Starting a training run on Ray Train: checks, workers, restarts."""
+"""Start a training run on Ray Train: checks, workers, restarts."""
 
 import itertools
 import re
@@ -22,19 +22,17 @@ from pipeline.data import DataSet
 from pipeline.errors import UserError
 from pipeline.runs import RESULT
 from pipeline.storage import open_storage
-from pipeline.storage.uploads import PATIENCE, patiently
+from pipeline.storage.uploads import MAX_OUTAGE, retry
 from pipeline.training import loop
-from pipeline.training.restarts import (
-    Restarts,
-    SaveAtTermination,
-    asked_to_stop,
-    terminated,
-)
+from pipeline.training.restarts import Restarts, SaveAtTermination, asked_to_stop, terminated
+from pipeline.values import JsonObject
 
 
 def check(config: TrainConfig) -> None:
-    """Raise UserError unless the data set exists, fits the model and the batch, and the run's name
-    is not another run's.
+    """Check the data set and the run's name before anything is started.
+
+    Raises UserError unless the data set exists and fits the model and the batch, and the name is
+    new or that of this very run.
     """
     storage, data = runs.run_storage(config), check_data(config)
     identity = config.identity() | {"manifest": data.manifest.digest}
@@ -58,7 +56,10 @@ def check(config: TrainConfig) -> None:
 
 
 def check_data(config: TrainConfig) -> DataSet:
-    """The data set of a run. Raises UserError unless it exists and fits the model and batch."""
+    """Check that the data set exists, and fits the model and the batch; returns it.
+
+    Raises UserError if not.
+    """
     data = DataSet.load(open_storage(config.dataset.url, config.storage.endpoint_url))
     try:
         config.build(data.manifest.image_shape)
@@ -77,11 +78,10 @@ def check_data(config: TrainConfig) -> DataSet:
 
 
 def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
-    """Run ``worker`` on the workers of the cluster until the run is complete, or stopped. Ray must
-    be connected.
+    """Run ``worker`` on the cluster until the run is complete or stopped. Ray must be connected.
 
-    Raises UserError for a user's mistake that only the workers could see, or if the run fails again
-    and again without getting any further; else what Ray Train raises.
+    Raises UserError for a user's mistake that only the workers could find, or if the run fails
+    again and again without progress; otherwise the error of Ray Train.
     """
     workers = config.cluster
     restarts = Restarts(config.run_name, runs.run_storage(config), workers.max_failures)
@@ -90,9 +90,9 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
         trainer = TorchTrainer(
             worker,
             train_loop_config=to_dict(config),
-            # A rank may wait for another's storage for as long as that is waited for. That a host
-            # is gone is told by Ray, and sooner.
-            torch_config=TorchConfig(timeout_s=int(PATIENCE) + 60),
+            # A collective may have to wait for another rank's retries of its storage. Ray reports
+            # a lost host, and sooner.
+            torch_config=TorchConfig(timeout_s=int(MAX_OUTAGE) + 60),
             scaling_config=ScalingConfig(
                 num_workers=(
                     (workers.min_workers, workers.max_workers)
@@ -107,7 +107,7 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
             run_config=RunConfig(
                 name=config.run_name,
                 storage_path=f"{config.storage.root}/ray",
-                failure_config=FailureConfig(max_failures=-1),  # Restarts has the say
+                failure_config=FailureConfig(max_failures=-1),  # Restarts decides instead
                 callbacks=[restarts, SaveAtTermination(), *callbacks],
             ),
         )
@@ -117,15 +117,15 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
         except ControllerError as error:
             if isinstance(error.controller_failure, UserError):
                 raise UserError(str(error.controller_failure)) from None
-            # Ray Train takes it for an error of its own, and gives up, if the workers do not get
-            # hold of each other.
+            # If the workers fail to connect to each other, Ray Train takes that for an error of its
+            # controller, and does not restart them.
             if attempt > workers.max_failures:
                 raise
             time.sleep(Restarts.pause(attempt))
 
 
-def worker(config: dict[str, Any]) -> None:
-    """What each worker of Ray Train does."""
+def worker(config: JsonObject) -> None:
+    """The training function of each Ray Train worker."""
     typed, context = build(TrainConfig, config, {}), ray.train.get_context()
     rank = context.get_world_rank()
     try:
@@ -139,14 +139,15 @@ def worker(config: dict[str, Any]) -> None:
             should_stop=lambda: terminated.is_set() or (rank == 0 and asked_to_stop()),
         )
     except loop.Stopped:
-        # A worker was told to end, not the run: Ray Train starts it again on those that are left
+        # If only a worker was terminated, not the run, Ray Train restarts the run without it.
         if not asked_to_stop():
             raise
 
 
 def complete(config: TrainConfig, *, rank: int = 0, **options: Any) -> None:
-    """Train to the end in this process, with the ``options`` of ``loop.fit``; rank 0 writes the
-    result, which marks the run as complete.
+    """Train to the end in this process, with the ``options`` of ``loop.fit``.
+
+    Rank 0 writes the result, which marks the run as complete.
     """
     torch.set_num_threads(config.cluster.cpus_per_worker)
     validation = loop.fit(config, rank=rank, **options)
@@ -158,13 +159,11 @@ def complete(config: TrainConfig, *, rank: int = 0, **options: Any) -> None:
             "model": to_dict(config)["model"],
             "valid": validation,
         }
-        patiently(partial(storage.write_json, RESULT, result))
+        retry(partial(storage.write_json, RESULT, result))
 
 
 class Gauges:
-    """What a run says at Ray's metrics endpoint: the values of its log, as
-    ``ray_vlae_train_rate{run="..."}``.
-    """
+    """The values of a run's log at Ray's metrics endpoint: ``ray_vlae_train_rate{run="..."}``."""
 
     def __init__(self, run: str) -> None:
         self.tags, self.gauges = {"run": run}, dict[str, ray.util.metrics.Gauge]()

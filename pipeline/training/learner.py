@@ -1,4 +1,4 @@
-"""A model in training: all of its state, and what one step does to it."""
+"""A model in training: its state, and the training step."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -18,11 +18,10 @@ from pipeline.training.optimizer import make as make_optimizer
 
 
 class Learner:
-    """The model, its average, its optimizer and all else that goes on where it was, on one rank of
-    ``world_size``.
+    """The state of a run on one of ``world_size`` ranks: the model, its average, the optimizer.
 
-    ``learn`` takes one step; nothing in it asks the device for a value, so that a GPU is not made
-    to wait.
+    ``learn`` takes one step. It never reads a value from the device, so that a GPU does not wait
+    for the host.
     """
 
     def __init__(
@@ -41,9 +40,8 @@ class Learner:
             and torch.cuda.is_bf16_supported()
         )
         largest = -(-train.num_streams // world_size) * (train.global_batch // train.num_streams)
-        self.splits = (
-            train.micro_batch is not None and train.micro_batch < largest
-        )  # on all ranks, if on any: see backward
+        # The same on all ranks: see backward.
+        self.splits = train.micro_batch is not None and train.micro_batch < largest
         torch.manual_seed(train.seed)
         self.model = config.build(image_shape).to(device, self.dtype)
         self.weights = vlae.flatten(self.model)
@@ -58,7 +56,7 @@ class Learner:
 
     @property
     def state(self) -> dict[str, Stateful]:
-        """Everything that a checkpoint holds, by name."""
+        """The parts of a checkpoint, by name."""
         state: dict[str, Stateful] = {
             "model": self.model,
             "ema": self.ema,
@@ -68,7 +66,7 @@ class Learner:
         return state | ({"free_bits": self.soft} if self.soft else {})
 
     def settings(self, step: int) -> dict[str, float]:
-        """What is scheduled for a step, by name. This waits for the device."""
+        """The scheduled values of a step, by name. This waits for the device."""
         train = self.config.train
         weight = float(self.soft.gamma) if self.soft else optimizer.rate_weight(train, step)
         return {
@@ -77,42 +75,56 @@ class Learner:
         }
 
     def learn(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the step ``batch.step`` on this rank's part of its global batch, together with the
-        other ranks.
+        """Take the step ``batch.step``, together with the other ranks.
 
-        Returns this rank's part of the mean distortion over the global batch (those of all ranks
-        add up to it), and its mean rate, in nats per image; and whether the step was taken, or
-        skipped as its gradients were not finite.
+        ``batch`` is this rank's part of the global batch. Returns, as tensors on the device:
+
+        - this rank's share of the mean distortion over the global batch, in nats per image (the
+          shares of all ranks add up to it);
+        - the mean rate over the global batch, in nats per image;
+        - whether the step was taken; it is skipped if the gradients are not finite.
         """
-        optim, train = self.config.optim, self.config.train
-        x = binarize(batch, self.config.dataset.binarization, train.seed).to(
-            self.device, self.dtype, non_blocking=True
-        )
+        train = self.config.train
+        x = binarize(batch, self.config.dataset.binarization, train.seed)
         noise = torch.from_numpy(
             normal((Purpose.POSTERIOR, train.seed), batch.positions, self.model.latents)
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = optimizer.learning_rate(optim, train, batch.step)
-        self.optimizer.zero_grad(set_to_none=False)
-        distortion, rates = self.backward(
-            x, noise.to(self.device, self.dtype, non_blocking=True), batch.step
+        return self.step(
+            x.to(self.device, self.dtype, non_blocking=True),
+            noise.to(self.device, self.dtype, non_blocking=True),
+            batch.step,
         )
+
+    def step(self, x: Tensor, noise: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Take step ``number``, counted from 0, on given images and noise; returns what ``learn``
+        does.
+
+        ``x`` is this rank's part of the global batch, (local_batch, channels, height, width), and
+        ``noise`` is standard normal, (local_batch, latents).
+        """
+        optim = self.config.optim
+        for group in self.optimizer.param_groups:
+            group["lr"] = optimizer.learning_rate(optim, self.config.train, number)
+        self.optimizer.zero_grad(set_to_none=False)
+        distortion, rates = self.backward(x, noise, number)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, optim.clip_norm)
         taken = self.guard.step(self.optimizer, norm, rates)
-        self.ema.update(self.weights, batch.step + 1)
+        self.ema.update(self.weights, number + 1)
         if self.soft:
             self.soft.update(rates.sum())
         return distortion, rates.sum(), taken
 
     def backward(self, x: Tensor, noise: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Give the weights the gradient of the loss over the global batch; returns distortion and
-        rates as ``learn`` does.
+        """Compute the gradient of the loss over the global batch.
 
-        The loss wants the mean rates of the whole global batch (``vlae.training_loss``). If each
-        rank's part of it is one micro-batch, its forward pass has them; else a pass of its own
-        finds them first, without gradient, through encoder and prior alone. All ranks do the one or
-        the other, for they have to meet in the same order, and DDP, too, may have them meet in a
-        forward pass.
+        Returns this rank's share of the mean distortion, and the mean rate of each group over the
+        global batch.
+
+        The loss needs the mean rates of the whole global batch (``vlae.training_loss``). If each
+        rank's part is a single micro-batch, its forward pass gives them. Otherwise an extra pass
+        through encoder and prior, without gradient, computes them first. All ranks must take the
+        same branch: collectives must be issued in one order, and DDP may communicate in the forward
+        pass.
         """
         train, size = self.config.train, self.config.train.micro_batch or len(x)
         weight = self.soft.gamma if self.soft else optimizer.rate_weight(train, step)
@@ -135,22 +147,22 @@ class Learner:
                         )
                     )
                 loss = vlae.training_loss(bound, rates, optimizer.free_nats(train, step), weight)
-                # DDP averages over the ranks, of which one may have more images than another; their
-                # parts have to be summed.
+                # DDP averages over the ranks. Ranks may have different numbers of images, so their
+                # shares must be summed instead.
                 self._part(loss * self.world_size, images).backward()
             distortion += self._part(bound.distortion.detach().mean(), images)
         assert rates is not None
         return distortion, rates
 
     def _part(self, mean: Tensor, images: Tensor) -> Tensor:
-        """What the mean over some images contributes to the mean over the global batch."""
+        """The share of the mean over the global batch that the mean over some images makes up."""
         return mean * (len(images) / self.config.train.global_batch)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
     def _local(self) -> AbstractContextManager[object]:
-        """Leave gradients on this rank, for the last micro-batch to send their sum."""
+        """Accumulate gradients on this rank; the last micro-batch synchronises their sum."""
         return (
             self.network.no_sync()
             if isinstance(self.network, DistributedDataParallel)

@@ -1,12 +1,11 @@
-"""The training loop. It needs torch and the data, not Ray: call ``fit`` in a notebook or a test as
-well.
-"""
+"""The training loop. It needs no Ray: ``fit`` also runs in a notebook or a test."""
 
 import copy
 import math
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,17 +21,18 @@ from pipeline.evaluation.measure import QUANTITIES, measure, report
 from pipeline.machine import keep_freed_memory
 from pipeline.runs import Metrics, publish, run_storage
 from pipeline.storage import open_storage
-from pipeline.storage.uploads import Uploads, patiently
+from pipeline.storage.uploads import UploadQueue, retry
 from pipeline.training import checkpoint
 from pipeline.training.learner import Learner
 from pipeline.training.metrics import MetricLog, StepMeter
 
 VALIDATION_BATCH = 64
+"""Images of one validation batch."""
 CPU = torch.device("cpu")
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved its state: started again, it goes on from there."""
+    """The run was asked to stop, and has saved its state; the next ``fit`` resumes from it."""
 
 
 def fit(
@@ -45,27 +45,28 @@ def fit(
     on_report: Callable[[Metrics], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Metrics:
-    """Train one model to the end, from the newest checkpoint of its run if there is one. Returns
-    the last validation.
+    """Train one model to the end, from its run's newest checkpoint if there is one.
 
-    What happens at a step is a function of the configuration and the step alone: a run that was
-    killed ends with the weights of one that was not, and any number of ranks up to that of the
-    streams sees the same batches and the same noise. With ``world_size`` above 1, torch.distributed
-    must be initialised. ``on_validation`` is called on every rank, ``on_report`` on rank 0 with
-    what it logs, and ``should_stop`` on every rank about once a second: where it is true on any,
-    all save the state and raise Stopped.
+    Returns the last validation. Each step is a function of the configuration and the step's number
+    alone. So a run that was killed and resumed ends with the same weights, and the batches and the
+    noise are the same for any number of ranks up to ``train.num_streams``.
 
-    Raises UserError if the data is damaged, the gradients are no longer finite, or the storage
-    stays away.
+    With ``world_size`` above 1, torch.distributed must be initialised. ``on_validation`` is called
+    on every rank. ``on_report`` is called on rank 0 with each row that it logs. ``should_stop`` is
+    called on every rank about once a second; if it is true on any rank, all ranks stop, rank 0
+    saves the state, and all raise Stopped.
+
+    Raises UserError if the data is damaged, if the gradients are no longer finite, or if the
+    storage stays unavailable.
     """
     keep_freed_memory()
     train, run = config.train, run_storage(config)
     place = open_storage(config.dataset.url, config.storage.endpoint_url)
-    data = patiently(partial(DataSet.load, place))
+    data = retry(partial(DataSet.load, place))
     reading = ReadOptions(open_cache(config.dataset), config.dataset.max_skipped)
     learner = Learner(config, data.manifest.image_shape, world_size, device)
-    step = agreed(patiently(partial(checkpoint.resume, run, learner.state)), device)
-    meter, beats = StepMeter(device), Beats(config, step, device)
+    step = agreed(retry(partial(checkpoint.resume, run, learner.state)), device)
+    meter, heartbeat = StepMeter(device), Heartbeat(config, step, device)
     described = {**to_dict(config), "name": config.run_name}
     training = {"config": described, "manifest": data.manifest.digest}
 
@@ -91,7 +92,7 @@ def fit(
         valid = {"images": step * train.global_batch, **report(moments, learner.model, samples=1)}
         if rank == 0 and -moments.mean("elbo") <= log.lowest("valid/elbo_nats"):
             best = copy.deepcopy(learner.ema.module)
-            uploads.put(
+            uploads.submit(
                 "best", partial(publish, run.child("best"), best, training | {"valid": valid})
             )
         log.add(step, {f"valid/{name}": value for name, value in valid.items()})
@@ -109,18 +110,19 @@ def fit(
         world_size=world_size,
         options=reading,
     )
-    with patiently(lambda: MetricLog(run, step, writes=rank == 0)) as log, Uploads() as uploads:
+    with retry(lambda: MetricLog(run, step, writes=rank == 0)) as log, UploadQueue() as uploads:
         for batch in meter.waits(batches):
             meter.add(*learner.learn(batch))
             step += 1
             last = step == train.num_steps
             if step * train.global_batch % train.valid_every < train.global_batch and not last:
                 validate()
-            if step < beats.next_step and not last:
+            if step < heartbeat.next_step and not last:
                 continue
-            stop, save, tell = beats.meet(step, should_stop(), not uploads.is_busy("checkpoint"))
+            due = heartbeat.sync(step, should_stop(), not uploads.is_pending("checkpoint"))
+            stop = due.stop and not last
             skipped, in_a_row = learner.guard.read()
-            if tell or stop or last:
+            if due.report or due.stop or last:
                 row = {
                     "images": step * train.global_batch,
                     **learner.settings(batch.step),
@@ -130,39 +132,39 @@ def fit(
                 log.add(step, row)
                 if rank == 0:
                     on_report(row)
-            if tell or save or stop or last:
-                uploads.put(
-                    "metrics", log.flush
-                )  # before the checkpoint: who goes on from that has the log up to it
-            if (
-                rank == 0 and (save or stop or last) and not in_a_row
-            ):  # what follows a skipped step may be another
-                snapshot = checkpoint.snapshot(learner.state)
-                uploads.put(
+            save = due.save or due.stop or last
+            if due.report or save:
+                # Before the checkpoint: a run that resumes from it needs the log up to its step.
+                uploads.submit("metrics", log.flush)
+            # Not while steps are being skipped: the weights may be bad (see Guard).
+            if rank == 0 and save and not in_a_row:
+                tensors = checkpoint.snapshot(learner.state)
+                uploads.submit(
                     "checkpoint",
-                    partial(checkpoint.save, run, step, snapshot, train.keep_checkpoints),
+                    partial(checkpoint.save, run, step, tensors, train.keep_checkpoints),
                 )
-            if stop and not last:
-                uploads.wait()
+            if stop:
+                uploads.join()
                 if world_size > 1:
-                    dist.barrier()  # Ray ends all ranks when the first of them does
+                    dist.barrier()  # Ray ends all ranks when the first one returns
                 raise Stopped
             learner.guard.check(config.run_name, step)
         valid = validate()
-        uploads.put("metrics", log.flush)
+        uploads.submit("metrics", log.flush)
     if not math.isfinite(valid["elbo_nats"]):
         raise UserError(
             f"run {config.run_name}: the code length on validation images is not finite;"
             f" {learner.guard.ADVICE}"
         )
     if rank == 0:
-        patiently(partial(publish, run, learner.ema.module, training | {"valid": valid}))
+        retry(partial(publish, run, learner.ema.module, training | {"valid": valid}))
     return valid
 
 
 def agreed(step: int, device: torch.device) -> int:
-    """The step that every rank resumed from. Raises RuntimeError if they differ, as when one alone
-    read a checkpoint wrongly.
+    """The step that every rank resumed from.
+
+    Raises RuntimeError if the ranks differ, as when one of them alone misread a checkpoint.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         ends = torch.tensor([step, -step], device=device)
@@ -173,38 +175,52 @@ def agreed(step: int, device: torch.device) -> int:
     return step
 
 
-class Beats:
-    """Steps at which all ranks agree on what is due, about once a second: to stop, to save, to
-    tell.
+class Due(NamedTuple):
+    """What all ranks do after the current step."""
 
-    Rank 0 has the clock. Between two beats no step waits for a clock, a device or another rank's
-    wishes.
+    stop: bool
+    save: bool
+    report: bool
+
+
+class Heartbeat:
+    """Synchronises the ranks about once a second: do they stop, save or report?
+
+    Rank 0's clock decides when to save and report. Between two heartbeats no step waits for a
+    clock, the device or another rank.
     """
 
     SECONDS = 1.0
+    """Seconds between two heartbeats, at most."""
 
     def __init__(self, config: TrainConfig, step: int, device: torch.device) -> None:
         self.device, self.next_step = device, step + 10
         self.seconds = min(self.SECONDS, config.train.report_seconds)
-        self.due = {"save": config.train.checkpoint_seconds, "tell": config.train.report_seconds}
-        self.step, self.at = step, time.monotonic()
-        self.done = dict.fromkeys(self.due, self.at)
+        self.intervals = {
+            "save": config.train.checkpoint_seconds,
+            "report": config.train.report_seconds,
+        }
+        self.last_step, self.last_time = step, time.monotonic()
+        self.done = dict.fromkeys(self.intervals, self.last_time)
 
-    def meet(self, step: int, stop: bool, can_save: bool) -> list[bool]:
-        """Whether any rank wants to ``stop``, and whether rank 0's clock says that it is time to
-        save, if it can, and to tell.
+    def sync(self, step: int, stop: bool, can_save: bool) -> Due:
+        """Agree on what is due after ``step`` steps; all ranks must call it together.
 
-        Chooses ``next_step`` from the speed since the last beat. This waits for the device.
+        The ranks stop if any of them wants to ``stop``. They save and report if rank 0's clock says
+        so; a save also needs ``can_save`` on rank 0. Sets ``next_step``, the step of the next
+        heartbeat, from the speed since the last one. This waits for the device.
         """
         now = time.monotonic()
-        ahead = max(1, round(self.seconds * (step - self.step) / max(1e-9, now - self.at)))
-        save, tell = (now - self.done[name] >= seconds for name, seconds in self.due.items())
-        wishes = torch.tensor([ahead, stop, save and can_save, tell], device=self.device)
+        elapsed = max(1e-9, now - self.last_time)
+        ahead = max(1, round(self.seconds * (step - self.last_step) / elapsed))
+        save, report = (now - self.done[name] >= limit for name, limit in self.intervals.items())
+        flags = torch.tensor([ahead, stop, save and can_save, report], device=self.device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             if dist.get_rank() > 0:
-                wishes *= torch.tensor([0, 1, 0, 0], device=self.device)
-            dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        ahead, *due = wishes.tolist()
-        self.next_step, self.step, self.at = step + ahead, step, now
-        self.done |= {name: now for name, is_due in zip(self.due, due[1:], strict=True) if is_due}
-        return [bool(wish) for wish in due]
+                flags *= torch.tensor([0, 1, 0, 0], device=self.device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        ahead, *rest = flags.tolist()
+        due = Due(*map(bool, rest))
+        self.next_step, self.last_step, self.last_time = step + ahead, step, now
+        self.done |= {name: now for name in self.intervals if getattr(due, name)}
+        return due

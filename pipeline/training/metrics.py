@@ -1,6 +1,4 @@
-"""Metrics: sums and counts that are divided once, and the log of a run that people and programs
-read.
-"""
+"""Training metrics, as sums and counts that are divided once, and the run's log of them."""
 
 import json
 import math
@@ -23,9 +21,9 @@ from pipeline.storage.base import Storage
 
 
 class StepMeter:
-    """Averages over the steps since the last report, and where their time went.
+    """Averages over the steps since the last report, and how much time they took.
 
-    Nothing here asks the device for a value before ``report``, so that a GPU is not made to wait.
+    Only ``report`` reads values from the device, so that a GPU does not wait for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,7 +35,7 @@ class StepMeter:
         self.steps, self.waited, self.started = 0, 0.0, time.monotonic()
 
     def waits(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Give on the batches, keeping account of the time spent waiting for them."""
+        """Yield the batches, and add up the time spent waiting for them."""
         iterator = iter(batches)
         while True:
             asked = time.monotonic()
@@ -48,18 +46,15 @@ class StepMeter:
             yield batch
 
     def add(self, distortion: Tensor, rate: Tensor, taken: Tensor) -> None:
-        """Take in a step: this rank's part of its mean distortion over the global batch, its mean
-        rate, in nats per image, and whether it was ``taken``; if not, it is left out.
-        """
+        """Add a step, as ``Learner.learn`` returns it; one that was not ``taken`` is left out."""
         self.total += torch.where(taken, torch.stack([distortion, rate, torch.ones_like(rate)]), 0)
         self.steps += 1
 
     def report(self, global_batch: int) -> dict[str, float]:
-        """The averages since the last report, which start afresh; all ranks have to ask for them
-        together.
+        """The averages since the last report, which are then reset; a collective operation.
 
-        ``data_wait`` is the share of the time that the ranks, on average, waited for images. There
-        is no code length if no step was taken.
+        ``data_wait`` is the fraction of the time that the ranks, on average, waited for images.
+        Without a step that was taken, there is no code length.
         """
         seconds = time.monotonic() - self.started
         world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -85,9 +80,9 @@ class StepMeter:
 class MetricLog:
     """A run's rows of metrics: ``metrics.jsonl`` and TensorBoard event files in the run's storage.
 
-    Rows are kept in a local folder until ``flush`` uploads them. A resumed run continues the log at
-    the step of its checkpoint: rows after it are dropped, since they are about to be written again.
-    On ranks other than 0 (``writes=False``) it does nothing. A context manager.
+    A context manager. Rows stay in a local folder until ``flush`` uploads them. A resumed run
+    continues the log at the step of its checkpoint; later rows are dropped, since the run is about
+    to log them again. With ``writes=False``, on ranks other than 0, it does nothing.
     """
 
     def __init__(self, storage: Storage, step: int, writes: bool) -> None:
@@ -96,17 +91,16 @@ class MetricLog:
             return
         self.folder = tempfile.TemporaryDirectory(prefix="vlae-log-")
         self.rows = [row for row in read_rows(storage) if row["step"] <= step]
-        # TensorBoard drops what an earlier attempt logged after this step.
+        # TensorBoard drops the events that an earlier attempt logged after this step.
         self.writer = SummaryWriter(self.folder.name, purge_step=step + 1 if step else None)
 
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Log a row of values after ``step`` steps, without those that are none."""
+        """Log a row of values after ``step`` steps; values of None are left out."""
         if not self.writes:
             return
         known = {name: value for name, value in values.items() if value is not None}
         row = {"step": step, **known}
-        # A run that ends twice at the same step, having been resumed there, measures the same
-        # again.
+        # A run that was resumed at its last step logs the same row again.
         self.rows = [
             earlier
             for earlier in self.rows
@@ -121,7 +115,7 @@ class MetricLog:
         return min((row[name] for row in self.rows if name in row), default=math.inf)
 
     def flush(self) -> None:
-        """Bring what is in storage up to date. Safe to call while rows are added."""
+        """Upload the log. Safe to call while rows are added."""
         if not self.writes:
             return
         self.writer.flush()

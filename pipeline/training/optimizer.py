@@ -1,6 +1,6 @@
-"""Optimizers, and the guard that has them pass over a step whose gradients are not finite.
+"""Optimizers, their schedule, and the guard that skips steps whose gradients are not finite.
 
-Whether a step is taken is decided on the device, and the host does not wait to be told.
+The device decides whether a step is taken; the host does not wait for it.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 def make(optim: OptimOptions, weights: nn.Parameter) -> torch.optim.Optimizer:
     """The optimizer of a model's weights, as ``vlae.flatten`` returns them.
 
-    Its attribute ``found_inf``, 1.0 on the device, has ``step`` change nothing at all.
+    If its attribute ``found_inf``, a tensor on the device, is 1.0, ``step`` changes nothing.
     """
     if optim.algorithm is Algorithm.adamax:
         return Adamax([weights], optim.learning_rate, capturable=weights.is_cuda)
@@ -23,9 +23,10 @@ def make(optim: OptimOptions, weights: nn.Parameter) -> torch.optim.Optimizer:
 
 
 class Adamax(torch.optim.Adamax):
-    """Adamax that leaves everything as it was where ``found_inf`` is 1, as the fused Adam does.
+    """Adamax that changes nothing if ``found_inf`` is 1, as the fused Adam does.
 
-    PyTorch has no fused form of it. So what a step changes is copied before, and put back.
+    PyTorch has no fused Adamax. So each step copies the weights and the state, and restores them if
+    it is skipped.
 
     Reference: Kingma, Ba, *Adam: a method for stochastic optimization*, ICLR 2015, arXiv:1412.6980,
     section 7.1.
@@ -44,33 +45,30 @@ class Adamax(torch.optim.Adamax):
         skip = self.found_inf.bool()
         for parameter, (weights, state) in zip(parameters, before, strict=True):
             torch.where(skip, weights, parameter, out=parameter)
-            for name, value in self.state[
-                parameter
-            ].items():  # which the first step makes, out of zeros
+            # Before the first step the state was empty, which means zeros.
+            for name, value in self.state[parameter].items():
                 torch.where(skip, state.get(name, torch.zeros_like(value)), value, out=value)
         return loss
 
 
 class Guard:
-    """Takes an optimizer's step only if all is finite, and counts the steps that it skips.
+    """Takes an optimizer's step only if its gradients are finite, and counts the skipped steps.
 
-    A skipped step leaves the weights and the optimizer's state as they are, so that one bad batch
-    costs no more than itself. After DDP's all-reduce all ranks have the same gradients, and so
-    decide alike.
+    A skipped step leaves the weights and the optimizer's state unchanged, so that a bad batch does
+    no lasting harm. After DDP's all-reduce all ranks have the same gradients, and so decide alike.
     """
 
-    PATIENCE = 20
-    """If so many steps in a row are skipped, it is the weights that are bad, and no later batch
-    will mend them.
-    """
+    MAX_SKIPPED = 20
+    """After this many skipped steps in a row the weights themselves are taken to be bad."""
     ADVICE = "lower optim.learning_rate or optim.clip_norm"
 
     def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
 
     def step(self, optimizer: torch.optim.Optimizer, *values: Tensor) -> Tensor:
-        """``optimizer.step()`` if all ``values``, of which one has to be the gradients' norm, are
-        finite. Returns whether they are.
+        """Call ``optimizer.step()`` if all ``values`` are finite; returns whether they are.
+
+        One of the values must be the norm of the gradients.
         """
         taken = torch.stack([value.isfinite().all() for value in values]).all()
         optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
@@ -80,37 +78,38 @@ class Guard:
         return taken
 
     def check(self, run: str, step: int) -> None:
-        """Raise UserError if the last steps up to this one, as many as PATIENCE, were skipped. This
-        waits for the device.
-        """
+        """Raise UserError if the last MAX_SKIPPED steps were skipped. This waits for the device."""
         _, in_a_row = self.read()
-        if in_a_row >= self.PATIENCE:
+        if in_a_row >= self.MAX_SKIPPED:
             raise UserError(
                 f"run {run}: the gradients of the last {in_a_row} steps up to step {step} are not"
                 f" finite; {self.ADVICE}"
             )
 
     def read(self) -> tuple[int, int]:
-        """How many steps were skipped in the run, and how many in a row up to the last one. This
-        waits for the device.
+        """The numbers of skipped steps: in the whole run, and in a row up to the last step.
+
+        This waits for the device.
         """
         skipped, in_a_row = self.counts.tolist()
         return skipped, in_a_row
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {"counts": self.counts}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.counts = state["counts"].to(self.counts.device)
 
 
 FREE_NATS_RAMP = 0.2
-"""The part of a run over which the floor under the rate falls to zero."""
+"""The fraction of a run over which the floor under the rate falls to zero."""
 
 
 def learning_rate(optim: OptimOptions, train: TrainOptions, step: int) -> float:
-    """Rises over ``warmup_steps``, stays, and falls to zero over the last ``decay_fraction`` of the
-    run; ``step`` counts from 0.
+    """The learning rate of a step, counted from 0.
+
+    It rises over ``warmup_steps``, stays constant, and falls to zero over the last
+    ``decay_fraction`` of the run.
     """
     rise = min(1.0, (step + 1) / max(1, optim.warmup_steps))
     fall = (
@@ -122,10 +121,10 @@ def learning_rate(optim: OptimOptions, train: TrainOptions, step: int) -> float:
 
 
 def free_nats(train: TrainOptions, step: int) -> float:
-    """The floor under the rate: ``free_nats`` during ``free_fraction`` of the run, then falling to
-    zero over the next fifth.
+    """The floor under the rate at a step, in nats per image.
 
-    There is none with soft free bits.
+    It is ``free_nats`` during the first ``free_fraction`` of the run, and then falls to zero over
+    FREE_NATS_RAMP of the run. With soft free bits there is no floor.
     """
     if train.free_bits is FreeBits.soft:
         return 0.0
@@ -134,8 +133,9 @@ def free_nats(train: TrainOptions, step: int) -> float:
 
 
 def rate_weight(train: TrainOptions, step: int) -> float:
-    """The weight of the rate in the loss: from 0 to 1 over the first ``rate_warmup_fraction`` of
-    the run.
+    """The weight of the rate in the loss at a step.
+
+    It rises from 0 to 1 over the first ``rate_warmup_fraction`` of the run.
     """
     if not train.rate_warmup_fraction:
         return 1.0

@@ -1,8 +1,7 @@
-"""What a training run needs, before anything is made or hired: shards, streams, batches, and
-memory.
+"""Estimate what a training run needs before it starts: shards, streams, batches and memory.
 
-Everything follows from the order of the data (``pipeline.order``), the loader's bounds, and the
-model as it is built; nothing is measured.
+Everything follows from the order of the data (``pipeline.data.order``), the loader's limits and the
+model as built. Nothing is measured.
 """
 
 import dataclasses
@@ -22,21 +21,21 @@ from pipeline.errors import UserError
 from pipeline.values import JsonObject
 
 FLOAT = 4
-"""Bytes."""
-SHARD_BYTES = (
-    128 << 20
-)  # at most, if there are images enough: a read of a second or so, and a cache's smallest unit
-SHARDS_PER_STREAM = (
-    4  # about, if there are images enough: shards are what an epoch shuffles over all streams
-)
+"""Bytes of a number."""
+SHARD_BYTES = 128 << 20
+"""Most bytes of a shard, which takes about a second to read and is the unit of the cache."""
+SHARDS_PER_STREAM = 4
+"""Shards of each stream, about, if there are enough images: epochs shuffle whole shards."""
 NUM_STREAMS = 8
-"""At least, so that small runs can move to other numbers of workers."""
+"""Fewest streams, if the batch allows it, so that small runs can change their number of workers."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on ``num_workers`` workers. Bytes of a worker are those of its device's memory, or, for
-    ``loader_bytes``, of its host's.
+    """A run on ``num_workers`` workers.
+
+    Sizes are bytes of each worker's device memory, except ``loader_bytes``, which are of its host's
+    memory.
     """
 
     num_workers: int
@@ -47,19 +46,16 @@ class Plan:
     shard_bytes: int
     steps_per_epoch: int
     group_samples: int
-    """Images of each stream that are shuffled together."""
+    """Images of a stream that are shuffled together."""
     loader_bytes: int
-    """Images in memory: the groups of this worker's streams that are in use, and as many that come
-    next.
-    """
+    """Images in memory: the current group of each of the worker's streams, and the next group."""
     state_bytes: int
-    """Weights, gradients, DDP's copy of these, Adam's two moments, and the weights' moving average.
-    """
+    """Weights, gradients, DDP's copy of them, Adam's two moments, and the moving average."""
     activation_bytes: int
-    """What the forward pass keeps of this worker's batch for the backward pass, in float32."""
+    """Activations of the worker's batch that are saved for the backward pass, in float32."""
     checkpoint_bytes: int
     gradient_bytes: int
-    """What each worker has averaged with all others at every step."""
+    """Gradients that each worker averages with all others at every step."""
 
 
 def plan(
@@ -71,11 +67,10 @@ def plan(
     num_workers: int,
     local_batch: int,
 ) -> Plan:
-    """The run of a model on so many training images of ``image_bytes`` each, with ``local_batch``
-    images of each worker in a step.
+    """Plan a run on ``num_images`` training images of ``image_bytes`` each.
 
-    ``kept_bytes`` is what ``kept_for_backward`` says of the model. Raises UserError if there are
-    fewer images than one global batch.
+    In a step each worker has ``local_batch`` images. ``kept_bytes`` is ``kept_for_backward`` of the
+    model. Raises UserError if there are fewer images than one global batch.
     """
     global_batch = num_workers * local_batch
     if num_images < global_batch:
@@ -122,11 +117,10 @@ def plan(
 
 
 def kept_for_backward(model: vlae.VLAE) -> int:
-    """Bytes that autograd keeps of each image, between the forward and the backward pass; what all
-    images share is left out.
+    """Bytes that autograd saves for each image between the forward and the backward pass.
 
-    The pass runs on tensors without data, so it takes neither time nor memory. What operations use
-    in passing is not counted.
+    Tensors that all images share are left out, and so is the temporary memory of operations. The
+    pass runs on tensors without data, and so takes neither time nor memory.
     """
     mode = FakeTensorMode()
     state: dict[str, torch.Tensor] = {
@@ -147,7 +141,7 @@ def kept_for_backward(model: vlae.VLAE) -> int:
         with mode, saved_tensors_hooks(keep, lambda tensor: tensor):
             inputs = (torch.rand(size, *model.image_shape), torch.randn(size, model.latents))
             loss = functional_call(model, state, inputs).elbo.mean()
-        del loss  # until here every kept tensor was alive, so that no two had the same storage
+        del loss  # until here every saved tensor was alive, so no two had the same storage
         return sum(kept.values())
 
     return of_batch(2) - of_batch(1)
@@ -156,9 +150,9 @@ def kept_for_backward(model: vlae.VLAE) -> int:
 def plans(
     model: vlae.VLAE, num_images: int, num_workers: Sequence[int], local_batch: int
 ) -> JsonObject:
-    """A plan for each number of workers, and what they have in common, as JSON.
+    """A plan for each number of workers, and the sizes that all plans share, as JSON.
 
-    Raises UserError if one of them is impossible.
+    Raises UserError if a plan is impossible.
     """
     size = {
         "image_bytes": math.prod(model.image_shape),

@@ -1,4 +1,4 @@
-"""What becomes of a run on Ray whose workers fail, or that is told to end."""
+"""Restart a run on Ray after failures, and stop one on request."""
 
 import signal
 import threading
@@ -16,11 +16,11 @@ from pipeline.training import checkpoint
 
 
 class Restarts(UserCallback):
-    """Has a run restarted after a failure, or not.
+    """Decides whether a run is restarted after a failure.
 
-    A user's mistake ends it at once: no restart would mend it. So does the failure after
-    ``cluster.max_failures`` restarts in a row that led to no new checkpoint. What a callback raises
-    is an error of the controller's, in which this runs, and those are not retried.
+    A user's mistake ends the run at once, since a restart would not correct it. So does a failure
+    after ``cluster.max_failures`` restarts in a row that led to no new checkpoint. To end the run,
+    ``after_exception`` raises: it runs in Ray Train's controller, whose own errors are not retried.
     """
 
     def __init__(self, run: str, storage: Storage, most: int) -> None:
@@ -42,7 +42,7 @@ class Restarts(UserCallback):
             last = (str(causes[0]).strip().splitlines() or [type(causes[0]).__name__])[-1]
             raise UserError(
                 f"run {self.run} failed {self.failures} times in a row without getting beyond step"
-                f" {self.step}; the last time: {last}"
+                f" {self.step}; the last error: {last}"
             )
         time.sleep(self.pause(self.failures))
 
@@ -54,20 +54,19 @@ class Restarts(UserCallback):
 
     @staticmethod
     def pause(failures: int) -> float:
-        """Seconds to wait before the next attempt after so many failures in a row."""
+        """Seconds to wait before the next attempt, after ``failures`` in a row."""
         return 0.0 if failures == 1 else min(60.0, 5.0 * 2 ** (failures - 2))
 
 
 terminated = threading.Event()
-"""Set in a worker that was told to end."""
+"""Set in a worker that received SIGTERM."""
 
 
 class SaveAtTermination(WorkerCallback):
-    """Has a worker that is told to end by SIGTERM, as on a machine that is taken away, save the
-    run's state before.
+    """Makes a run save its state when one of its workers receives SIGTERM.
 
-    Handlers can be set in the main thread only, in which this runs; the training function has
-    another.
+    A machine that is reclaimed sends it, for example. Signal handlers can only be set in the main
+    thread, where this callback runs; the training function runs in another thread.
     """
 
     def after_init_train_context(self) -> None:
@@ -75,12 +74,12 @@ class SaveAtTermination(WorkerCallback):
 
 
 def ask_to_stop() -> None:
-    """Have all workers of this driver save their run's state and stop."""
+    """Ask all workers of this driver to save their run's state and stop."""
     _internal_kv_put(_stop_key(), b"", namespace=b"vlae")
 
 
 def asked_to_stop() -> bool:
-    """Whether the driver of this worker wants it to stop."""
+    """Whether this worker's driver has called ``ask_to_stop``."""
     return bool(_internal_kv_exists(_stop_key(), namespace=b"vlae"))
 
 

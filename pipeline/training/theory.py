@@ -1,8 +1,8 @@
-"""The theory held to a distribution whose entropy is known. It needs neither Ray nor a data set.
+"""Test the theory on a distribution whose entropy is known, without Ray or a data set.
 
-Three decoders are trained on images of ``vlae.synthetic.clouds``, all of them new: one that sees
-nothing, one whose window covers the texture, and one that sees every earlier pixel. No code length
-can be below the entropy, so what each exceeds it by says how good its use of z is, whatever the
+Three decoders are trained on fresh images of ``vlae.synthetic.clouds``: one sees no pixels, one has
+a window that covers the texture, and one sees all earlier pixels. No code length can be below the
+entropy. So the excess of a decoder's code length over the entropy shows how well it uses z, at any
 rate.
 """
 
@@ -25,7 +25,14 @@ from tqdm import tqdm
 
 import vlae
 from pipeline.config.options import to_dict
-from pipeline.config.run import Algorithm, OptimOptions, TrainOptions
+from pipeline.config.run import (
+    Algorithm,
+    ModelOptions,
+    OptimOptions,
+    TrainConfig,
+    TrainOptions,
+)
+from pipeline.config.sections import DatasetOptions, Source
 from pipeline.errors import UserError
 from pipeline.evaluation import pictures
 from pipeline.evaluation.moments import Moments
@@ -33,15 +40,16 @@ from pipeline.machine import keep_freed_memory
 from pipeline.runs import TRAINING_FILE, publish
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
-from pipeline.training import optimizer
+from pipeline.training.learner import Learner
 from pipeline.values import JsonObject
 from vlae.synthetic import PatternedTexture, clouds
 
 WINDOWS = {"factorized": "0x0", "covering": "3x1", "full": "full"}
 LATENTS = {"factorized": 32, "covering": 8, "full": 8}
-"""The factorized decoder has to say much more."""
+"""The factorized decoder must encode much more in z."""
 FLOW_DEPTH = 2
 BATCH = 32
+"""Images of one step."""
 OPTIM = OptimOptions(
     algorithm=Algorithm.adam,
     learning_rate=2e-3,
@@ -51,43 +59,45 @@ OPTIM = OptimOptions(
     ema_decay=0.999,
 )
 FREE_NATS, FREE_FRACTION = 3.5, 0.4
-"""The floor under the rate early in a run, about the global information. The full decoder has none:
-it is left to itself.
+"""The floor under the rate early in a run, about the global information.
+
+The full decoder has no floor, so that it is free to ignore z.
 """
 
 KNOWN = "known"
-"""The job that computes what is known of the distribution."""
+"""The job that computes the distribution's known quantities."""
 JOBS = ("full", KNOWN, "covering", "factorized")
-"""In the order in which they are begun: what takes longest first."""
+"""All jobs in the order in which they start, the longest first."""
 
 POOL = 4096
-"""Images drawn at once: a draw takes as long for one as for some hundreds."""
+"""Images drawn at once: drawing one takes as long as drawing hundreds."""
 CHUNK = 500
 """Images measured at once."""
 KNOWN_IMAGES = 40_000
-"""Images by which H(c|x) is measured."""
+"""Images on which H(c|x) is measured."""
 SHOWN, AVERAGED = 8, 200
-"""Images in the figure, and how many decodings of each are averaged to show what its code says."""
+"""Images in the figure, and decodings averaged for each to show what its code holds."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the three decoders are trained and measured on."""
+    """How the three decoders are trained and measured."""
 
     images: int
     """New images that each decoder is trained on."""
     num_images: int
     """Held-out images that it is measured on."""
     seed: int
+    """Determines the images, the initial weights and all noise."""
     output: str
-    """Where the figures, the picture and the models go."""
+    """Folder of the figures, the picture and the models."""
 
 
 def experiment(config: Experiment) -> JsonObject:
-    """Train and measure the three decoders, draw the figure, and write it all to ``config.output``.
+    """Train and measure the three decoders, and draw the figure; all goes to ``config.output``.
 
-    What exists already, made by the same options, is reused. Raises UserError if the output cannot
-    be written, or a run's numbers do not stay finite.
+    Results that exist there already are reused if they were made with the same options. Raises
+    UserError if the output cannot be written, or if the gradients do not stay finite.
     """
     output = open_storage(config.output)
     found = {job: _finished(output, config, job) for job in JOBS}
@@ -107,8 +117,8 @@ def experiment(config: Experiment) -> JsonObject:
     return result
 
 
-def _options(config: Experiment) -> dict[str, Any]:
-    """Everything that the figures depend on."""
+def _options(config: Experiment) -> JsonObject:
+    """All options and constants that the figures depend on."""
     options = {key: value for key, value in asdict(config).items() if key != "output"}
     recipe = {
         "latents": LATENTS,
@@ -120,8 +130,8 @@ def _options(config: Experiment) -> dict[str, Any]:
     return {**options, **recipe, "optim": to_dict(OPTIM)}
 
 
-def _finished(output: Storage, config: Experiment, job: str) -> dict[str, Any] | None:
-    """The figures of a job that is done, if it was done with these options."""
+def _finished(output: Storage, config: Experiment, job: str) -> JsonObject | None:
+    """The figures of a job that was finished with these options; None if there are none."""
     key = f"{job}/{TRAINING_FILE}" if job == KNOWN else f"{job}/model/{TRAINING_FILE}"
     if not output.exists(key):
         return None
@@ -129,15 +139,15 @@ def _finished(output: Storage, config: Experiment, job: str) -> dict[str, Any] |
     return record["figures"] if record["options"] == _options(config) else None
 
 
-def _work_all(config: Experiment, jobs: list[str]) -> dict[str, dict[str, Any]]:
-    """Do some jobs, as many at once as there are cores, and show their progress."""
+def _work_all(config: Experiment, jobs: list[str]) -> dict[str, JsonObject]:
+    """Run the jobs in processes, one for each core at a time, and show their progress."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
     waiting, running = list(jobs), dict[str, BaseProcess]()
-    done: dict[str, dict[str, Any]] = {}
+    done: dict[str, JsonObject] = {}
     lengths: dict[str, float] = {}
     images = sum(config.images for job in jobs if job != KNOWN)
     with tqdm(
@@ -146,7 +156,7 @@ def _work_all(config: Experiment, jobs: list[str]) -> dict[str, dict[str, Any]]:
         while waiting or running:
             while waiting and len(running) < cores:
                 job = waiting.pop(0)
-                # Daemons end with this process, however it ends.
+                # Daemons end with this process.
                 running[job] = context.Process(
                     target=_work, args=(config, job, messages), daemon=True
                 )
@@ -174,8 +184,8 @@ def _work_all(config: Experiment, jobs: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _work(config: Experiment, job: str, messages: Any) -> None:
-    """One job, in its process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to tell of
+    """Run one job; the target of its process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent reports an interruption
     keep_freed_memory()
     torch.set_num_threads(1)
     output, options = open_storage(config.output), _options(config)
@@ -198,16 +208,16 @@ def _work(config: Experiment, job: str, messages: Any) -> None:
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """Random numbers for one purpose; no two purposes share any."""
+    """A random generator for one purpose, seeded unlike those of the other purposes."""
     purposes = ("training", "held out", "known", "codes", "figure")
     return torch.Generator().manual_seed(len(purposes) * seed + purposes.index(purpose))
 
 
-def known_quantities(images: PatternedTexture, seed: int) -> dict[str, Any]:
-    """What is known of a distribution, in nats per image.
+def known_quantities(images: PatternedTexture, seed: int) -> JsonObject:
+    """Entropy, global information and code lengths without z, in nats per image.
 
-    H(x|c), and the code lengths without z, are exact. H(c|x), a small part of the entropy, is a
-    mean over images; it is what gives the entropy and the global information their standard errors.
+    H(x|c) and the code lengths without z are exact. H(c|x), a small part of the entropy, is a mean
+    over images. It is the source of the standard errors of entropy and global information.
     """
     draw, moments = generator(seed, "known"), Moments()
     for _ in range(KNOWN_IMAGES // POOL + 1):
@@ -227,68 +237,65 @@ def known_quantities(images: PatternedTexture, seed: int) -> dict[str, Any]:
     }
 
 
-def train(config: Experiment, name: str, progress: Callable[[int, float], object]) -> vlae.VLAE:
-    """Train one decoder on images that are all new; returns the moving average of its weights.
+def train_config(config: Experiment, name: str) -> TrainConfig:
+    """The training run of one decoder."""
+    return TrainConfig(
+        dataset=DatasetOptions(name="clouds", source=Source.synthetic),
+        model=ModelOptions(
+            window=WINDOWS[name],
+            latents=LATENTS[name],
+            flow_depth=FLOW_DEPTH,
+            flow_hidden=256,
+            encoder_channels=16,
+            decoder_channels=16,
+            decoder_maps=16,
+            decoder_features=64,
+            decoder_blocks=2,
+        ),
+        optim=OPTIM,
+        train=TrainOptions(
+            images=config.images,
+            global_batch=BATCH,
+            num_streams=1,
+            seed=config.seed,
+            free_nats=0.0 if name == "full" else FREE_NATS,
+            free_fraction=FREE_FRACTION,
+            rate_warmup_fraction=0.0,
+        ),
+    )
 
-    ``progress`` is called about once a second with the images since the last call and their mean
-    code length in nats. Raises UserError if the gradients do not stay finite.
+
+def train(config: Experiment, name: str, progress: Callable[[int, float], object]) -> vlae.VLAE:
+    """Train one decoder on fresh images; returns the model with its averaged weights.
+
+    ``progress`` is called about once a second with the number of images since the last call, and
+    their mean code length in nats. Raises UserError if the gradients do not stay finite.
     """
-    plan = TrainOptions(
-        images=config.images,
-        global_batch=BATCH,
-        num_streams=1,
-        free_nats=0.0 if name == "full" else FREE_NATS,
-        free_fraction=FREE_FRACTION,
-        rate_warmup_fraction=0.0,
-    )
-    images, draw, device = clouds(), generator(config.seed, "training"), torch.device("cpu")
-    torch.manual_seed(config.seed)
-    model = vlae.build(
-        image_shape=images.image_shape,
-        window=WINDOWS[name],
-        latents=LATENTS[name],
-        flow_depth=FLOW_DEPTH,
-    )
-    weights = vlae.flatten(model)
-    ema, adam, guard = (
-        vlae.EMA(model, OPTIM.ema_decay),
-        optimizer.make(OPTIM, weights),
-        optimizer.Guard(device),
-    )
+    images, draw = clouds(), generator(config.seed, "training")
+    learner = Learner(train_config(config, name), images.image_shape, 1, torch.device("cpu"))
+    num_steps, latents = learner.config.train.num_steps, learner.model.latents
     at, lengths = time.monotonic(), list[Tensor]()
     pool: Iterator[Tensor] = iter(())
-    for step in range(plan.num_steps):
+    for step in range(num_steps):
         x = next(pool, None)
         if x is None:
             pool = iter(images.sample(POOL, draw)[0].split(BATCH))
             x = next(pool)
-        bound = model(x, torch.randn(len(x), model.latents, generator=draw))
-        rate = bound.rate.detach().mean()
-        loss = vlae.training_loss(
-            bound, rate, optimizer.free_nats(plan, step), optimizer.rate_weight(plan, step)
-        )
-        for group in adam.param_groups:
-            group["lr"] = optimizer.learning_rate(OPTIM, plan, step)
-        adam.zero_grad(set_to_none=False)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(weights, OPTIM.clip_norm)
-        guard.step(adam, norm, loss.detach())
-        ema.update(weights, step + 1)
-        lengths.append(-bound.elbo.detach().mean())
-        if time.monotonic() - at > 1 or step + 1 == plan.num_steps:
-            guard.check(name, step + 1)
+        distortion, rate, _ = learner.step(x, torch.randn(len(x), latents, generator=draw), step)
+        lengths.append(distortion + rate)
+        if time.monotonic() - at > 1 or step + 1 == num_steps:
+            learner.guard.check(name, step + 1)
             progress(len(lengths) * BATCH, float(torch.stack(lengths).mean()))
             at, lengths = time.monotonic(), []
-    return ema.module
+    return learner.ema.module
 
 
-def measure(config: Experiment, model: vlae.VLAE) -> dict[str, Any]:
-    """A model's bound on held-out images, the same for every decoder, in nats per image, with
-    standard errors.
+def measure(config: Experiment, model: vlae.VLAE) -> JsonObject:
+    """A model's bound on held-out images, in nats per image, with standard errors.
 
-    An image that is hard is hard for every model, and how hard on average is known: -log p(x) has
-    the mean H(x). So distortion and code length are measured by what they exceed it by, image by
-    image, which has a fraction of their variance.
+    All decoders are measured on the same images. Distortion and code length are measured as their
+    excess over -log p(x), image by image: the mean of -log p(x) is known to be H(x), and since some
+    images are hard for every model, the excess has a fraction of the variance.
     """
     images, draw, codes = (
         clouds(),
@@ -308,10 +315,8 @@ def measure(config: Experiment, model: vlae.VLAE) -> dict[str, Any]:
     return figures | {f"{name}_se": moments.standard_error(name) for name in moments.sums}
 
 
-def _against(known: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-    """A decoder's figures: rate, distortion, code length = rate + distortion, and excess = code
-    length - entropy.
-    """
+def _against(known: JsonObject, measured: JsonObject) -> JsonObject:
+    """A decoder's figures, with code length = rate + distortion = entropy + excess."""
     entropy, names = known["entropy"], ("window", "rate", "rate_se", "excess", "excess_se")
     return {
         **{name: measured[name] for name in names},
@@ -322,7 +327,7 @@ def _against(known: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _figure(config: Experiment, output: Storage, result: dict[str, Any]) -> bytes:
+def _figure(config: Experiment, output: Storage, result: JsonObject) -> bytes:
     distribution, draw = clouds(), generator(config.seed, "figure")
     x, labels = distribution.sample(SHOWN, draw)
     images = {"images": x, "their patterns": torch.sigmoid(distribution.patterns[labels])[:, None]}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli
-from pipeline.storage.server import ObjectStore
+from pipeline.storage.server import ObjectStorageServer
 
 VLAE = str(Path(sys.executable).with_name("vlae"))
 TINY = [
@@ -27,8 +27,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
-def root(object_store: ObjectStore) -> str:
-    """A storage root on the S3 server."""
+def root(object_store: ObjectStorageServer) -> str:
+    """A storage root on the object storage server."""
     return f"s3://tests/{uuid.uuid4().hex}"
 
 

@@ -16,7 +16,7 @@ import ray
 from pipeline.cluster import connect
 from pipeline.config import sections
 from pipeline.storage import open_storage
-from pipeline.storage.server import ObjectStore
+from pipeline.storage.server import ObjectStorageServer
 from tests.e2e.conftest import TINY, Run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -249,10 +249,15 @@ def ray_job(address: str, action: str, *arguments: str) -> str:
 
 
 def submit(
-    address: str, store: ObjectStore, root: str, name: str, *options: str, wait: bool = True
+    address: str,
+    server: ObjectStorageServer,
+    root: str,
+    name: str,
+    *options: str,
+    wait: bool = True,
 ) -> str:
     """Submit a run as a job of its name; returns what that prints."""
-    environment = json.dumps({"env_vars": store.environment()})
+    environment = json.dumps({"env_vars": server.environment()})
     asked = [
         "--working-dir",
         str(REPOSITORY),
@@ -275,7 +280,7 @@ def submit(
 
 
 def test_a_job_is_submitted_to_a_running_cluster(
-    data: str, root: str, object_store: ObjectStore, ray_cluster: str
+    data: str, root: str, object_store: ObjectStorageServer, ray_cluster: str
 ) -> None:
     printed = submit(ray_cluster, object_store, root, "job")
     assert f"result: {root}/runs/job/result.json" in printed
@@ -284,7 +289,7 @@ def test_a_job_is_submitted_to_a_running_cluster(
 
 
 def test_a_running_job_is_seen_at_rays_metrics_endpoint(
-    data: str, root: str, object_store: ObjectStore, ray_cluster: str
+    data: str, root: str, object_store: ObjectStorageServer, ray_cluster: str
 ) -> None:
     submit(ray_cluster, object_store, root, "watched", "train.images=40_000_000", wait=False)
     connect(sections.ClusterOptions(), sections.StorageOptions())

@@ -1,6 +1,6 @@
-"""``make faults``: break storage, kill servers and cut off hosts, and show that nothing is lost."""
+"""``make faults``: break storage, kill servers, cut off hosts, and check that nothing is lost."""
 
-from tests.faults import hosts, playing, registry, storage, training
+from tests.faults import hosts, registry, storage, suite, training
 
-scores = [suite.play() for suite in (storage, training, registry, hosts)]
-playing.finish(*(sum(each) for each in zip(*scores, strict=True)))
+scores = [each.run() for each in (storage, training, registry, hosts)]
+suite.finish(*(sum(each) for each in zip(*scores, strict=True)))

@@ -1,11 +1,11 @@
-"""A host is cut off in the middle of a run, and comes back: on two hosts in network namespaces,
-launched as a user would.
+"""A host loses its network in the middle of a run, and gets it back.
 
-    python -m tests.host_faults        (part of make faults)
+    python -m tests.faults.hosts        (part of make faults)
 
-`ray up infra/local.yaml`, then `ray job submit` for the shards and for each run. A run has to end
-with the weights of one that was never disturbed: bit for bit, if it waited for the host; if it went
-on with the other alone, as near as another order of the sums allows.
+The two hosts are network namespaces, launched as a user would: `ray up infra/local.yaml`, then
+`ray job submit` for the shards and for each run. A run that waits for the host must end with the
+weights of an undisturbed run, bit for bit. A run that continues on the other host alone must come
+as close as another order of summation allows.
 """
 
 import json
@@ -27,9 +27,9 @@ from torch.multiprocessing.spawn import spawn
 from pipeline import commands
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
-from pipeline.storage.server import ObjectStore
+from pipeline.storage.server import ObjectStorageServer
 from pipeline.training import loop
-from tests.faults import namespaces, playing
+from tests.faults import namespaces, suite
 
 ROOT, WEIGHTS = "s3://tests/hosts", "model/model.safetensors"
 OPTIONS = [
@@ -43,23 +43,23 @@ OPTIONS = [
     "train.report_seconds=0.5",
     "train.checkpoint_seconds=1",
 ]
-PATIENCE = 600.0
-"""Seconds for which a run may get no further."""
+STALL_SECONDS = 600.0
+"""A run without a new checkpoint for this long has failed."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What the faults play on."""
+    """What the faults act on."""
 
     network: namespaces.Network
     laptop: namespaces.Laptop
-    store: ObjectStore
+    server: ObjectStorageServer
 
     def start(self, name: str, *options: str) -> None:
         """Submit a run."""
         self.laptop.submit(
             name,
-            self.store,
+            self.server,
             "python",
             "-m",
             "pipeline",
@@ -71,31 +71,29 @@ class Stage:
         )
 
     def wait_for_step(self, name: str, step: int) -> int:
-        """Wait until a run has a checkpoint of this step or a later one; gives its step."""
+        """Wait for a checkpoint of this step or a later one; returns its step."""
         return self.wait(name, lambda: (newest := newest_step(name)) >= step and newest)
 
     def wait_for_end(self, name: str) -> None:
         self.wait(name, lambda: run_of(name).exists("result.json"))
 
     def wait(self, name: str, condition: Callable[[], int]) -> int:
-        """Wait for a condition for as long as the run gets further; gives its value."""
+        """Wait for a condition while the run makes progress; returns its value."""
         furthest, since = -1, time.monotonic()
         while not (value := condition()):
             if (newest := newest_step(name)) > furthest:
                 furthest, since = newest, time.monotonic()
-            if time.monotonic() - since > PATIENCE or "failed" in self.laptop.ray(
+            if time.monotonic() - since > STALL_SECONDS or "failed" in self.laptop.ray(
                 "job", "status", name
             ):
                 raise AssertionError(
-                    f"run {name} does not go on:\n{self.laptop.ray('job', 'logs', name)[-3000:]}"
+                    f"run {name} makes no progress:\n{self.laptop.ray('job', 'logs', name)[-3000:]}"
                 )
             time.sleep(2)
         return value
 
     def sizes(self, since: float) -> list[int]:
-        """The numbers of workers that Ray Train has started runs with, in the order of time, as its
-        log on the head says.
-        """
+        """The sizes of Ray Train's worker groups since then, in order, from the head's log."""
         head = self.network.hosts[0]
         lines = [
             (json.loads(line)["asctime"], int(found[1]))
@@ -112,7 +110,7 @@ def run_of(name: str) -> Storage:
 
 
 def newest_step(name: str) -> int:
-    """The step of the newest checkpoint that a run has, -1 if it has none."""
+    """The step of a run's newest checkpoint; -1 if it has none."""
     return max(
         (int(key.partition("/")[2].partition("-")[0]) for key in run_of(name).list("checkpoints/")),
         default=-1,
@@ -120,7 +118,7 @@ def newest_step(name: str) -> int:
 
 
 def undisturbed(num_ranks: int, name: str, options: list[str]) -> Storage:
-    """A run that nothing happens to, on so many processes without Ray."""
+    """An undisturbed run, on ``num_ranks`` processes without Ray."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(
             on_one_rank, (num_ranks, folder, [f"name={name}", *OPTIONS, *options]), nprocs=num_ranks
@@ -138,9 +136,7 @@ def on_one_rank(rank: int, num_ranks: int, folder: str, options: list[str]) -> N
 
 
 def host_cut_off_and_back(stage: Stage) -> str:
-    """Two workers are wanted: the run waits for the host, and goes on from its newest checkpoint
-    when it is back.
-    """
+    """Two workers are needed: the run waits for the host, then resumes from a checkpoint."""
     since, options = time.time(), ["train.images=32_000", "cluster.num_workers=2"]
     stage.start("waits", *options)
     stage.wait_for_step("waits", 300)
@@ -161,11 +157,9 @@ def host_cut_off_and_back(stage: Stage) -> str:
     )
 
 
-def host_cut_off_and_missed(stage: Stage) -> str:
-    """One worker is enough: the run goes on with the other host, and takes the first back when it
-    is there again.
-    """
-    # Over so many steps, differences in the last bit grow to all there is, unless the steps are
+def host_cut_off_and_replaced(stage: Stage) -> str:
+    """One worker is enough: the run continues on the other host, and grows again when it can."""
+    # Over this many steps, differences in the last bit would grow without bound, were the steps not
     # small.
     since, options = (
         time.time(),
@@ -198,7 +192,7 @@ def host_cut_off_and_missed(stage: Stage) -> str:
 
 FAULTS = {
     "a host is cut off for 45 s": host_cut_off_and_back,
-    "a host is cut off, and the run goes on without": host_cut_off_and_missed,
+    "a host is cut off, and the run goes on without": host_cut_off_and_replaced,
 }
 
 
@@ -207,28 +201,30 @@ def stage() -> Iterator[Stage]:
     with (
         tempfile.TemporaryDirectory() as folder,
         namespaces.network(Path(folder), 2) as network,
-        namespaces.object_store(network, Path(folder, "objects")) as store,
-        mock.patch.dict("os.environ", store.environment()),
+        namespaces.object_store(network, Path(folder, "objects")) as server,
+        mock.patch.dict("os.environ", server.environment()),
         namespaces.ray_up(network, Path(folder)) as laptop,
     ):
         while namespaces.num_hosts(laptop) < 2:
             time.sleep(1)
-        laptop.submit("shards", store, "python", "-m", "pipeline", "shard", *OPTIONS[:2])
-        yield Stage(network, laptop, store)
+        laptop.submit("shards", server, "python", "-m", "pipeline", "shard", *OPTIONS[:2])
+        yield Stage(network, laptop, server)
 
 
-def play() -> tuple[int, int]:
-    """Play all of them, with a line for each; how many there were, and how many passed. None, with
-    a line, where hosts cannot be had.
+def run() -> tuple[int, int]:
+    """Run all faults of hosts, and print a line for each.
+
+    Returns the number of faults, and how many of them passed. Where no hosts can be made, prints
+    the reason and runs none.
     """
     if reason := namespaces.lacking():
         print(f"no host is cut off: {reason}")
         return 0, 0
     start = time.monotonic()
-    with stage() as played:
-        playing.say("(two hosts, ray up, shards)", start)
-        return playing.play((name, partial(fault, played)) for name, fault in FAULTS.items())
+    with stage() as started:
+        suite.print_row("(two hosts, ray up, shards)", start)
+        return suite.run((name, partial(fault, started)) for name, fault in FAULTS.items())
 
 
 if __name__ == "__main__":
-    playing.finish(*play())
+    suite.finish(*run())

@@ -1,9 +1,9 @@
 """Several hosts on one machine: Linux namespaces joined by a bridge, each with its own sshd.
 
 A host has its own network, processes, name, home, /dev/shm and /tmp/ray. The rest of the file
-system, Python and its packages included, is the machine's. What is on the machine itself reaches
-the hosts, and they reach it at ``Network.address``. Everything goes when the block ends, and the
-hosts also when this process is killed.
+system, Python and its packages included, is the machine's. The machine reaches the hosts at their
+addresses, and they reach it at ``Network.address``. Everything is removed when the block ends; the
+hosts also end when this process is killed.
 """
 
 import json
@@ -22,7 +22,7 @@ from unittest import mock
 
 import yaml
 
-from pipeline.storage.server import ObjectStore
+from pipeline.storage.server import ObjectStorageServer
 from tests.conftest import answers, free_ports
 
 ROOT, BIN = Path(__file__).parents[2], Path(sys.executable).parent
@@ -34,7 +34,7 @@ PROGRAMS = {
     "ssh-keygen": "openssh-client",
 }
 PROGRAMS |= {"sshd": "openssh-server", "rsync": "rsync"}
-"""What a host is made with, and Debian's package of each."""
+"""Programs that a host is made with, and Debian's package of each."""
 
 BOOT = """
 set -e
@@ -46,7 +46,7 @@ mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 mkdir -p /tmp/ray
 mount --bind $FOLDER/ray /tmp/ray
-read linked  # the network is there
+read linked  # until the network is up
 ip link set lo up
 ip address add $ADDRESS/24 dev eth0
 ip link set eth0 up
@@ -64,7 +64,7 @@ PidFile none
 
 
 def lacking() -> str | None:
-    """What keeps this machine from having hosts, as a sentence, or none."""
+    """Why this machine cannot run hosts, as a sentence; None if it can."""
     if os.geteuid() != 0:
         return "hosts in namespaces need root"
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -103,35 +103,36 @@ class Host:
     name: str
     address: str
     home: Path  # of its root user
-    ray: Path  # what is /tmp/ray there
-    interface: str  # the machine's end of its cable
+    ray: Path  # its /tmp/ray
+    interface: str  # this machine's end of its virtual cable
 
     def unplug(self) -> None:
-        """Cut it off from the network: it goes on, and nobody is told."""
+        """Take the host's network down; its processes keep running."""
         _run("ip", "link", "set", self.interface, "down")
 
     def plug_in(self) -> None:
-        """Connect it again."""
+        """Bring the host's network up again."""
         _run("ip", "link", "set", self.interface, "up")
 
 
 @dataclass(frozen=True)
 class Network:
-    """Running hosts, and what leads to them."""
+    """Running hosts, and how to reach them."""
 
-    address: str  # of the machine itself, for its hosts
+    address: str  # of the machine itself, as seen by the hosts
     hosts: tuple[Host, ...]
-    key: Path  # the private ssh key that all of them let in, as root
+    key: Path  # the private ssh key that root accepts on every host
 
 
 @contextmanager
 def network(folder: Path, count: int) -> Iterator[Network]:
-    """So many hosts, for the length of a ``with`` block. Raises ``OSError`` if the machine cannot
-    have them.
+    """``count`` hosts, for the length of a ``with`` block.
+
+    Raises OSError if this machine cannot run them.
     """
     if reason := lacking():
         raise OSError(reason)
-    number = os.getpid() % 10_000  # so that two test runs do not meet
+    number = os.getpid() % 10_000  # so that two test runs do not collide
     subnet, bridge = f"10.{100 + number // 250}.{number % 250}", f"vlae{number}"
     key = folder / "key"
     _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
@@ -212,8 +213,7 @@ def _host(
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-        # Connections that nobody closed keep a network alive for minutes, after all that was in it
-        # has ended.
+        # Open connections keep a network namespace alive for minutes after its last process.
         subprocess.run(["ip", "link", "delete", interface], capture_output=True)
 
 
@@ -237,15 +237,16 @@ def _run(*command: str) -> None:
 
 @dataclass(frozen=True)
 class Laptop:
-    """Where `ray up infra/local.yaml` was called, with a dashboard forwarded from the head: `ray
-    job` goes there.
+    """Where `ray up infra/local.yaml` was run.
+
+    The head's dashboard is forwarded to it, for `ray job`.
     """
 
     home: Path
     environment: dict[str, str]
 
     def ray(self, *arguments: str, timeout: float = 300) -> str:
-        """What a `ray` command prints. Raises CalledProcessError if it fails, with all of it."""
+        """Run a `ray` command; returns its output, or raises CalledProcessError with it."""
         command = [str(BIN / "ray"), *arguments]
         done = subprocess.run(
             command,
@@ -261,10 +262,12 @@ class Laptop:
             raise subprocess.CalledProcessError(done.returncode, command, done.stdout)
         return done.stdout
 
-    def submit(self, name: str, store: ObjectStore, *command: str, wait: bool = True) -> str:
-        """`ray job submit` this checkout, to run a command with it on the cluster."""
+    def submit(
+        self, name: str, server: ObjectStorageServer, *command: str, wait: bool = True
+    ) -> str:
+        """Run a command on the cluster, with this checkout, by `ray job submit`."""
         options = ["--submission-id", name, "--working-dir", ".", *([] if wait else ["--no-wait"])]
-        variables = {"AWS_ENDPOINT_URL": store.endpoint_url, "AWS_REGION": "us-east-1"}
+        variables = {"AWS_ENDPOINT_URL": server.endpoint_url, "AWS_REGION": "us-east-1"}
         return self.ray(
             "job",
             "submit",
@@ -277,30 +280,27 @@ class Laptop:
 
 
 @contextmanager
-def object_store(network: Network, folder: Path) -> Iterator[ObjectStore]:
-    """An S3 server on the machine that all hosts reach, with their credentials for it in each
-    host's home.
-    """
+def object_store(network: Network, folder: Path) -> Iterator[ObjectStorageServer]:
+    """An object storage server that all hosts reach; its credentials are in each host's home."""
     with (
         mock.patch("pipeline.storage.server.HOST", network.address),
-        ObjectStore(folder, "tests") as store,
+        ObjectStorageServer(folder, "tests") as server,
     ):
-        keys = store.environment()
+        keys = server.environment()
         for host in network.hosts:
             (host.home / ".aws").mkdir()
             (host.home / ".aws/credentials").write_text(
                 f"[default]\naws_access_key_id={keys['AWS_ACCESS_KEY_ID']}\naws_secret_access_key={keys['AWS_SECRET_ACCESS_KEY']}\n"
             )
-        yield store
+        yield server
 
 
 @contextmanager
 def ray_up(network: Network, folder: Path) -> Iterator[Laptop]:
-    """`ray up infra/local.yaml` on the first host as head and the others as workers, each with one
-    core; ends with the hosts.
+    """Run `ray up infra/local.yaml`, with the first host as head and the others as workers.
 
-    Only the hosts' addresses, the ssh key and, for speed, the setup (their Python is this one) are
-    not those of the file.
+    Each host has one core. Three things differ from the file: the hosts' addresses, the ssh key,
+    and, for speed, the setup, since the hosts use this Python. The cluster ends with the hosts.
     """
     file = yaml.safe_load((ROOT / "infra/local.yaml").read_text())
     head, *workers = network.hosts
@@ -350,7 +350,7 @@ def ray_up(network: Network, folder: Path) -> Iterator[Laptop]:
 
 
 def num_hosts(laptop: Laptop) -> int:
-    """How many hosts the cluster has."""
+    """The number of live hosts in the cluster."""
     return laptop.ray(
         "list", "nodes", "--address", laptop.environment["RAY_API_SERVER_ADDRESS"]
     ).count("ALIVE")

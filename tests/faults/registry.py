@@ -1,11 +1,10 @@
-"""The faults that a registration must survive, on a team's real servers: MLflow's, on PostgreSQL,
-and S3 behind it.
+"""Faults that a registration must survive, on real servers: MLflow on PostgreSQL and S3.
 
-    python -m tests.registry_faults        (part of make faults)
+    python -m tests.faults.registry        (part of make faults)
 
-Each fault strikes while a run is registered; after it the same command is given again. At every
-moment a model that the registry shows is whole, and at the end each run is a version, once. The
-last line is JSON.
+Each fault strikes while a run is being registered; then the same command is given again. Every
+model that the registry shows is complete at all times, and in the end each run is exactly one
+version. The last line is JSON.
 """
 
 import http.client
@@ -33,19 +32,21 @@ from pipeline.errors import UserError
 from pipeline.registry.versions import Registry
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
-from pipeline.storage.server import ObjectStore
+from pipeline.storage.server import ObjectStorageServer
 from tests.conftest import free_ports
-from tests.faults import playing
+from tests.faults import suite
 from tests.pipeline.models import prepare_run
 
 BUCKET = "tests"
-IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-"""Fewer attempts than in use, to save time."""
+FEW_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""Fewer attempts than usual, to save time."""
 
 
 class Relay:
-    """A TCP relay on loopback to port ``upstream``. ``on_bytes``, if set, is called with the number
-    of bytes that clients have sent since; while it says so, connections are cut.
+    """A TCP relay on loopback to port ``upstream``.
+
+    ``on_bytes``, if set, is called with the number of bytes that clients have sent since; as long
+    as it returns true, connections are cut.
     """
 
     def __init__(self, upstream: int) -> None:
@@ -86,13 +87,14 @@ class Relay:
 
 
 class Team:
-    """PostgreSQL, an S3 server behind a relay, and MLflow's server, whose clients need no key for
-    S3. A context manager.
+    """PostgreSQL, object storage behind a relay, and MLflow's server. A context manager.
+
+    MLflow's clients need no credentials for the object storage.
     """
 
-    def __init__(self, folder: Path, store: ObjectStore) -> None:
-        self.folder, self.store = folder, store
-        self.relay = Relay(store.port)
+    def __init__(self, folder: Path, server: ObjectStorageServer) -> None:
+        self.folder, self.server = folder, server
+        self.relay = Relay(server.port)
         (self.port,) = free_ports(1)
         self.uri = f"http://127.0.0.1:{self.port}"
         self.options = sections.RegistryOptions(uri=self.uri, artifacts="unused")
@@ -114,8 +116,8 @@ class Team:
 
     @property
     def objects(self) -> Storage:
-        """Where the server keeps files."""
-        return open_storage(f"s3://{BUCKET}/mlflow", self.store.endpoint_url)
+        """Where MLflow's server keeps its files."""
+        return open_storage(f"s3://{BUCKET}/mlflow", self.server.endpoint_url)
 
     def start(self) -> None:
         """Start MLflow's server, and wait until it answers."""
@@ -130,7 +132,11 @@ class Team:
             f"--backend-store-uri={self._postgres.get_uri()}",
             f"--artifacts-destination=s3://{BUCKET}/mlflow",
         ]
-        environment = {**os.environ, **self.store.environment(), "AWS_ENDPOINT_URL": self.relay.url}
+        environment = {
+            **os.environ,
+            **self.server.environment(),
+            "AWS_ENDPOINT_URL": self.relay.url,
+        }
         environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = (
             "false"  # it would start processes of which we have no need
         )
@@ -152,7 +158,7 @@ class Team:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """SIGKILL for the server and its workers."""
+        """Kill MLflow's server and its workers with SIGKILL."""
         with suppress(ProcessLookupError):
             os.killpg(self._server.pid, signal.SIGKILL)
         self._server.wait()
@@ -170,15 +176,17 @@ class Team:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a fault plays on: the servers, a model's name of its own, and two finished runs."""
+    """What a fault acts on: the servers, its own model name, and two finished runs."""
 
     team: Team
     name: str
     runs: list[Storage]
 
     def register(self, run: int = 0, **instead: Callable[..., Any]) -> dict[str, Any]:
-        """Register a run; ``instead`` of a method of MLflow's client, something that gets that
-        method and its arguments is called.
+        """Register a run.
+
+        ``instead`` replaces methods of MLflow's client; each replacement is called with the real
+        method and its arguments.
         """
         registry = Registry(self.team.options)
         for method, act in instead.items():
@@ -191,7 +199,7 @@ class Stage:
         return registry.register(self.name, self.runs[run])
 
     def fails(self, run: int = 0, **instead: Callable[..., Any]) -> str:
-        """How a registration fails: in a sentence, that leaves nothing half-made to be seen."""
+        """Check that a registration fails with one sentence, and shows no incomplete version."""
         try:
             self.register(run, **instead)
         except UserError as error:
@@ -203,11 +211,11 @@ class Stage:
 
     @property
     def size(self) -> int:
-        """Bytes of a run's files."""
+        """The size of a run's files in bytes."""
         return sum((self.runs[0].sizes("model") | self.runs[0].sizes("evaluation")).values())
 
     def process(self, run: int = 0) -> "subprocess.Popen[str]":
-        """A process that is about to register a run, as soon as it is told to."""
+        """A process that registers a run once a line is written to it."""
         arguments = [self.team.uri, self.name, self.runs[run].url]
         process = subprocess.Popen(
             [sys.executable, "-c", REGISTER, *arguments],
@@ -221,7 +229,7 @@ class Stage:
         return process
 
     def versions(self) -> dict[int, str]:
-        """The versions that the registry shows, each with its run; all of them are whole."""
+        """The versions in the registry, and the run of each; checks that all are complete."""
         registry = Registry(self.team.options)
         with suppress(UserError):
             rows = registry.versions(self.name)
@@ -249,7 +257,7 @@ print(registry.register(name, open_storage(run))["version"])
 """
 
 
-# --- the faults: each gives the numbers of the runs that must be versions in the end --------------
+# --- the faults: each returns the numbers of the runs that must be versions in the end ------------
 
 
 def nothing(stage: Stage) -> list[int]:
@@ -258,9 +266,9 @@ def nothing(stage: Stage) -> list[int]:
 
 
 def killed_before(method: str) -> Callable[[Stage], list[int]]:
-    """The server is killed just before it is asked for something."""
+    """The server is killed just before a call."""
 
-    def play(stage: Stage) -> list[int]:
+    def run(stage: Stage) -> list[int]:
         def act(real: Callable[..., Any], *words: Any, **more: Any) -> Any:
             stage.team.kill()
             return real(*words, **more)
@@ -270,13 +278,13 @@ def killed_before(method: str) -> Callable[[Stage], list[int]]:
         stage.versions()
         return [0]
 
-    return play
+    return run
 
 
 def killed_after(method: str) -> Callable[[Stage], list[int]]:
-    """The server is killed when it has done something, and before it can say so."""
+    """The server is killed after a call, before it can answer."""
 
-    def play(stage: Stage) -> list[int]:
+    def run(stage: Stage) -> list[int]:
         def act(real: Callable[..., Any], *words: Any, **more: Any) -> Any:
             real(*words, **more)
             stage.team.kill()
@@ -287,11 +295,11 @@ def killed_after(method: str) -> Callable[[Stage], list[int]]:
         stage.versions()
         return [0]
 
-    return play
+    return run
 
 
 def killed_in_mid_upload(stage: Stage) -> list[int]:
-    """The server is killed when it has passed on some of the files, and a part of the next."""
+    """The server is killed in the middle of a file, after some files were uploaded."""
 
     def on_bytes(sent: int) -> bool:
         if sent > stage.size // 2:
@@ -306,7 +314,7 @@ def killed_in_mid_upload(stage: Stage) -> list[int]:
 
 
 def storage_cut(stage: Stage) -> list[int]:
-    """From the middle of the upload on, every connection to S3 is cut."""
+    """From the middle of the upload on, every connection to the object storage is cut."""
     with stage.team.relay.cutting(lambda sent: sent > stage.size // 2):
         stage.fails()
     assert not stage.versions()
@@ -314,7 +322,7 @@ def storage_cut(stage: Stage) -> list[int]:
 
 
 def storage_cut_once(stage: Stage) -> list[int]:
-    """One connection is cut in the middle of the upload: tried again without a word."""
+    """One connection is cut in the middle of the upload; the upload is retried silently."""
     cut: list[int] = []
 
     def on_bytes(sent: int) -> bool:
@@ -329,8 +337,8 @@ def storage_cut_once(stage: Stage) -> list[int]:
     return [0]
 
 
-def person_killed(stage: Stage) -> list[int]:
-    """Who registers is killed in mid-upload."""
+def client_killed(stage: Stage) -> list[int]:
+    """The registering process is killed in mid-upload."""
     process = stage.process()
 
     def on_bytes(sent: int) -> bool:
@@ -349,9 +357,9 @@ def person_killed(stage: Stage) -> list[int]:
 
 
 def at_once(*runs: int) -> Callable[[Stage], list[int]]:
-    """Several people at once."""
+    """Several processes register at once."""
 
-    def play(stage: Stage) -> list[int]:
+    def run(stage: Stage) -> list[int]:
         processes = [stage.process(run) for run in runs]
         for process in processes:
             assert process.stdin is not None
@@ -363,7 +371,7 @@ def at_once(*runs: int) -> Callable[[Stage], list[int]]:
         assert [found[int(out)] for out, _ in printed] == [stage.runs[run].url for run in runs]
         return sorted(set(runs))
 
-    return play
+    return run
 
 
 FAULTS = {
@@ -377,13 +385,14 @@ FAULTS = {
     "server killed before the alias": killed_before("set_registered_model_alias"),
     "S3 cut in mid-upload, for a while": storage_cut,
     "S3 cut in mid-upload, once": storage_cut_once,
-    "registering process killed in mid-upload": person_killed,
+    "registering process killed in mid-upload": client_killed,
 }
 
 
-def plays(fault: Callable[[Stage], list[int]], team: Team, name: str, folder: Path) -> str:
-    """How a fault ended. Raises AssertionError if a version was lost, doubled, or seen before it
-    was whole.
+def check(fault: Callable[[Stage], list[int]], team: Team, name: str, folder: Path) -> str:
+    """Run a fault; returns how it ended.
+
+    Raises AssertionError if a version was lost, duplicated, or visible before it was complete.
     """
     stage = Stage(team, name, [prepare_run(open_storage(str(folder)), seed) for seed in range(2)])
     expected = fault(stage)
@@ -397,9 +406,9 @@ def plays(fault: Callable[[Stage], list[int]], team: Team, name: str, folder: Pa
 
 
 @contextmanager
-def impatience() -> Iterator[None]:
-    kept = {name: os.environ.get(name) for name in IMPATIENCE}
-    os.environ.update(IMPATIENCE)
+def few_retries() -> Iterator[None]:
+    kept = {name: os.environ.get(name) for name in FEW_RETRIES}
+    os.environ.update(FEW_RETRIES)
     try:
         yield
     finally:
@@ -410,20 +419,27 @@ def impatience() -> Iterator[None]:
 @contextmanager
 def stage(folder: Path) -> Iterator[Team]:
     """The servers."""
-    with ObjectStore(folder / "store", BUCKET) as store, impatience(), Team(folder, store) as team:
+    with (
+        ObjectStorageServer(folder / "objects", BUCKET) as server,
+        few_retries(),
+        Team(folder, server) as team,
+    ):
         yield team
 
 
-def play() -> tuple[int, int]:
-    """Play all of them, with a line for each; how many there were, and how many passed."""
+def run() -> tuple[int, int]:
+    """Run all faults of the registry, and print a line for each.
+
+    Returns the number of faults, and how many of them passed.
+    """
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as place, stage(Path(place)) as team:
-        playing.say("(PostgreSQL, S3, MLflow)", start)
-        return playing.play(
-            (name, partial(plays, fault, team, f"model-{number}", Path(place, str(number))))
+        suite.print_row("(PostgreSQL, S3, MLflow)", start)
+        return suite.run(
+            (name, partial(check, fault, team, f"model-{number}", Path(place, str(number))))
             for number, (name, fault) in enumerate(FAULTS.items())
         )
 
 
 if __name__ == "__main__":
-    playing.finish(*play())
+    suite.finish(*run())

@@ -1,12 +1,13 @@
-"""The faults that the loader must survive or name, each over a real socket in front of the real S3
-server.
+"""Faults of storage that the loader must survive or name.
+
+Each acts over a real socket, in front of the real object storage server. It must end in the exact
+epoch, compared by the sample numbers and the sha256 of every batch, or in an error that names the
+object.
 
     python -m tests.faults        (make faults)
 
-prints a table, those of ``training_faults``, ``registry_faults`` and ``host_faults`` included, and
-ends with a line of JSON. Every fault of the loader ends in the exact epoch, compared by the sample
-numbers and by the sha256 of every batch, or in an error that names the object.
-``tests/pipeline/test_faults.py`` runs these one by one.
+runs these and those of ``training``, ``registry`` and ``hosts``, prints a table, and ends with a
+line of JSON. ``test_faults.py`` runs these as tests.
 """
 
 import hashlib
@@ -39,8 +40,8 @@ from pipeline.data.writer import write_shard
 from pipeline.errors import UserError
 from pipeline.storage import open_storage, resume
 from pipeline.storage.base import Storage
-from pipeline.storage.server import ObjectStore
-from tests.faults import playing
+from pipeline.storage.server import ObjectStorageServer
+from tests.faults import suite
 
 SHARD, NUM_SHARDS, BLOCK = 64, 3, 16
 PREFIX = "faults"
@@ -64,7 +65,7 @@ class Noise(ImageSource):
 
 
 def write(storage: Storage) -> Manifest:
-    """The data set of every fault."""
+    """Write the data set that every fault uses."""
     shards = tuple(
         write_shard(
             storage, Noise(), "train", f"train/{n:05d}.tar", n * SHARD, (n + 1) * SHARD, BLOCK
@@ -79,8 +80,9 @@ def write(storage: Storage) -> Manifest:
 def epoch(
     storage: Storage, at_step: Callable[[int], object] = lambda step: None, **options: Any
 ) -> str:
-    """The sha256 of an epoch: of the numbers, images and labels of all its batches. Groups are
-    small, to read often.
+    """The sha256 of an epoch: of the numbers, images and labels of all its batches.
+
+    Groups are small, so that there are many reads.
     """
     loader = TrainLoader(
         DataSet.load(storage),
@@ -106,9 +108,7 @@ def epoch(
 
 
 class Exchange(BaseHTTPRequestHandler):
-    """One request, passed to the real server with its signature intact, and what becomes of the
-    answer.
-    """
+    """One request, passed to the real server with its signature intact, and its answer."""
 
     protocol_version = "HTTP/1.1"
     server: "FaultyServer"
@@ -144,7 +144,7 @@ class Exchange(BaseHTTPRequestHandler):
         return "\r\n".join([*lines, *(f"{k}: {v}" for k, v in self.fields), "", ""]).encode()
 
     def answer(self) -> None:
-        """As the real server did."""
+        """Answer as the real server did."""
         self.wfile.write(self.head() + self.body)
 
     def refuse(self, status: int, code: str) -> None:
@@ -193,16 +193,16 @@ class FaultyServer(ThreadingHTTPServer):
         super().server_close()
 
 
-# --- what it does ---------------------------------------------------------------------------------
+# --- what a fault does ----------------------------------------------------------------------------
 
 
 def first_times(count: int, act: Callable[[Exchange], None]) -> Callable[[Exchange], None]:
-    """``act`` the first ``count`` times that anything is asked for, whatever it is."""
+    """``act`` on the first ``count`` requests for each object."""
     return lambda exchange: act(exchange) if exchange.turn <= count else exchange.answer()
 
 
 def always(act: Callable[[Exchange], None]) -> Callable[[Exchange], None]:
-    """``act`` whenever a shard is asked for."""
+    """``act`` on every request for a shard."""
     return lambda exchange: act(exchange) if exchange.is_shard else exchange.answer()
 
 
@@ -275,25 +275,25 @@ Act = Callable[[Exchange], None]
 
 @dataclass(frozen=True)
 class Stage:
-    """What a fault plays on: the real server, the data set on it, and a free folder."""
+    """What a fault acts on: the real server, the data set on it, and an empty folder."""
 
-    store: ObjectStore
+    server: ObjectStorageServer
     expected: str  # the epoch, undisturbed
     folder: Path
 
     @property
     def storage(self) -> Storage:
-        return open_storage(f"s3://{BUCKET}/{PREFIX}", self.store.endpoint_url)
+        return open_storage(f"s3://{BUCKET}/{PREFIX}", self.server.endpoint_url)
 
     @contextmanager
     def behind(self, fault: Act) -> Iterator[Storage]:
-        """The storage, as seen through a faulty server."""
-        with FaultyServer(self.store.port, fault) as server:
+        """The storage behind a faulty server."""
+        with FaultyServer(self.server.port, fault) as server:
             yield open_storage(f"s3://{BUCKET}/{PREFIX}", server.url)
 
     @contextmanager
     def altered(self, key: str, change: Callable[[bytes], bytes | None]) -> Iterator[Storage]:
-        """The storage while one object is another one, or, for none, is not there."""
+        """The storage with one object changed, or missing if ``change`` returns None."""
         content = self.storage.read(key)
         changed = change(content)
         try:
@@ -351,18 +351,20 @@ class WebServer(SimpleHTTPRequestHandler):
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault, and how it has to end: in the exact epoch, or in an error that matches ``error``."""
+    """A fault, which must end in the exact epoch, or in an error that matches ``error``."""
 
     name: str
-    play: Callable[[Stage], str]  # gives the epoch
+    run: Callable[[Stage], str]
+    """Reads an epoch under the fault, and returns its sha256."""
     error: str | None = None
 
-    def passes(self, stage: Stage) -> str:
-        """How it ended, in a word or the error's sentence. Raises ``AssertionError`` if not as it
-        has to.
+    def check(self, stage: Stage) -> str:
+        """Run the fault; returns ``exact``, or the error's message.
+
+        Raises AssertionError if it ends in another way.
         """
         try:
-            found = self.play(stage)
+            found = self.run(stage)
         except UserError as raised:
             sentence = str(raised)
         else:
@@ -377,17 +379,17 @@ class Fault:
 
 
 def through(act: Act, **options: Any) -> Callable[[Stage], str]:
-    def play(stage: Stage) -> str:
+    def run(stage: Stage) -> str:
         with stage.behind(act) as storage:
             return epoch(storage, **options)
 
-    return play
+    return run
 
 
 def cached(act: Act, max_bytes: int = 1 << 30) -> Callable[[Stage], str]:
-    """Two epochs by a cache: the second must be the first."""
+    """Two epochs through a cache; the second must equal the first."""
 
-    def play(stage: Stage) -> str:
+    def run(stage: Stage) -> str:
         cache = ShardCache(stage.folder / "cache", max_bytes)
         with stage.behind(act) as storage:
             first = epoch(storage, options=ReadOptions(cache))
@@ -397,23 +399,23 @@ def cached(act: Act, max_bytes: int = 1 << 30) -> Callable[[Stage], str]:
         assert not any(path.name.startswith(".") for path in left)
         return first
 
-    return play
+    return run
 
 
 def web(act: Act | None = None, ranges: bool = True) -> Callable[[Stage], str]:
-    def play(stage: Stage) -> str:
+    def run(stage: Stage) -> str:
         with stage.on_the_web(act, ranges) as storage:
             return epoch(storage)
 
-    return play
+    return run
 
 
 def at_rest(key: str, change: Callable[[bytes], bytes | None]) -> Callable[[Stage], str]:
-    def play(stage: Stage) -> str:
+    def run(stage: Stage) -> str:
         with stage.altered(key, change) as storage:
             return epoch(storage)
 
-    return play
+    return run
 
 
 def altered_in_cache(stage: Stage) -> str:
@@ -432,15 +434,15 @@ def server_killed(stage: Stage) -> str:
 
     def restart() -> None:
         time.sleep(1)
-        stage.store.__exit__(None, None, None)
-        stage.store.__enter__()
+        stage.server.__exit__(None, None, None)
+        stage.server.__enter__()
         restarted.set()
         threading.Event().wait()  # the server ends with the thread that started it
 
     def at_step(step: int) -> None:
         if step == 2:
-            stage.store._process.kill()
-            stage.store._process.wait()
+            stage.server._process.kill()
+            stage.server._process.wait()
             threading.Thread(target=restart, daemon=True).start()
 
     found = epoch(stage.storage, at_step)
@@ -449,15 +451,15 @@ def server_killed(stage: Stage) -> str:
 
 
 def gone_for_a_while(stage: Stage) -> str:
-    """Nobody listens for a second and a half, in mid-epoch."""
-    server = FaultyServer(stage.store.port, Exchange.answer)
+    """In mid-epoch, nothing listens on the port for 1.5 s."""
+    server = FaultyServer(stage.server.port, Exchange.answer)
     port = server.server_address[1]
 
     def at_step(step: int) -> None:
         if step == 2:
             server.server_close()
             threading.Timer(
-                1.5, lambda: again.append(FaultyServer(stage.store.port, Exchange.answer, port))
+                1.5, lambda: again.append(FaultyServer(stage.server.port, Exchange.answer, port))
             ).start()
 
     again: list[FaultyServer] = []
@@ -468,7 +470,7 @@ def gone_for_a_while(stage: Stage) -> str:
 
 
 def replaced(stage: Stage) -> str:
-    """Another object takes the shard's name in the middle of a read."""
+    """A shard is replaced by another object while it is being read."""
 
     def act(exchange: Exchange) -> None:
         if exchange.is_shard and exchange.turn == 1:
@@ -625,8 +627,8 @@ FAULTS = [
 
 
 @contextmanager
-def impatience() -> Iterator[None]:
-    """Shorter time-outs and pauses than in use; their proportions are the same."""
+def short_timeouts() -> Iterator[None]:
+    """Shorter time-outs and pauses, in the same proportion to each other."""
     values = {"READ_TIMEOUT": 0.8, "BACKOFF": 0.05}
     kept = {name: getattr(resume, name) for name in values}
     for name, value in values.items():
@@ -638,28 +640,32 @@ def impatience() -> Iterator[None]:
             setattr(resume, name, value)
 
 
-def play() -> tuple[int, int]:
-    """Play the loader's, with a line for each; how many there were, and how many passed."""
+def run() -> tuple[int, int]:
+    """Run all faults of storage, and print a line for each.
+
+    Returns the number of faults, and how many of them passed.
+    """
     with (
         tempfile.TemporaryDirectory() as folder,
-        ObjectStore(f"{folder}/store", BUCKET) as store,
-        impatience(),
+        ObjectStorageServer(f"{folder}/objects", BUCKET) as server,
+        short_timeouts(),
     ):
-        os.environ.update(store.environment())
+        os.environ.update(server.environment())
         write(open_storage(f"s3://{BUCKET}/{PREFIX}"))
-        expected = epoch(open_storage(f"s3://{BUCKET}/{PREFIX}", store.endpoint_url))
+        expected = epoch(open_storage(f"s3://{BUCKET}/{PREFIX}", server.endpoint_url))
 
-        def passes(fault: Fault) -> str:
+        def check(fault: Fault) -> str:
             with tempfile.TemporaryDirectory(dir=folder) as place, attempts(fault):
-                return fault.passes(Stage(store, expected, Path(place)))[:150]
+                return fault.check(Stage(server, expected, Path(place)))[:150]
 
-        return playing.play((fault.name, partial(passes, fault)) for fault in FAULTS)
+        return suite.run((fault.name, partial(check, fault)) for fault in FAULTS)
 
 
 @contextmanager
 def attempts(fault: Fault) -> Iterator[None]:
-    """Faults that last are given up after four attempts, to save time; those that pass are
-    outlasted as in use.
+    """Give up on permanent faults after four attempts, to save time.
+
+    Temporary faults have the usual number of attempts.
     """
     kept = resume.READ_ATTEMPTS
     resume.READ_ATTEMPTS = 4 if fault.name.startswith("always") else kept

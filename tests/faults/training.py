@@ -1,11 +1,11 @@
-"""Training runs that are killed, told to end, cut off from storage, or find their newest state
-damaged: each as a user starts it.
+"""Training runs that are killed, terminated, or cut off from storage, or whose newest checkpoint is
+damaged.
 
-    python -m tests.training_faults        (part of make faults)
+    python -m tests.faults.training        (part of make faults)
 
-Every run is a ``vlae train`` on two workers, its data and state on the real S3 server. It has to
-end with the weights of a run that was never disturbed, bit for bit: of the same samples, therefore,
-with the same noise, at each of its steps.
+Every run is a ``vlae train`` on two workers, with its data and state on the real object storage
+server. It must end with the weights of an undisturbed run, bit for bit, and so must have seen the
+same samples and the same noise at every step.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ from pipeline import commands
 from pipeline.runs import read_rows
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
-from pipeline.storage.server import ObjectStore
+from pipeline.storage.server import ObjectStorageServer
 from pipeline.training import loop
-from tests.faults import playing
+from tests.faults import suite
 from tests.pipeline import strokes
 
 ROOT, WEIGHTS, WORKERS = "s3://tests/training", "model/model.safetensors", 2
@@ -46,12 +46,12 @@ OPTIONS = [
     "train.report_seconds=0.5",
     "train.checkpoint_seconds=1",
 ]
-"""2000 steps, which take a quarter of a minute at least."""
+"""2000 steps, which take at least 15 seconds."""
 
 
 @dataclass
 class Command:
-    """A ``vlae train`` of this name."""
+    """A ``vlae train`` process, by the name of its run."""
 
     name: str
     options: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Command:
         self.start()
 
     def start(self) -> None:
-        """Start it, or start it again."""
+        """Start the command, or start it again."""
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self.process = subprocess.Popen(
             [
@@ -86,7 +86,7 @@ class Command:
         return int(Path(self.newest()).name[:10])
 
     def wait_for_step(self, step: int) -> int:
-        """Wait until it has a checkpoint of this step or a later one; gives its step."""
+        """Wait for a checkpoint of this step or a later one; returns its step."""
         while self.step() < step:
             assert self.process.poll() is None, f"it ended:\n{self.output()[-2000:]}"
             time.sleep(0.1)
@@ -100,7 +100,7 @@ class Command:
         ]
 
     def kill(self) -> None:
-        """SIGKILL for the command and all below it, as when power is cut."""
+        """Kill the command and all its descendants with SIGKILL, as a power cut would."""
         doomed = [*psutil.Process(self.process.pid).children(recursive=True), self.process]
         for process in doomed:
             process.kill()
@@ -110,7 +110,7 @@ class Command:
         return self.process.communicate(timeout=900)[0]
 
     def finish(self) -> None:
-        """Wait for its end; fails unless it is a success."""
+        """Wait for the command to end, and check that it succeeded."""
         output = self.output()
         assert self.process.returncode == 0, (
             f"exit code {self.process.returncode}:\n{output[-2000:]}"
@@ -119,19 +119,19 @@ class Command:
 
 @dataclass(frozen=True)
 class Stage:
-    """What the faults play on."""
+    """What the faults act on."""
 
-    store: ObjectStore
+    server: ObjectStorageServer
     folder: Path
 
-    def stop_store(self) -> None:
-        self.store._process.kill()
-        self.store._process.wait()
+    def stop_server(self) -> None:
+        self.server._process.kill()
+        self.server._process.wait()
 
-    def start_store(self) -> None:
-        """Another server on the same folder and port."""
-        self.store.__exit__(None, None, None)
-        self.store.__enter__()
+    def start_server(self) -> None:
+        """Start another server on the same folder and port."""
+        self.server.__exit__(None, None, None)
+        self.server.__enter__()
 
 
 def worker_killed(stage: Stage) -> str:
@@ -141,8 +141,8 @@ def worker_killed(stage: Stage) -> str:
     return ended_as_whole(command, f"at step {at}")
 
 
-def worker_told_to_end(stage: Stage) -> str:
-    command = Command("worker-told-to-end", ["train.checkpoint_seconds=600"])
+def worker_terminated(stage: Stage) -> str:
+    command = Command("worker-terminated", ["train.checkpoint_seconds=600"])
     while len(read_rows(command.run)) < 5:
         time.sleep(0.1)
     command.workers()[1].terminate()
@@ -150,8 +150,8 @@ def worker_told_to_end(stage: Stage) -> str:
     return ended_as_whole(command, f"saved step {at} first")
 
 
-def driver_told_to_end(stage: Stage) -> str:
-    command = Command("driver-told-to-end", ["train.checkpoint_seconds=600"])
+def driver_terminated(stage: Stage) -> str:
+    command = Command("driver-terminated", ["train.checkpoint_seconds=600"])
     while len(read_rows(command.run)) < 5:
         time.sleep(0.1)
     asked = time.monotonic()
@@ -160,7 +160,7 @@ def driver_told_to_end(stage: Stage) -> str:
     seconds = time.monotonic() - asked
     assert command.process.returncode == 128 + signal.SIGTERM, output[-2000:]
     said = re.search(
-        r"run driver-told-to-end is stopped, its state saved after step (\d+) of 2000; the same"
+        r"run driver-terminated is stopped, its state saved after step (\d+) of 2000; the same"
         r" command goes on",
         output,
     )
@@ -181,10 +181,10 @@ def driver_killed(stage: Stage) -> str:
 def killed_in_an_upload(stage: Stage) -> str:
     command = Command("killed-in-an-upload")
     command.wait_for_step(300)
-    stage.store._process.send_signal(signal.SIGSTOP)
+    stage.server._process.send_signal(signal.SIGSTOP)
     time.sleep(3)  # the next checkpoint is due meanwhile, and its upload hangs
     command.kill()
-    stage.store._process.send_signal(signal.SIGCONT)
+    stage.server._process.send_signal(signal.SIGCONT)
     at = command.step()
     command.start()
     return ended_as_whole(command, f"from step {at} on")
@@ -202,24 +202,24 @@ def newest_damaged(stage: Stage) -> str:
     return ended_as_whole(command, f"step {int(Path(key).name[:10])} was damaged")
 
 
-def store_restarted(stage: Stage) -> str:
-    command = Command("store-restarted")
+def server_restarted(stage: Stage) -> str:
+    command = Command("server-restarted")
     at = command.wait_for_step(300)
-    stage.stop_store()
-    stage.start_store()
+    stage.stop_server()
+    stage.start_server()
     return ended_as_whole(command, f"at step {at}")
 
 
-def store_away(stage: Stage) -> str:
-    """The data is in the cache, so that training goes on meanwhile."""
-    command = Command("store-away", [f"dataset.cache={stage.folder / 'cache'}"])
+def server_away(stage: Stage) -> str:
+    """The data is in the cache, so training continues during the outage."""
+    command = Command("server-away", [f"dataset.cache={stage.folder / 'cache'}"])
     at = command.wait_for_step(300)
-    stage.stop_store()
+    stage.stop_server()
     time.sleep(60)
-    stage.start_store()
+    stage.start_server()
     ended = ended_as_whole(command, f"from step {at} on, without a restart")
     failures = read_rows(command.run)[-2]["train/failed_uploads"]
-    assert failures > 0, "nothing was written meanwhile"
+    assert failures > 0, "no upload failed during the outage"
     attempts = len(command.run.list("tensorboard/"))
     assert attempts == 1, f"it was started {attempts} times"
     return f"{ended}; {failures:.0f} attempts at writing failed"
@@ -230,7 +230,7 @@ import sys
 from pipeline.storage import uploads
 from pipeline.training import loop
 from tests.pipeline import strokes
-uploads.PATIENCE = 3
+uploads.MAX_OUTAGE = 3
 strokes.write(strokes.data_storage(sys.argv[1]))
 options = ["name=full", "train.images=80000", "train.keep_checkpoints=100000"]
 loop.fit(strokes.train_config(sys.argv[1], *options))
@@ -238,7 +238,7 @@ loop.fit(strokes.train_config(sys.argv[1], *options))
 
 
 def disk_full(stage: Stage) -> str:
-    """A disk of its own, of 3 MB, which the namespace takes with it."""
+    """The run has a file system of 3 MB, which ends with its mount namespace."""
     command = (
         f"mount -t tmpfs -o size=3m none {stage.folder} && exec {sys.executable} -c '{FULL}'"
         f" {stage.folder}"
@@ -252,25 +252,25 @@ def disk_full(stage: Stage) -> str:
     assert done.returncode == 1, done.stdout
     last = done.stderr.strip().splitlines()[-1]
     assert re.search(
-        r"Unavailable: cannot use .*/runs/full/.*: No space left on device; this went on for", last
+        r"Unavailable: cannot use .*/runs/full/.*: No space left on device; retried for", last
     ), last
     return last
 
 
 FAULTS: dict[str, Callable[[Stage], str]] = {
-    "training: the driver is told to end": driver_told_to_end,
-    "training: a worker is told to end": worker_told_to_end,
+    "training: the driver is terminated": driver_terminated,
+    "training: a worker is terminated": worker_terminated,
     "training: a worker is killed": worker_killed,
     "training: the driver and all workers are killed": driver_killed,
     "training: killed in the middle of an upload": killed_in_an_upload,
     "training: the newest checkpoint is damaged": newest_damaged,
-    "training: the S3 server is killed and restarted": store_restarted,
-    "training: the S3 server is away for 60 s": store_away,
+    "training: the S3 server is killed and restarted": server_restarted,
+    "training: the S3 server is away for 60 s": server_away,
     "training: the disk is full": disk_full,
 }
 
 
-# --- what they are held to ------------------------------------------------------------------------
+# --- the undisturbed run --------------------------------------------------------------------------
 
 
 def train_on_one_rank(rank: int, folder: str) -> None:
@@ -283,7 +283,7 @@ def train_on_one_rank(rank: int, folder: str) -> None:
 
 
 def undisturbed() -> None:
-    """The run that nothing happens to, on as many ranks, without Ray."""
+    """Train the undisturbed run, on as many ranks, without Ray."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(train_on_one_rank, (folder,), nprocs=WORKERS)
 
@@ -302,13 +302,16 @@ def assert_same(run: Storage, whole: Storage) -> None:
     assert one == other, "other validations"
 
 
-def play() -> tuple[int, int]:
-    """Play all of them, with a line for each; how many there were, and how many passed."""
+def run() -> tuple[int, int]:
+    """Run all faults of training, and print a line for each.
+
+    Returns the number of faults, and how many of them passed.
+    """
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(contextlib.chdir(folder))  # where the commands keep MLflow's database
-        store = stack.enter_context(ObjectStore(f"{folder}/store", "tests"))
-        stack.enter_context(mock.patch.dict(os.environ, store.environment()))
+        server = stack.enter_context(ObjectStorageServer(f"{folder}/objects", "tests"))
+        stack.enter_context(mock.patch.dict(os.environ, server.environment()))
         ours = {
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "OMP_NUM_THREADS": "1",
@@ -316,11 +319,11 @@ def play() -> tuple[int, int]:
         stack.enter_context(mock.patch.dict(os.environ, ours))
         strokes.write(strokes.data_storage(ROOT))
         undisturbed()
-        return playing.play(
-            (name, partial(fault, Stage(store, Path(tempfile.mkdtemp(dir=folder)))))
+        return suite.run(
+            (name, partial(fault, Stage(server, Path(tempfile.mkdtemp(dir=folder)))))
             for name, fault in FAULTS.items()
         )
 
 
 if __name__ == "__main__":
-    playing.finish(*play())
+    suite.finish(*run())

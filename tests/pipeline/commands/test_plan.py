@@ -1,4 +1,4 @@
-"""What ``vlae plan`` says is what a run then does and takes."""
+"""The estimates of ``vlae plan`` are what a run then needs."""
 
 import re
 import shlex
@@ -41,7 +41,7 @@ def planned(**changes: int) -> planner.Plan:
     local_batch=st.integers(1, 100),
     num_images=st.integers(1, 10**7),
 )
-def test_a_plan_is_one_that_training_takes_and_its_shards_hold_all_images(
+def test_training_accepts_a_plan_whose_shards_hold_all_images(
     num_workers: int, local_batch: int, num_images: int
 ) -> None:
     if num_images < num_workers * local_batch:
@@ -64,7 +64,7 @@ def test_a_plan_is_one_that_training_takes_and_its_shards_hold_all_images(
     assert made.steps_per_epoch == num_images // made.global_batch
 
 
-def test_memory_of_the_state_and_the_size_of_a_checkpoint_are_those_of_a_step(
+def test_sizes_of_the_state_and_a_checkpoint_are_those_of_a_real_step(
     tmp_path: Path,
 ) -> None:
     trained = TINY.build(SHAPE)
@@ -83,9 +83,8 @@ def test_memory_of_the_state_and_the_size_of_a_checkpoint_are_those_of_a_step(
     ]
     weights = list(trained.parameters())
     held = [*weights, *(weight.grad for weight in weights), *moments, *ema.module.parameters()]
-    between_weights = flat.nbytes - sum(
-        weight.nbytes for weight in weights
-    )  # which both moments have, and the plan leaves out
+    # Padding between the weights, which both moments have too. The plan leaves it out.
+    between_weights = flat.nbytes - sum(weight.nbytes for weight in weights)
     assert (
         made.state_bytes
         == sum(tensor.nbytes for tensor in held if tensor is not None) - 2 * between_weights
@@ -100,7 +99,7 @@ def test_memory_of_the_state_and_the_size_of_a_checkpoint_are_those_of_a_step(
     assert made.checkpoint_bytes <= size <= made.checkpoint_bytes + constants + names
 
 
-def test_what_the_forward_pass_keeps_is_counted_as_on_a_real_batch() -> None:
+def test_saved_activations_are_those_of_a_real_batch() -> None:
     real = TINY.build(SHAPE)
     shared = {
         tensor.untyped_storage().data_ptr() for tensor in (*real.parameters(), *real.buffers())
@@ -127,12 +126,12 @@ def test_a_worker_holds_the_groups_of_its_streams_twice() -> None:
     assert shared.loader_bytes == pytest.approx(alone.loader_bytes / 8, rel=0.1)
 
 
-def test_a_model_that_does_not_fit_the_images_is_refused_in_a_sentence() -> None:
+def test_a_model_that_does_not_fit_the_images_is_refused() -> None:
     with pytest.raises(UserError, match=r"^model: "):
         plan.run(commands.load("plan", ["num_images=100", "image_size=2", "model.window=9x9"]))
 
 
-def test_the_tables_in_the_documents_are_what_the_planner_says(tmp_path: Path) -> None:
+def test_the_tables_in_the_documents_are_those_of_the_planner(tmp_path: Path) -> None:
     text = (ROOT / "docs/cluster.md").read_text()
     text = text.replace("\\\n", " ")  # long commands are written on several lines
     found = re.findall(r"^vlae plan (.+)\n```\n\n((?:\|.+\n)+)", text, re.MULTILINE)

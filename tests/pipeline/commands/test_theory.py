@@ -1,6 +1,4 @@
-"""``vlae theory`` from the outside, with a budget of seconds: what it writes is consistent, and is
-made once.
-"""
+"""``vlae theory`` from the outside, on few images: its results are consistent, and reused."""
 
 import json
 import os
@@ -43,7 +41,7 @@ def result(done: tuple[Path, "subprocess.CompletedProcess[str]"]) -> dict[str, A
     return found
 
 
-def test_it_ends_with_its_result_and_says_what_it_measured(
+def test_it_prints_its_measurements_and_where_the_result_is(
     done: tuple[Path, "subprocess.CompletedProcess[str]"], result: dict[str, Any]
 ) -> None:
     folder, process = done
@@ -66,14 +64,13 @@ def test_it_ends_with_its_result_and_says_what_it_measured(
         assert min(figure.size) > 1000
 
 
-def test_what_is_known_adds_up(result: dict[str, Any]) -> None:
+def test_known_quantities_add_up(result: dict[str, Any]) -> None:
     assert result["entropy"] == pytest.approx(
         result["entropy_given_class"] + result["global_information"], rel=1e-12
     )
     assert 0 < result["global_information"] < torch.tensor(result["classes"]).log()
     assert result["entropy_se"] < 0.01
-    # What the theory is about: the covering decoder has much to gain from z, the factorized one has
-    # more.
+    # The covering decoder has much to gain from z, and the factorized one more.
     assert result["without_z"]["covering"] > 1.05 * result["entropy"]
     assert result["without_z"]["factorized"] > 1.2 * result["without_z"]["covering"]
 
@@ -99,7 +96,7 @@ def test_the_trained_models_are_kept(
         assert vlae.sample(model, 2, torch.Generator().manual_seed(0)).shape == (2, 1, 16, 16)
 
 
-def test_a_second_run_makes_only_what_is_missing_and_makes_it_the_same(
+def test_a_second_run_redoes_only_what_is_missing_with_the_same_result(
     done: tuple[Path, "subprocess.CompletedProcess[str]"],
     result: dict[str, Any],
     capsys: pytest.CaptureFixture[str],

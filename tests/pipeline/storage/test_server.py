@@ -1,4 +1,4 @@
-"""The embedded S3 server, started and stopped for real."""
+"""The embedded object storage server, started and stopped for real."""
 
 import os
 import signal
@@ -16,23 +16,23 @@ from boto3.session import Session
 from pipeline.commands.serve_store import ServeStoreConfig, run
 from pipeline.errors import UserError
 from pipeline.storage import server
-from pipeline.storage.server import ObjectStore
+from pipeline.storage.server import ObjectStorageServer
 
 
-def get(store: ObjectStore, key: str) -> bytes:
-    return client(store).get_object(Bucket=store.bucket, Key=key)["Body"].read()
+def get(s3: ObjectStorageServer, key: str) -> bytes:
+    return client(s3).get_object(Bucket=s3.bucket, Key=key)["Body"].read()
 
 
-def client(store: ObjectStore) -> Any:
-    environment = store.environment()
+def client(s3: ObjectStorageServer) -> Any:
+    environment = s3.environment()
     keys = environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]
     return Session(*keys, region_name=environment["AWS_REGION"]).client(
-        "s3", endpoint_url=store.endpoint_url
+        "s3", endpoint_url=s3.endpoint_url
     )
 
 
 def wait_until_gone(folder: Path) -> None:
-    """Until no server process uses ``folder``."""
+    """Wait until no server process uses ``folder``."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         commands = []
@@ -48,30 +48,30 @@ def wait_until_gone(folder: Path) -> None:
 
 
 def test_data_and_credentials_outlast_the_server(tmp_path: Path) -> None:
-    with ObjectStore(tmp_path / "store", "images") as store:
-        client(store).put_object(Bucket="images", Key="a/b", Body=b"kept")
-        credentials = store.environment()["AWS_SECRET_ACCESS_KEY"]
+    with ObjectStorageServer(tmp_path / "store", "images") as s3:
+        client(s3).put_object(Bucket="images", Key="a/b", Body=b"kept")
+        credentials = s3.environment()["AWS_SECRET_ACCESS_KEY"]
         with pytest.raises(UserError, match=r"already running on .*store; use it, or stop it"):
-            ObjectStore(tmp_path / "store", "images").__enter__()
+            ObjectStorageServer(tmp_path / "store", "images").__enter__()
         with pytest.raises(
-            UserError, match=f"port {store.port} on 127.0.0.1 cannot be used .* or port=0"
+            UserError, match=f"port {s3.port} on 127.0.0.1 cannot be used .* or port=0"
         ):
-            ObjectStore(tmp_path / "other", "images", store.port).__enter__()
+            ObjectStorageServer(tmp_path / "other", "images", s3.port).__enter__()
     wait_until_gone(tmp_path / "store")
-    with ObjectStore(tmp_path / "store", "images", store.port) as again:
+    with ObjectStorageServer(tmp_path / "store", "images", s3.port) as again:
         assert (
             again.endpoint_url
             == again.environment()["AWS_ENDPOINT_URL"]
-            == f"http://127.0.0.1:{store.port}"
+            == f"http://127.0.0.1:{s3.port}"
         )
         assert get(again, "a/b") == b"kept"
         assert again.environment()["AWS_SECRET_ACCESS_KEY"] == credentials
 
 
 def test_two_servers_run_at_once_and_the_death_of_one_is_noticed(
-    object_store: ObjectStore, tmp_path: Path
+    object_store: ObjectStorageServer, tmp_path: Path
 ) -> None:
-    with ObjectStore(tmp_path, "tests") as other:
+    with ObjectStorageServer(tmp_path, "tests") as other:
         client(object_store).put_object(Bucket="tests", Key="who", Body=b"one")
         client(other).put_object(Bucket="tests", Key="who", Body=b"other")
         assert (get(object_store, "who"), get(other, "who")) == (b"one", b"other")
@@ -82,12 +82,13 @@ def test_two_servers_run_at_once_and_the_death_of_one_is_noticed(
         other._process.kill()
         other._process.wait()
         with pytest.raises(
-            UserError, match=f"the S3 server ended with code -9: .* \\(see {tmp_path}/server.log\\)"
+            UserError,
+            match=f"server ended with code -9: .* \\(see {tmp_path}/server.log\\)",
         ):
             other.check()
 
 
-def test_it_is_for_this_machine_and_this_user_only(object_store: ObjectStore) -> None:
+def test_it_is_for_this_machine_and_this_user_only(object_store: ObjectStorageServer) -> None:
     for name in ("credentials.json", "env"):
         assert stat.S_IMODE((object_store.folder / name).stat().st_mode) == 0o600
     ports = [
@@ -103,7 +104,7 @@ def test_it_is_for_this_machine_and_this_user_only(object_store: ObjectStore) ->
     assert addresses == {"0100007F"}  # 127.0.0.1
 
 
-def test_the_shell_file_holds_the_environment(object_store: ObjectStore) -> None:
+def test_the_shell_file_holds_the_environment(object_store: ObjectStorageServer) -> None:
     shown = subprocess.run(
         ["sh", "-c", '. "$0"; env', str(object_store.env_file)],
         capture_output=True,
@@ -117,12 +118,12 @@ def test_the_shell_file_holds_the_environment(object_store: ObjectStore) -> None
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file where the server wants a folder")
     with pytest.raises(UserError, match=f"cannot keep objects in {tmp_path}"):
-        ObjectStore(tmp_path, "images").__enter__()
+        ObjectStorageServer(tmp_path, "images").__enter__()
 
 
 def test_a_bad_bucket_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'My Bucket' is no name for a bucket"):
-        ObjectStore(tmp_path, "My Bucket")
+        ObjectStorageServer(tmp_path, "My Bucket")
 
 
 def test_a_command_runs_with_the_environment_and_gives_its_exit_code(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_a_command_runs_with_the_environment_and_gives_its_exit_code(tmp_path: P
 
 
 def serve(folder: Path) -> "subprocess.Popen[str]":
-    """A process that serves ``folder``; returns when it has said so."""
+    """A process that serves ``folder``; returns when it has printed the address."""
     code = (
         "import sys; from pipeline.commands.serve_store import ServeStoreConfig, run; "
         "sys.exit(run(ServeStoreConfig(folder=sys.argv[1], bucket='images', port=0)))"
@@ -146,7 +147,7 @@ def serve(folder: Path) -> "subprocess.Popen[str]":
     )
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(8)]
-    assert "S3 server at http://127.0.0.1:" in lines[0]
+    assert "object storage server at http://127.0.0.1:" in lines[0]
     assert f"source {folder}/env" in lines[1]
     assert "export AWS_ACCESS_KEY_ID=" in lines[2]
     return process
@@ -180,5 +181,5 @@ def test_a_port_that_another_process_takes_at_the_last_moment_is_replaced(
             return chosen[-1]
 
         monkeypatch.setattr(server, "_free_ports", choose)
-        with ObjectStore(tmp_path, "tests") as running:
+        with ObjectStorageServer(tmp_path, "tests") as running:
             assert running.port == chosen[1][0]

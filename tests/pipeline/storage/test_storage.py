@@ -1,4 +1,4 @@
-"""Storage: the same behaviour in a folder and on S3, and reads that survive a bad connection."""
+"""Storage behaves the same in a folder and on S3, and reads survive a bad connection."""
 
 import os
 import pickle
@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.storage import open_storage, resume, s3
 from pipeline.storage.base import PARTIAL, ObjectNotFound, Storage, atomic_file
 from pipeline.storage.folder import FolderStorage
-from pipeline.storage.server import ObjectStore
+from pipeline.storage.server import ObjectStorageServer
 
 # --- both kinds -----------------------------------------------------------------------------------
 
@@ -31,15 +31,15 @@ def test_what_is_written_is_read(storage: Storage) -> None:
     assert storage.read("empty") == b""
 
 
-def test_files_go_up_and_come_down(storage: Storage, tmp_path: Path) -> None:
+def test_uploaded_files_are_downloaded_unchanged(storage: Storage, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "new" / "target"
-    source.write_bytes(os.urandom(9_000_001))  # above the size from which S3 takes several parts
+    source.write_bytes(os.urandom(9_000_001))  # large enough for a multipart upload
     storage.upload("big", source)
     storage.download("big", target)
     assert target.read_bytes() == source.read_bytes()
 
 
-def test_json_survives(storage: Storage) -> None:
+def test_json_is_read_as_written(storage: Storage) -> None:
     storage.write_json("value.json", {"a": [1, 2.5, None]})
     assert storage.read_json("value.json") == {"a": [1, 2.5, None]}
     storage.write("value.json", b"{")
@@ -56,7 +56,7 @@ def test_list_gives_the_keys_below_a_folder_in_order(storage: Storage) -> None:
     assert storage.list("nothing") == []
 
 
-def test_a_child_is_the_same_place_from_further_in(storage: Storage) -> None:
+def test_a_child_holds_the_objects_below_its_prefix(storage: Storage) -> None:
     child = storage.child("runs/one")
     child.write("result", b"1")
     assert storage.read("runs/one/result") == b"1"
@@ -86,7 +86,7 @@ def test_a_missing_object_is_named(storage: Storage, tmp_path: Path) -> None:
     assert list(tmp_path.glob("target*")) == []
 
 
-def test_a_range_beyond_the_end_is_an_error_not_less_data(storage: Storage) -> None:
+def test_a_range_beyond_the_end_is_an_error(storage: Storage) -> None:
     storage.write("short", b"0123456789")
     for start in (8, 20):
         with pytest.raises(
@@ -114,7 +114,7 @@ def test_another_scheme_is_refused() -> None:
 # --- folders --------------------------------------------------------------------------------------
 
 
-def test_a_write_that_fails_leaves_the_old_object_alone(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_object(tmp_path: Path) -> None:
     folder = FolderStorage(tmp_path)
     folder.write("a", b"old")
     with atomic_file(tmp_path / "b") as file:
@@ -145,7 +145,9 @@ def test_deleting_the_last_object_removes_its_folder(tmp_path: Path) -> None:
 # --- S3 -------------------------------------------------------------------------------------------
 
 
-def test_more_objects_than_one_page_are_listed_and_deleted(object_store: ObjectStore) -> None:
+def test_more_objects_than_one_page_are_listed_and_deleted(
+    object_store: ObjectStorageServer,
+) -> None:
     storage = open_storage("s3://tests/pages")
     keys = [f"{number:04d}" for number in range(1005)]  # a page and a batch hold 1000
     for key in keys:
@@ -155,7 +157,7 @@ def test_more_objects_than_one_page_are_listed_and_deleted(object_store: ObjectS
     assert storage.list() == []
 
 
-def test_a_missing_bucket_is_named(object_store: ObjectStore) -> None:
+def test_a_missing_bucket_is_named(object_store: ObjectStorageServer) -> None:
     storage = open_storage("s3://no-such-bucket/prefix")
     for use in (lambda: storage.read("a"), lambda: storage.write("a", b""), storage.list):
         with pytest.raises(
@@ -165,7 +167,7 @@ def test_a_missing_bucket_is_named(object_store: ObjectStore) -> None:
 
 
 def test_wrong_credentials_are_refused_with_what_to_do(
-    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    object_store: ObjectStorageServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(b"1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
@@ -183,7 +185,7 @@ def test_wrong_credentials_are_refused_with_what_to_do(
     s3._client.cache_clear()
 
 
-def test_missing_credentials_are_said_to_be_missing(object_store: ObjectStore) -> None:
+def test_missing_credentials_are_named(object_store: ObjectStorageServer) -> None:
     code = "from pipeline.storage import open_storage; open_storage('s3://tests/x').read('a')"
     hidden = {
         "HOME": "/nonexistent",
@@ -194,9 +196,9 @@ def test_missing_credentials_are_said_to_be_missing(object_store: ObjectStore) -
     assert "UserError: no credentials for s3://tests/x/a" in done.stderr
 
 
-def test_an_endpoint_that_does_not_answer_is_named(object_store: ObjectStore) -> None:
+def test_an_endpoint_that_does_not_answer_is_named(object_store: ObjectStorageServer) -> None:
     with closing(socket.socket()) as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen
+        taken.bind(("127.0.0.1", 0))  # without listening
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(UserError, match=f"cannot reach {endpoint} for s3://tests/x/a"):
             open_storage("s3://tests/x", endpoint).read("a")
@@ -206,11 +208,11 @@ def test_an_endpoint_that_does_not_answer_is_named(object_store: ObjectStore) ->
 
 
 class BadConnection:
-    """A relay on loopback in front of the real server that misbehaves after so many bytes of an
-    answer.
+    """A relay on loopback in front of the real server, which breaks connections.
 
-    ``limits`` has one number of bytes for each connection (none: all), ``at_limit`` is called when
-    one is reached. Then the connection is cut, or, with ``stall``, left open in silence.
+    ``limits`` has one number of bytes for each connection; later connections have no limit. When a
+    limit is reached, ``at_limit`` is called, and the connection is cut or, with ``stall``, left
+    open without sending anything.
     """
 
     def __init__(
@@ -272,15 +274,15 @@ class BadConnection:
 
 
 @pytest.fixture
-def content(object_store: ObjectStore) -> bytes:
+def content(object_store: ObjectStorageServer) -> bytes:
     """The content of the object ``big`` in ``s3://tests/bad``."""
     content = os.urandom(1_000_000)
     open_storage("s3://tests/bad").write("big", content)
     return content
 
 
-def test_a_body_that_is_cut_goes_on_from_the_byte_reached(
-    object_store: ObjectStore, content: bytes
+def test_a_cut_body_resumes_at_the_byte_reached(
+    object_store: ObjectStorageServer, content: bytes
 ) -> None:
     with closing(BadConnection(object_store.port, [300_000, 200_000, 1_000])) as bad:
         assert open_storage("s3://tests/bad", bad.url).read("big") == content
@@ -292,15 +294,15 @@ def test_a_body_that_is_cut_goes_on_from_the_byte_reached(
             if line.lower().startswith("range:")
         ]
         starts = [int(line.partition("=")[2].partition("-")[0]) for line in ranges]
-        assert len(starts) == 3  # the first asks for all
+        assert len(starts) == 3  # the first request asks for the whole object
         assert 200_000 < starts[0] < 300_000
         assert 350_000 < starts[1] < 500_000
         assert starts[2] >= starts[1]
         assert all("if-match:" in request.lower() for request in bad.requests[1:])
 
 
-def test_a_range_that_is_cut_goes_on_from_the_byte_reached(
-    object_store: ObjectStore, content: bytes, tmp_path: Path
+def test_a_cut_range_resumes_at_the_byte_reached(
+    object_store: ObjectStorageServer, content: bytes, tmp_path: Path
 ) -> None:
     with closing(BadConnection(object_store.port, [150_000])) as bad:
         assert (
@@ -312,16 +314,16 @@ def test_a_range_that_is_cut_goes_on_from_the_byte_reached(
         assert (tmp_path / "big").read_bytes() == content
 
 
-def test_a_body_that_stalls_goes_on(
-    object_store: ObjectStore, content: bytes, monkeypatch: pytest.MonkeyPatch
+def test_a_stalled_body_resumes(
+    object_store: ObjectStorageServer, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume, "READ_TIMEOUT", 0.5)
     with closing(BadConnection(object_store.port, [300_000], stall=True)) as bad:
         assert open_storage("s3://tests/bad", bad.url).read("big") == content
 
 
-def test_an_object_that_is_replaced_in_mid_read_is_noticed(
-    object_store: ObjectStore, content: bytes
+def test_an_object_replaced_during_a_read_is_an_error(
+    object_store: ObjectStorageServer, content: bytes
 ) -> None:
     def replace() -> None:
         open_storage("s3://tests/bad").write("big", content[::-1])
@@ -333,8 +335,8 @@ def test_an_object_that_is_replaced_in_mid_read_is_noticed(
         open_storage("s3://tests/bad", bad.url).read("big")
 
 
-def test_a_connection_that_always_breaks_is_given_up(
-    object_store: ObjectStore, content: bytes, monkeypatch: pytest.MonkeyPatch
+def test_a_connection_that_always_breaks_is_an_error(
+    object_store: ObjectStorageServer, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume, "READ_ATTEMPTS", 3)
     with (

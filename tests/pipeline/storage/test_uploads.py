@@ -1,5 +1,6 @@
-"""Uploads go on in the background, in order, through an outage of the real server; what does not
-pass ends in its own sentence.
+"""Uploads run in the background, in order, through an outage of the real server.
+
+An error that is not temporary is raised as it is.
 """
 
 import threading
@@ -12,46 +13,46 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.storage import open_storage, uploads
 from pipeline.storage.base import Unavailable
-from pipeline.storage.server import ObjectStore
-from pipeline.storage.uploads import Uploads, patiently
+from pipeline.storage.server import ObjectStorageServer
+from pipeline.storage.uploads import UploadQueue, retry
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(uploads, "PATIENCE", 1.0)
-    monkeypatch.setattr(uploads, "LONGEST_PAUSE", 0.1)
+def short_outage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(uploads, "MAX_OUTAGE", 1.0)
+    monkeypatch.setattr(uploads, "MAX_PAUSE", 0.1)
     return
 
 
 def fail() -> None:
-    raise Unavailable("the storage is away")
+    raise Unavailable("the storage is unavailable")
 
 
-def test_work_is_done_in_order_and_what_waits_is_replaced_by_newer_work_of_its_name() -> None:
-    begun, go_on, done = threading.Event(), threading.Event(), list[str]()
+def test_writes_run_in_order_and_a_newer_one_replaces_a_waiting_one_of_its_name() -> None:
+    begun, proceed, done = threading.Event(), threading.Event(), list[str]()
 
     def first() -> None:
         begun.set()
-        go_on.wait()
+        proceed.wait()
         done.append("first")
 
-    with Uploads() as uploads:
-        uploads.put("a", first)
+    with UploadQueue() as uploads:
+        uploads.submit("a", first)
         begun.wait()
-        uploads.put("b", lambda: done.append("b, old"))
-        uploads.put("a", lambda: done.append("second"))
-        uploads.put("b", lambda: done.append("b, new"))
-        assert uploads.is_busy("a")
-        assert uploads.is_busy("b")
-        assert not uploads.is_busy("c")
-        go_on.set()
-        uploads.wait()
-        assert not uploads.is_busy("a")
+        uploads.submit("b", lambda: done.append("b, old"))
+        uploads.submit("a", lambda: done.append("second"))
+        uploads.submit("b", lambda: done.append("b, new"))
+        assert uploads.is_pending("a")
+        assert uploads.is_pending("b")
+        assert not uploads.is_pending("c")
+        proceed.set()
+        uploads.join()
+        assert not uploads.is_pending("a")
     assert done == ["first", "b, new", "second"]
 
 
-@pytest.mark.usefixtures("impatient")
-def test_an_outage_is_outlasted_and_counted() -> None:
+@pytest.mark.usefixtures("short_outage")
+def test_writes_are_retried_through_an_outage_and_failures_are_counted() -> None:
     attempts = list[int]()
 
     def work() -> None:
@@ -59,29 +60,29 @@ def test_an_outage_is_outlasted_and_counted() -> None:
         if len(attempts) < 4:
             fail()
 
-    with Uploads() as uploads:
-        uploads.put("a", work)
-        uploads.wait()
+    with UploadQueue() as uploads:
+        uploads.submit("a", work)
+        uploads.join()
         assert uploads.failures == 3
 
 
-@pytest.mark.usefixtures("impatient")
-def test_an_outage_without_end_is_an_error_for_whoever_goes_on() -> None:
+@pytest.mark.usefixtures("short_outage")
+def test_an_endless_outage_raises_in_the_thread_that_submits() -> None:
     def train() -> None:
-        with Uploads() as uploads:
-            uploads.put("a", fail)
+        with UploadQueue() as uploads:
+            uploads.submit("a", fail)
             for _ in range(100):
                 time.sleep(0.1)
-                uploads.put("b", lambda: None)
-            raise AssertionError("nobody was told")
+                uploads.submit("b", lambda: None)
+            raise AssertionError("no error was raised")
 
-    with pytest.raises(Unavailable, match=r"the storage is away; this went on for"):
+    with pytest.raises(Unavailable, match=r"the storage is unavailable; retried for"):
         train()
-    with pytest.raises(Unavailable), Uploads() as uploads:
-        uploads.put("a", fail)
+    with pytest.raises(Unavailable), UploadQueue() as uploads:
+        uploads.submit("a", fail)
 
 
-def test_what_does_not_pass_is_not_tried_again() -> None:
+def test_an_error_that_is_not_temporary_is_not_retried() -> None:
     attempts = list[int]()
 
     def work() -> None:
@@ -89,19 +90,19 @@ def test_what_does_not_pass_is_not_tried_again() -> None:
         raise UserError("refused")
 
     with pytest.raises(UserError, match=r"^refused$"):
-        patiently(work)
-    with pytest.raises(UserError, match=r"^refused$"), Uploads() as uploads:
-        uploads.put("a", work)
+        retry(work)
+    with pytest.raises(UserError, match=r"^refused$"), UploadQueue() as uploads:
+        uploads.submit("a", work)
     assert len(attempts) == 2
 
 
-def test_an_error_of_the_body_lets_work_finish_that_can() -> None:
+def test_an_error_in_the_block_lets_pending_writes_finish() -> None:
     done = list[str]()
 
     def train() -> None:
-        with Uploads() as uploads:
-            uploads.put("a", lambda: time.sleep(0.2))
-            uploads.put("b", lambda: done.append("b"))
+        with UploadQueue() as uploads:
+            uploads.submit("a", lambda: time.sleep(0.2))
+            uploads.submit("b", lambda: done.append("b"))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -113,16 +114,16 @@ def test_an_object_is_written_when_the_server_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.storage.s3.WRITE_ATTEMPTS", 1)
-    with ObjectStore(tmp_path, "uploads") as store:
-        for name, value in store.environment().items():
+    with ObjectStorageServer(tmp_path, "uploads") as server:
+        for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
-        storage = open_storage("s3://uploads/run", store.endpoint_url)
+        storage = open_storage("s3://uploads/run", server.endpoint_url)
         storage.write("before", b"1")
-        port = store.port
-    with Uploads() as uploads:
-        uploads.put("a", lambda: storage.write("after", b"2"))
+        port = server.port
+    with UploadQueue() as uploads:
+        uploads.submit("a", lambda: storage.write("after", b"2"))
         while not uploads.failures:
             time.sleep(0.05)
-        with ObjectStore(tmp_path, "uploads", port):
-            uploads.wait()
+        with ObjectStorageServer(tmp_path, "uploads", port):
+            uploads.join()
             assert (storage.read("before"), storage.read("after")) == (b"1", b"2")

@@ -1,6 +1,4 @@
-"""Checkpoints come back bit for bit; whatever has become of them, a run goes on from the newest
-that is whole, and nothing is unpickled.
-"""
+"""Checkpoints restore a run bit for bit, from the newest valid one, and nothing is unpickled."""
 
 import logging
 import math
@@ -27,7 +25,7 @@ from pipeline.training import checkpoint, optimizer
 
 
 class Training:
-    """A VLAE in training on noise, with all that a run's state may have."""
+    """A VLAE trained on noise, with every part that a run's state can have."""
 
     def __init__(self, seed: int, algorithm: Algorithm = Algorithm.adam) -> None:
         torch.manual_seed(seed)
@@ -47,7 +45,7 @@ class Training:
         self.step = 0
 
     def advance(self, storage: Storage, steps: int, keep: int = 100) -> None:
-        """Take steps, each with noise of its own, and keep a checkpoint of each."""
+        """Take steps, each on its own noise, and save a checkpoint after each."""
         for _ in range(steps):
             generator = torch.Generator().manual_seed(self.step)
             x = torch.rand(4, 1, 6, 5, generator=generator).round()
@@ -90,7 +88,7 @@ def newest(storage: Storage, number: int = 0) -> str:
 
 
 @pytest.mark.parametrize("algorithm", Algorithm)
-def test_all_of_a_runs_state_comes_back_bit_for_bit(storage: Storage, algorithm: Algorithm) -> None:
+def test_the_whole_state_is_restored_bit_for_bit(storage: Storage, algorithm: Algorithm) -> None:
     whole, resumed = Training(0, algorithm), Training(1, algorithm)
     whole.advance(storage, 3)
     assert resumed.resume(storage) == 3
@@ -109,7 +107,7 @@ def test_without_a_checkpoint_a_run_starts_at_step_0(storage: Storage) -> None:
     assert Training(0).resume(storage) == 0
 
 
-def test_only_the_newest_are_kept(storage: Storage) -> None:
+def test_only_the_newest_checkpoints_are_kept(storage: Storage) -> None:
     Training(0).advance(storage, 5, keep=2)
     assert [int(key.split("/")[1][:10]) for key in storage.list("checkpoints/")] == [4, 5]
 
@@ -123,7 +121,7 @@ def test_the_same_state_makes_the_same_object(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_is_not_published(storage: Storage, value: float) -> None:
+def test_a_state_that_is_not_finite_is_not_saved(storage: Storage, value: float) -> None:
     training = Training(0)
     training.advance(storage, 2)
     before = storage.sizes()
@@ -146,7 +144,7 @@ def test_what_is_not_finite_is_not_published(storage: Storage, value: float) -> 
     "damage",
     [lambda data: data[:-1], lambda data: data[:100] + b"?" + data[101:], lambda data: b""],
 )
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     storage: Storage, damage: Callable[[bytes], bytes]
 ) -> None:
     Training(0).advance(storage, 2)
@@ -154,7 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert Training(1).resume(storage) == 1
 
 
-def test_damaged_ones_are_passed_over_until_one_is_whole(
+def test_damaged_checkpoints_are_skipped_until_one_is_valid(
     storage: Storage, caplog: pytest.LogCaptureFixture
 ) -> None:
     training, other = Training(0), Training(1)
@@ -179,7 +177,7 @@ def test_damaged_ones_are_passed_over_until_one_is_whole(
 
 
 @pytest.mark.parametrize("byte", [0, 8, -1], ids=["length", "header", "last weight"])
-def test_one_flipped_bit_anywhere_is_damage(storage: Storage, byte: int) -> None:
+def test_one_flipped_bit_anywhere_is_detected(storage: Storage, byte: int) -> None:
     training = Training(0)
     training.advance(storage, 2)
     content = bytearray(storage.read(newest(storage)))
@@ -188,7 +186,9 @@ def test_one_flipped_bit_anywhere_is_damage(storage: Storage, byte: int) -> None
     assert Training(1).resume(storage) == 1
 
 
-def test_if_all_are_damaged_a_run_starts_afresh_and_is_left_as_it_was(storage: Storage) -> None:
+def test_if_all_are_damaged_the_run_starts_over_and_its_state_is_unchanged(
+    storage: Storage,
+) -> None:
     training, other = Training(0), Training(1)
     training.advance(storage, 2)
     before = other.state()
@@ -220,14 +220,14 @@ def test_a_checkpoint_of_an_optimizer_of_other_tensors_is_refused_by_name(storag
     with pytest.raises(
         UserError,
         match=(
-            rf"^checkpoint {re.escape(storage.url)}/{key} cannot be gone on from: an earlier"
+            rf"^cannot resume from checkpoint {re.escape(storage.url)}/{key}: an earlier"
             r" version"
         ),
     ):
         after.resume(storage)
 
 
-def test_what_is_not_a_checkpoint_is_neither_read_nor_deleted(storage: Storage) -> None:
+def test_other_objects_are_neither_read_nor_deleted(storage: Storage) -> None:
     foreign = [
         "checkpoints/notes.txt",
         "checkpoints/9999999999.safetensors",
@@ -259,8 +259,9 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def unpickled() -> Iterator[list[str]]:
-    """What this thread unpickles in the block, by name. A hook cannot be removed, so there is one
-    for all tests.
+    """Names of what this thread unpickles in the block.
+
+    An audit hook cannot be removed, so all tests share one.
     """
     if not _HOOKED:
         sys.addaudithook(_hook)

@@ -1,5 +1,7 @@
-"""The training loop, without Ray: a run that is cut off anywhere, or dealt to more ranks, is the
-same run; and what ends one.
+"""The training loop, without Ray.
+
+A run that is interrupted anywhere, or spread over more ranks, ends with the same result. Faulty
+gradients and missing data end it with one clear error.
 """
 
 import contextlib
@@ -56,18 +58,18 @@ def configure(root: str, name: str, *overrides: str) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def whole(root: str) -> Storage:
-    """The run of 30 steps that nothing interrupted."""
+    """An uninterrupted run of 30 steps."""
     config = configure(root, "whole")
     loop.fit(config)
     return runs.run_storage(config)
 
 
 class Interrupted(Exception):
-    """Stands for the end of a process."""
+    """Stands in for the death of the process."""
 
 
 def interrupt(config: TrainConfig, validation: int) -> None:
-    """Train up to a validation's end, and no further."""
+    """Train until the given validation has ended, then interrupt the run."""
     seen: list[dict[str, Any]] = []
 
     def count(metrics: dict[str, Any]) -> None:
@@ -118,7 +120,7 @@ def test_the_log_has_every_step_once_with_its_learning_rate(whole: Storage) -> N
     assert steps_of(whole, "valid") == [10, 20, 30]
 
 
-def test_what_is_published_is_the_average_and_its_measure_is_the_last_validation(
+def test_the_published_model_is_the_average_and_has_the_last_validation(
     whole: Storage, root: str, tmp_path: Path
 ) -> None:
     for key in whole.list("model/"):
@@ -144,7 +146,7 @@ def test_what_is_published_is_the_average_and_its_measure_is_the_last_validation
 
 
 @pytest.mark.parametrize("validation", [1, 2, 3])
-def test_a_run_cut_off_at_a_validation_ends_as_if_it_had_not_been(
+def test_a_run_interrupted_at_a_validation_ends_with_the_same_weights(
     validation: int, whole: Storage, root: str
 ) -> None:
     config = configure(root, f"cut-{validation}")
@@ -163,14 +165,11 @@ def test_a_run_cut_off_at_a_validation_ends_as_if_it_had_not_been(
         for row in rows_of(run, "train")
         if row["step"] % 10
     ]
-    assert (
-        same.count(True) >= len(same) - 1
-    )  # the first of a resumed run is an average over ten steps
+    # The first row of a resumed run is an average over ten steps.
+    assert same.count(True) >= len(same) - 1
 
 
-def test_a_run_cut_off_at_a_validation_has_that_validation_in_its_log(
-    whole: Storage, root: str
-) -> None:
+def test_a_run_interrupted_at_a_validation_has_it_in_its_log(whole: Storage, root: str) -> None:
     config = configure(root, "cut-log")
     interrupt(config, 1)
     reported: list[int] = []
@@ -178,7 +177,7 @@ def test_a_run_cut_off_at_a_validation_has_that_validation_in_its_log(
     assert steps_of(runs.run_storage(config), "valid") == steps_of(whole, "valid")
 
 
-def test_a_checkpoint_is_never_in_storage_before_the_log_up_to_it(
+def test_the_log_up_to_a_checkpoint_is_written_before_the_checkpoint(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure(root, "log-first", "train.report_seconds=3600")
@@ -195,7 +194,7 @@ def test_a_checkpoint_is_never_in_storage_before_the_log_up_to_it(
     assert logged == {step: [valid for valid in (10, 20) if valid <= step] for step in logged}
 
 
-def test_steps_go_on_while_a_checkpoint_is_being_written(
+def test_training_continues_while_a_checkpoint_is_written(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, save = configure(root, "slow-upload"), checkpoint.save
@@ -211,9 +210,7 @@ def test_steps_go_on_while_a_checkpoint_is_being_written(
     assert runs.run_storage(config).list("checkpoints/")
 
 
-def test_a_run_without_its_checkpoints_starts_afresh_and_its_log_too(
-    whole: Storage, root: str
-) -> None:
+def test_a_run_without_checkpoints_starts_over_with_a_new_log(whole: Storage, root: str) -> None:
     config = configure(root, "fresh")
     interrupt(config, 3)
     run = runs.run_storage(config)
@@ -238,13 +235,13 @@ def test_a_finished_run_that_is_run_again_keeps_its_log(root: str) -> None:
     "override",
     ["train.seed=1", "dataset.binarization=static", "train.free_nats=0", "optim.algorithm=adamax"],
 )
-def test_another_option_is_another_run(override: str, whole: Storage, root: str) -> None:
+def test_another_option_gives_other_weights(override: str, whole: Storage, root: str) -> None:
     config = configure(root, override.replace("=", "-"), override)
     loop.fit(config)
     assert runs.run_storage(config).read(WEIGHTS) != whole.read(WEIGHTS)
 
 
-def test_a_run_does_not_depend_on_how_often_it_is_reported_or_measured(
+def test_weights_do_not_depend_on_the_frequency_of_reports_and_validations(
     whole: Storage, root: str
 ) -> None:
     overrides = ["train.report_seconds=60", "train.checkpoint_seconds=60", "train.valid_every=1000"]
@@ -275,7 +272,7 @@ def test_it_learns(root: str) -> None:
     ],
     ids=["soft free bits", "groups", "adamax"],
 )
-def test_whatever_the_run_it_ends_as_if_it_had_not_been_cut_off(
+def test_with_any_options_an_interrupted_run_ends_with_the_same_weights(
     overrides: list[str], root: str
 ) -> None:
     ended = []
@@ -309,13 +306,13 @@ loop.fit(load("train", sys.argv[1:]))
     assert done.returncode == 0, done.stderr
 
 
-# --- what is not finite ---------------------------------------------------------------------------
+# --- values that are not finite -------------------------------------------------------------------
 
 SINGLE_FAULTS = (12, 13, 21)
 
 
 def plant_faults(patch: pytest.MonkeyPatch, steps: Container[int]) -> None:
-    """Have the images of some steps be no numbers."""
+    """Replace the images of some steps by NaN."""
 
     def faulty(batch: Batch, mode: Binarization, seed: int) -> Tensor:
         return binarize(batch, mode, seed) * (math.nan if batch.step in steps else 1)
@@ -336,7 +333,7 @@ def test_a_bad_batch_is_skipped_and_counted_and_left_out_of_the_averages(
         run = runs.run_storage(config)
         ends.append(run.read(WEIGHTS))
         assert rows_of(run, "train")[-1]["train/skipped_steps"] == 3
-    assert ends[0] == ends[1], "a run that was cut off skips as one that was not"
+    assert ends[0] == ends[1], "an interrupted run skips the same steps"
     assert ends[0] != whole.read(WEIGHTS)
     run = runs.run_storage(configure(root, "faulty"))
     skipped = {
@@ -346,19 +343,18 @@ def test_a_bad_batch_is_skipped_and_counted_and_left_out_of_the_averages(
     }
     assert [skipped[step] for step in (12, 13, 14, 21, 22, 30)] == [0, 1, 2, 2, 3, 3]
     measured = {row["step"] for row in rows_of(run, "train")}
-    assert measured == set(range(10, 31)) - {
-        step + 1 for step in SINGLE_FAULTS
-    }  # each of these rows is of one step
+    # Each row is of one step, and a skipped step has no measurement.
+    assert measured == set(range(10, 31)) - {step + 1 for step in SINGLE_FAULTS}
     assert all(math.isfinite(row["train/rate"]) for row in rows_of(run, "train"))
 
 
-def test_when_bad_steps_persist_the_run_stops_at_its_last_good_state(
+def test_after_many_skipped_steps_the_run_stops_at_its_last_good_state(
     root: str, whole: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure(root, "broken", "train.keep_checkpoints=100")
     with monkeypatch.context() as patch:
         plant_faults(patch, range(11, 1000))
-        patch.setattr(Guard, "PATIENCE", 15)
+        patch.setattr(Guard, "MAX_SKIPPED", 15)
         with pytest.raises(
             UserError,
             match=(
@@ -377,9 +373,7 @@ def test_when_bad_steps_persist_the_run_stops_at_its_last_good_state(
 
 
 @pytest.mark.parametrize("optim", ["adam", "adamax"])
-def test_weights_that_are_blown_up_end_the_run_before_a_checkpoint_of_them_is_kept(
-    root: str, optim: str
-) -> None:
+def test_diverged_weights_end_the_run_before_a_checkpoint(root: str, optim: str) -> None:
     config = configure(
         root,
         f"wild-{optim}",
@@ -399,7 +393,7 @@ def test_weights_that_are_blown_up_end_the_run_before_a_checkpoint_of_them_is_ke
     assert runs.run_storage(config).list("model/") == []
 
 
-def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
         match=rf"there is no data set at {tmp_path}/datasets/strokes; make one with: vlae shard",
@@ -418,8 +412,9 @@ def train_on_one_rank(
     runs: dict[str, list[str]],
     stop_at: int | None,
 ) -> None:
-    """Train runs, by name with their options, one after the other; ``stop_at`` is where rank 1 is
-    asked to stop each of them.
+    """Train several runs, given as options by name, one after the other.
+
+    Rank 1 is asked to stop each run at step ``stop_at``.
     """
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -428,7 +423,7 @@ def train_on_one_rank(
     valid = {}
     for name, overrides in runs.items():
         faulty = SINGLE_FAULTS if rank == 1 and "faulty" in name else ()
-        beats = itertools.count(10)  # the first is at step 10, and the next follow at each step
+        beats = itertools.count(10)  # one at step 10, and then one at each step
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(loop.Stopped):
             plant_faults(patch, faulty)
             valid[name] = loop.fit(
@@ -444,7 +439,7 @@ def train_on_one_rank(
 def train_on(
     world_size: int, root: str, runs: dict[str, list[str]], stop_at: int | None = None
 ) -> list[dict[str, Any]]:
-    """Train runs on so many processes; what each says of the last validations."""
+    """Train runs on ``world_size`` processes; returns the last validations of each process."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(train_on_one_rank, (world_size, root, folder, runs, stop_at), nprocs=world_size)
         if stop_at:
@@ -453,13 +448,13 @@ def train_on(
 
 
 LONG = ["train.images=1600", "train.valid_every=1600"]
-"""200 steps, of which the log has every one but the first nine."""
+"""200 steps; the log has all but the first nine."""
 PRECISIONS = {"float32": 1e-3, "float64": 1e-9}
 
 
 @pytest.fixture(scope="module")
 def on_one_rank(root: str) -> dict[str, Storage]:
-    """The long runs, on one rank."""
+    """The long runs on one rank, by precision."""
     configs = {
         name: configure(root, f"one-{name}", f"train.precision={name}", *LONG)
         for name in PRECISIONS
@@ -470,8 +465,9 @@ def on_one_rank(root: str) -> dict[str, Storage]:
 
 
 def assert_same_losses(run: Storage, whole: Storage, tolerance: float) -> None:
-    """Each row of a run's log is the average of the steps since the row before it, which differ by
-    no more than the tolerance.
+    """Check that the losses of two runs differ by no more than ``tolerance``.
+
+    Each row of a log is the average over the steps since the row before.
     """
     alone = {int(row["step"]): row for row in rows_of(whole, "train")}
     steps = [int(step) for step in steps_of(run, "train")]
@@ -489,11 +485,10 @@ def test_three_ranks_of_four_streams_have_the_losses_of_one_over_200_steps(
     on_one_rank: dict[str, Storage], root: str
 ) -> None:
     options = {f"three-{name}": [f"train.precision={name}", *LONG] for name in PRECISIONS}
-    micro = {
-        "three-micro": ["train.precision=float64", "train.micro_batch=2", *LONG]
-    }  # which is one for two of them, and two for one
+    # Two of the ranks then have one micro-batch, and one has two.
+    micro = {"three-micro": ["train.precision=float64", "train.micro_batch=2", *LONG]}
     valid = train_on(3, root, options | micro)
-    assert valid[0] == valid[1] == valid[2], "every rank learns the validation of all"
+    assert valid[0] == valid[1] == valid[2], "all ranks have the same validation"
     for name, tolerance in PRECISIONS.items():
         assert_same_losses(open_storage(f"{root}/runs/three-{name}"), on_one_rank[name], tolerance)
     assert_same_losses(
@@ -501,7 +496,7 @@ def test_three_ranks_of_four_streams_have_the_losses_of_one_over_200_steps(
     )
 
 
-def test_a_run_that_is_stopped_goes_on_with_another_number_of_ranks_at_the_same_losses(
+def test_a_stopped_run_resumes_on_another_number_of_ranks_with_the_same_losses(
     on_one_rank: dict[str, Storage], root: str
 ) -> None:
     runs = {f"changed-{name}": [f"train.precision={name}", *LONG] for name in PRECISIONS}
@@ -509,7 +504,7 @@ def test_a_run_that_is_stopped_goes_on_with_another_number_of_ranks_at_the_same_
     for name in runs:
         run = open_storage(f"{root}/runs/{name}")
         assert Path(max(run.list("checkpoints/"))).name[:10] == f"{100:010d}", (
-            "its state is saved where it was stopped"
+            "the state is saved at the step of the stop"
         )
         assert steps_of(run, "train")[-1] == 100
     train_on(2, root, runs)
@@ -537,9 +532,11 @@ def test_a_fault_on_one_rank_is_skipped_by_all(root: str) -> None:
     ],
     ids=["floor", "groups", "soft free bits", "no floor"],
 )
-def test_the_size_of_micro_batches_changes_nothing(overrides: list[str], root: str) -> None:
+def test_the_size_of_micro_batches_does_not_change_the_weights(
+    overrides: list[str], root: str
+) -> None:
     weights = []
-    for size in (None, 1, 3):  # 8 images: at once, one by one, and 3 + 3 + 2
+    for size in (None, 1, 3):  # 8 images: all at once, one by one, and 3 + 3 + 2
         name = f"micro-{size}-{'-'.join(overrides).replace('=', '-')}"
         config = configure(
             root, name, "train.precision=float64", f"train.micro_batch={size or 'null'}", *overrides

@@ -1,6 +1,4 @@
-"""Sums and counts that are divided once, the same however images are dealt to batches and ranks;
-and a log that goes on when resumed.
-"""
+"""Moments are the same for any batches and ranks, and a resumed run continues its log."""
 
 import contextlib
 import json
@@ -34,7 +32,7 @@ NATS = st.floats(-1e4, 1e4, width=32)
 
 
 @given(st.lists(st.lists(NATS, max_size=6), min_size=1, max_size=6))
-def test_moments_are_numpys_whatever_the_batches(batches: list[list[float]]) -> None:
+def test_moments_equal_those_of_numpy_for_any_batches(batches: list[list[float]]) -> None:
     moments = Moments()
     for batch in batches:
         moments.add({"rate": torch.tensor(batch)})
@@ -66,7 +64,7 @@ def test_one_value_has_no_standard_error() -> None:
     assert moments.standard_errors("rate") == [None] * 3
 
 
-def test_moments_of_latents_are_those_of_each_by_itself() -> None:
+def test_moments_of_latents_equal_those_of_each_latent_alone() -> None:
     values = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     vectors, numbers = Moments(), Moments()
     for part in values.split(11):
@@ -90,7 +88,7 @@ def test_a_gradient_is_not_kept_alive() -> None:
 
 
 SHARES = ([1.0, 5.0, 9.5], [])
-"""The second rank saw no image."""
+"""The values of each rank; the second one saw no image."""
 
 
 def merge(rank: int, folder: str) -> None:
@@ -117,7 +115,7 @@ def merge(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_every_rank_learns_the_figures_of_all_even_one_that_saw_no_image(tmp_path: Path) -> None:
+def test_all_ranks_get_the_same_moments_even_one_without_images(tmp_path: Path) -> None:
     spawn(merge, (str(tmp_path),), nprocs=len(SHARES))
     values = np.array([value for share in SHARES for value in share])
     error = values.std(ddof=1) / math.sqrt(len(values))
@@ -129,7 +127,7 @@ def test_every_rank_learns_the_figures_of_all_even_one_that_saw_no_image(tmp_pat
         assert measured == [21.0, 5.0, 26.0]
 
 
-def test_one_rank_is_its_own_sum() -> None:
+def test_the_sum_over_one_rank_is_its_own_value() -> None:
     values = torch.tensor([1.0, 2.0])
     assert torch.equal(sum_over_ranks(values.clone()), values)
 
@@ -158,7 +156,7 @@ def test_the_meter_averages_the_steps_since_its_last_report() -> None:
     assert meter.report(global_batch=16)["train/code_length"] == 65.0
 
 
-def test_the_meter_leaves_out_skipped_steps_whatever_they_measured() -> None:
+def test_the_meter_leaves_out_skipped_steps() -> None:
     meter = StepMeter(CPU)
     meter.add(nats(80.0), nats(10.0), TAKEN)
     meter.add(nats(math.nan), nats(math.inf), SKIPPED)
@@ -175,7 +173,7 @@ def test_the_meter_leaves_out_skipped_steps_whatever_they_measured() -> None:
     assert meter.report(global_batch=16)["train/code_length"] == 65.0
 
 
-def test_the_meter_tells_waiting_from_working() -> None:
+def test_the_meter_separates_waiting_from_working() -> None:
     def slow() -> Iterator[Batch]:
         batch = Batch(
             0, torch.empty(0), torch.empty(0), np.empty(0, np.int64), np.empty(0, np.int64)
@@ -201,10 +199,10 @@ def test_the_meter_tells_waiting_from_working() -> None:
 
 
 class Killed(Exception):
-    """Stands for the end of a process."""
+    """Stands in for the death of the process."""
 
 
-def test_a_resumed_log_drops_what_is_about_to_be_written_again(
+def test_a_resumed_log_drops_the_rows_that_are_about_to_be_logged_again(
     storage: Storage, tmp_path: Path
 ) -> None:
     with contextlib.suppress(Killed), MetricLog(storage, 0, writes=True) as log:
@@ -236,7 +234,7 @@ def test_a_resumed_log_drops_what_is_about_to_be_written_again(
     ]
 
 
-def test_a_log_that_is_resumed_twice_has_every_step_once(storage: Storage) -> None:
+def test_a_log_resumed_twice_has_every_step_once(storage: Storage) -> None:
     for start, stop in ((0, 7), (3, 9), (9, 12)):
         with MetricLog(storage, start, writes=True) as log:
             for step in range(start + 1, stop + 1):
@@ -253,7 +251,7 @@ def test_a_log_that_is_resumed_twice_has_every_step_once(storage: Storage) -> No
     assert [row["x"] for row in rows] == [0.0] * 3 + [3.0] * 6 + [9.0] * 3
 
 
-def test_a_log_leaves_neither_thread_nor_folder_behind_however_it_ends(storage: Storage) -> None:
+def test_a_log_leaves_no_thread_or_folder_behind(storage: Storage) -> None:
     threads = set(threading.enumerate())
     with MetricLog(storage, 0, writes=True) as finished:
         finished.add(1, {"x": 1.0})
@@ -269,7 +267,7 @@ def test_a_log_leaves_neither_thread_nor_folder_behind_however_it_ends(storage: 
     )
 
 
-def test_ranks_other_than_the_first_write_nothing(storage: Storage) -> None:
+def test_only_rank_0_writes(storage: Storage) -> None:
     with MetricLog(storage, 0, writes=False) as log:
         log.add(1, {"train/rate": 1.0})
         log.flush()

@@ -1,6 +1,4 @@
-"""The guard: a step whose gradients are not finite leaves no trace but its count, with every
-optimizer.
-"""
+"""With every optimizer, a step whose gradients are not finite changes nothing but its count."""
 
 import copy
 import math
@@ -21,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Training:
-    """A small network in training on noise of each step's own."""
+    """A small network trained on noise, drawn for each step."""
 
     def __init__(self, algorithm: Algorithm) -> None:
         torch.manual_seed(0)
@@ -33,8 +31,9 @@ class Training:
         self.guard = Guard(CPU)
 
     def gradients(self, number: int, bad: float | None = None) -> Tensor:
-        """The gradients of step ``number``, of which ``bad`` may replace one number; returns their
-        norm.
+        """Compute the gradients of step ``number``; returns their norm.
+
+        ``bad`` replaces one of their values.
         """
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
         self.optimizer.zero_grad(set_to_none=False)
@@ -57,7 +56,7 @@ class Training:
 
 @pytest.mark.parametrize("algorithm", Algorithm)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_skipped_step_leaves_the_weights_and_the_optimizer_as_they_were(
+def test_a_skipped_step_changes_neither_weights_nor_optimizer(
     algorithm: Algorithm, bad: float
 ) -> None:
     guarded, undisturbed = Training(algorithm), Training(algorithm)
@@ -73,7 +72,7 @@ def test_a_skipped_step_leaves_the_weights_and_the_optimizer_as_they_were(
 
 
 @pytest.mark.parametrize("algorithm", Algorithm)
-def test_its_steps_are_those_of_pytorchs_own_optimizer(algorithm: Algorithm) -> None:
+def test_steps_equal_those_of_pytorchs_own_optimizer(algorithm: Algorithm) -> None:
     training, plain = Training(algorithm), Training(algorithm)
     kinds = {Algorithm.adam: torch.optim.Adam, Algorithm.adamax: torch.optim.Adamax}
     learning_rate = plain.optimizer.param_groups[0]["lr"]
@@ -111,13 +110,13 @@ def test_any_value_that_is_not_finite_skips_the_step() -> None:
     assert training.guard.step(training.optimizer, torch.tensor(1.0), torch.tensor([80.0, 10.0]))
 
 
-def test_it_gives_up_when_nothing_but_skipped_steps_follow_each_other() -> None:
+def test_too_many_skipped_steps_in_a_row_are_an_error() -> None:
     training = Training(Algorithm.adam)
-    for number in range(3 * Guard.PATIENCE):  # every other one is no reason
+    for number in range(3 * Guard.MAX_SKIPPED):  # every other step is skipped, which is no error
         training.step(number, math.nan if number % 2 else None)
         training.guard.check("mine", number)
     training.step(0)
-    for number in range(Guard.PATIENCE - 1):
+    for number in range(Guard.MAX_SKIPPED - 1):
         training.step(number, math.nan)
     training.guard.check("mine", 7)
     training.step(0, math.nan)
@@ -129,10 +128,13 @@ def test_it_gives_up_when_nothing_but_skipped_steps_follow_each_other() -> None:
         ),
     ):
         training.guard.check("mine", 7)
-    assert training.guard.read() == (3 * Guard.PATIENCE // 2 + Guard.PATIENCE, Guard.PATIENCE)
+    assert training.guard.read() == (
+        3 * Guard.MAX_SKIPPED // 2 + Guard.MAX_SKIPPED,
+        Guard.MAX_SKIPPED,
+    )
 
 
-def test_counts_go_on_where_they_were() -> None:
+def test_counts_are_restored() -> None:
     training, resumed = Training(Algorithm.adam), Guard(CPU)
     training.step(0, math.nan)
     training.step(1)
@@ -141,7 +143,7 @@ def test_counts_go_on_where_they_were() -> None:
     assert resumed.read() == (2, 1)
 
 
-def test_the_device_is_asked_for_nothing() -> None:
+def test_a_step_reads_no_value_from_the_device() -> None:
     with FakeTensorMode():  # tensors without values: asking for one is an error
         weights = vlae.flatten(nn.Linear(3, 2))
         adam, guard = optimizer.make(commands.load("train", []).optim, weights), Guard(CPU)

@@ -1,4 +1,4 @@
-"""A run is restarted, ever later, as long as it gets further; a user's mistake ends it at once."""
+"""A run is restarted after growing pauses while it progresses; a user's mistake ends it at once."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pipeline.training.restarts import Restarts
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long was waited before each restart."""
+    """Seconds of the pause before each restart."""
     waited: list[float] = []
     monkeypatch.setattr(restarts.time, "sleep", waited.append)
     return waited
@@ -32,12 +32,12 @@ def test_failures_in_a_row_without_a_new_checkpoint_end_a_run(
     assert pauses == [0, 5, 10]
     with pytest.raises(
         UserError,
-        match=r"^run mine failed 4 times in a row .* beyond step 0; the last time: out of luck$",
+        match=r"^run mine failed 4 times in a row .* beyond step 0; the last error: out of luck$",
     ):
         policy.after_exception(None, {1: RuntimeError("long story\nout of luck")})
 
 
-def test_a_run_that_gets_further_is_restarted_without_end(
+def test_a_run_that_progresses_is_restarted_without_limit(
     tmp_path: Path, pauses: list[float]
 ) -> None:
     policy = Restarts("mine", FolderStorage(tmp_path), 1)
@@ -48,7 +48,7 @@ def test_a_run_that_gets_further_is_restarted_without_end(
     assert pauses == [0] * 10
 
 
-def test_what_no_restart_would_mend_ends_a_run_at_once(tmp_path: Path, pauses: list[float]) -> None:
+def test_a_users_mistake_ends_a_run_at_once(tmp_path: Path, pauses: list[float]) -> None:
     policy = Restarts("mine", FolderStorage(tmp_path), 3)
     mistake = DamagedData("this shard is damaged")
     with pytest.raises(DamagedData, match="this shard is damaged"):

@@ -1,4 +1,4 @@
-"""What changes in the course of a run."""
+"""The schedules of learning rate, free nats and rate weight."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_nearly_zero() -> None:
     assert optimizer.learning_rate(constant, TRAIN, TRAIN.num_steps - 1) == OPTIM.learning_rate
 
 
-def test_the_floor_under_the_rate_is_gone_after_its_ramp() -> None:
+def test_the_floor_under_the_rate_is_zero_after_its_ramp() -> None:
     floors = [optimizer.free_nats(TRAIN, step) for step in range(TRAIN.num_steps)]
     assert floors[:401] == [TRAIN.free_nats] * 401
     assert floors[500] == pytest.approx(TRAIN.free_nats / 2)
@@ -40,7 +40,7 @@ def test_the_weight_of_the_rate_rises_to_one() -> None:
     assert optimizer.rate_weight(dataclasses.replace(TRAIN, rate_warmup_fraction=0.0), 0) == 1
 
 
-def test_soft_free_bits_put_no_floor_under_the_rate() -> None:
+def test_soft_free_bits_have_no_floor() -> None:
     soft = dataclasses.replace(TRAIN, free_bits=FreeBits.soft)
     assert {optimizer.free_nats(soft, step) for step in range(soft.num_steps)} == {0.0}
 
@@ -53,7 +53,7 @@ def test_soft_free_bits_put_no_floor_under_the_rate() -> None:
     st.floats(0, 1),
     st.floats(0, 1),
 )
-def test_schedules_stay_in_their_ranges_and_turn_once(
+def test_schedules_stay_in_range_and_change_direction_once(
     num_steps: int, warmup_steps: int, decay: float, free: float, warmup: float
 ) -> None:
     optim = dataclasses.replace(OPTIM, warmup_steps=warmup_steps, decay_fraction=decay)

@@ -1,4 +1,4 @@
-"""Playing faults one by one: a line for each, and a line of JSON at the end."""
+"""Run faults one by one: a line for each, and a line of JSON at the end."""
 
 import json
 import subprocess
@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 WIDTH = 46
+"""Width of the table's column of names."""
 
 
-def play(faults: Iterable[tuple[str, Callable[[], str]]]) -> tuple[int, int]:
-    """Play each fault, by its name, and print its outcome, or why it failed; how many there were,
-    and how many passed.
+def run(faults: Iterable[tuple[str, Callable[[], str]]]) -> tuple[int, int]:
+    """Run each named fault, and print its outcome or why it failed.
+
+    Returns the number of faults, and how many of them passed.
     """
     count = passed = 0
     for name, fault in faults:
@@ -25,16 +27,16 @@ def play(faults: Iterable[tuple[str, Callable[[], str]]]) -> tuple[int, int]:
             traceback.print_exc()
             outcome = f"FAILED: {error}"
         count += 1
-        say(name, start, outcome)
+        print_row(name, start, outcome)
     return count, passed
 
 
-def say(name: str, start: float, outcome: str = "") -> None:
-    """A line of the table: what was done since ``start``, and what came of it."""
+def print_row(name: str, start: float, outcome: str = "") -> None:
+    """Print a row of the table: a name, the seconds since ``start``, and the outcome."""
     print(f"{name:<{WIDTH}} {time.monotonic() - start:5.1f} s  {outcome}".rstrip(), flush=True)
 
 
 def finish(count: int, passed: int) -> NoReturn:
-    """The last line, and the exit code."""
+    """Print the line of JSON, and exit with 1 if a fault failed."""
     print(json.dumps({"faults": count, "passed": passed}))
     sys.exit(passed < count)
