@@ -43,6 +43,7 @@ import numpy.typing as npt
 from pipeline.data.images import MAX_PIXELS, Fit
 from pipeline.errors import UserError
 from pipeline.storage.base import ObjectNotFound, Storage
+from pipeline.storage.recipe import differing
 from pipeline.values import JsonObject
 
 VERSION = 2
@@ -285,15 +286,10 @@ def load_made_by(storage: Storage, recipe: JsonObject) -> Manifest | None:
     if not storage.exists(MANIFEST_KEY):
         return None
     contents = load(storage)
-    if contents.source != recipe:
-        differing = sorted(
-            key
-            for key in recipe.keys() | contents.source.keys()
-            if recipe.get(key) != contents.source.get(key)
-        )
+    if changed := differing(contents.source, recipe):
         raise UserError(
             f"the data set at {storage.url} was made from other images or options"
-            f" ({', '.join(differing)}); choose another dataset.name, or delete"
+            f" ({', '.join(changed)}); choose another dataset.name, or delete"
             f" {storage.url}/{MANIFEST_KEY} to write it anew"
         )
     return contents

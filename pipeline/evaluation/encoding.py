@@ -29,6 +29,7 @@ from pipeline.evaluation.probe import code_noise
 from pipeline.machine import device, keep_freed_memory
 from pipeline.runs import OpenedModel
 from pipeline.storage.base import Storage
+from pipeline.storage.recipe import begin
 from pipeline.values import JsonObject
 from vlae.distributions import DiagonalGaussian
 
@@ -61,12 +62,11 @@ def encode_split(
         "seed": seed,
         "images_per_part": images_per_part,
     }
-    if output.exists(RECIPE) and output.read_json(RECIPE) != recipe:
+    if begin(output, RECIPE, recipe):
         raise UserError(
             f"{output.url} holds the codes of another model, data set or setting; give another "
             "output=, or delete that folder"
         )
-    output.write_json(RECIPE, recipe)
     if output.exists(RESULT):
         return {**output.read_json(RESULT), "reused": True}
     num_parts = math.ceil(total / images_per_part)

@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.search.proposals import propose
 from pipeline.search.trial import Point, Status, Trial
 from pipeline.storage.base import Storage
+from pipeline.storage.recipe import begin_named
 from pipeline.training import launch
 from pipeline.values import JsonObject
 
@@ -36,23 +37,7 @@ def check(config: TuneConfig, storage: Storage) -> None:
             " labels; use other objectives"
         )
     wanted = {**config.search_identity(), "manifest": data.manifest.digest}
-    if not storage.exists(RECORD):
-        storage.write_json(RECORD, wanted)
-        return
-    earlier = storage.read_json(RECORD)
-    changed = [
-        f"{part}.{name}"
-        for part in wanted
-        if part != "manifest"
-        for name in wanted[part]
-        if earlier.get(part, {}).get(name) != wanted[part][name]
-    ]
-    if changed or earlier.get("manifest") != wanted["manifest"]:
-        raise UserError(
-            f"search {config.search_name} in {storage.url} was started with another"
-            f" {', '.join(changed) or 'data set of this name'}; give this one another name=, or"
-            " delete that folder"
-        )
+    begin_named(storage, RECORD, wanted, f"search {config.search_name}")
 
 
 def trial_config(config: TuneConfig, point: Point) -> TrainConfig:

@@ -22,6 +22,7 @@ from pipeline.data import DataSet
 from pipeline.errors import UserError
 from pipeline.runs import RESULT
 from pipeline.storage import open_storage
+from pipeline.storage.recipe import begin_named
 from pipeline.storage.uploads import MAX_OUTAGE, retry
 from pipeline.training import loop
 from pipeline.training.restarts import Restarts, SaveAtTermination, asked_to_stop, terminated
@@ -36,22 +37,7 @@ def check(config: TrainConfig) -> None:
     """
     storage, data = runs.run_storage(config), check_data(config)
     identity = config.identity() | {"manifest": data.manifest.digest}
-    if storage.exists("identity.json"):
-        earlier = storage.read_json("identity.json")
-        changed = [
-            f"{key}.{name}"
-            for key in ("dataset", "model", "optim", "train")
-            for name in identity[key]
-            if earlier.get(key, {}).get(name) != identity[key][name]
-        ]
-        if changed or earlier.get("manifest") != identity["manifest"]:
-            raise UserError(
-                f"run {config.run_name} in {storage.url} was started with another"
-                f" {', '.join(changed) or 'data set of this name'}; give this one another name=, or"
-                " delete that folder"
-            )
-    else:
-        storage.write_json("identity.json", identity)
+    begin_named(storage, "identity.json", identity, f"run {config.run_name}")
     storage.write_json("config.json", to_dict(config))
 
 
