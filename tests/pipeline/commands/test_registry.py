@@ -92,7 +92,7 @@ def aliases(command: Command, name: str) -> dict[str, int]:
     }
 
 
-def test_registering_evaluates_and_several_runs_become_versions_in_their_order(
+def test_registering_evaluates_runs_and_makes_versions_in_their_order(
     command: Command, root: str, registered: str
 ) -> None:
     printed, result = command("show", f"name={registered}")
@@ -140,7 +140,7 @@ def test_models_are_compared_image_by_image(command: Command, root: str, registe
     assert itself["nats"]["nll"]["difference"] == itself["nats"]["nll"]["difference_se"] == 0
 
 
-def test_a_better_model_is_promoted_a_worse_one_only_on_demand_and_both_are_rolled_back(
+def test_only_a_better_model_is_promoted_without_yes_and_promotions_are_rolled_back(
     command: Command, registered: str
 ) -> None:
     printed, result = command("promote", f"name={registered}")
@@ -174,13 +174,13 @@ def test_a_better_model_is_promoted_a_worse_one_only_on_demand_and_both_are_roll
     assert "champions: promoted 1 on " in printed
 
 
-def test_other_aliases_are_given_without_a_comparison(command: Command, registered: str) -> None:
+def test_other_aliases_need_no_comparison(command: Command, registered: str) -> None:
     _, result = command("promote", f"name={registered}", "version=1", "alias=blessed")
     assert result["comparison"] is None
     assert aliases(command, registered) == {"champion": 1, "challenger": 2, "blessed": 1}
 
 
-def test_what_cannot_be_compared_or_is_not_there_is_refused(
+def test_missing_and_incomparable_models_are_rejected(
     command: Command, root: str, registered: str
 ) -> None:
     for words, said in (
@@ -317,7 +317,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_replaced_file_of_a_version_is_refused_by_its_name(
+def test_a_replaced_file_of_a_version_is_rejected_by_name(
     attack: str, uri: str, tmp_path: Path
 ) -> None:
     file, change = ATTACKS[attack]
@@ -344,7 +344,7 @@ def test_a_replaced_file_of_a_version_is_refused_by_its_name(
     assert not mark.exists()
 
 
-def test_a_version_that_names_files_elsewhere_or_lacks_some_is_refused(
+def test_a_version_with_files_elsewhere_or_without_some_is_rejected(
     uri: str, tmp_path: Path
 ) -> None:
     options = sections.RegistryOptions(uri=uri, artifacts=str(tmp_path / "registry"))

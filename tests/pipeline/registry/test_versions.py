@@ -93,7 +93,7 @@ def test_a_version_holds_weights_records_pictures_and_a_card_none_of_them_a_pick
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
 
 
-def test_a_version_tells_what_it_was_trained_with_and_how_well(
+def test_a_version_has_the_options_of_its_training_and_its_figures(
     models: Registry, storage: Storage, name: str, tmp_path: Path
 ) -> None:
     run = prepare_run(storage, 0)
@@ -145,7 +145,9 @@ def test_a_tracked_trial_is_registered_with_its_mlflow_run_and_its_search(
     assert "a search" in (local.download(name, 1, tmp_path / "there") / "README.md").read_text()
 
 
-def test_of_an_evaluation_all_numbers_are_kept(local: Registry, tmp_path: Path, name: str) -> None:
+def test_all_numbers_of_an_evaluation_are_recorded(
+    local: Registry, tmp_path: Path, name: str
+) -> None:
     local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
     probe = {"linear": {"accuracy": 0.9, "accuracy_se": None}}
     local.log_evaluation(
@@ -166,7 +168,7 @@ def test_of_an_evaluation_all_numbers_are_kept(local: Registry, tmp_path: Path, 
     }
 
 
-def test_the_latest_evaluation_counts(local: Registry, tmp_path: Path, name: str) -> None:
+def test_the_latest_evaluation_is_shown(local: Registry, tmp_path: Path, name: str) -> None:
     local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
     local.log_evaluation(name, 1, "test", {"iwae_nats": 85.0, "iwae_samples": 16})
     local.log_evaluation(name, 1, "test", {"iwae_nats": 84.5, "iwae_samples": 64})
@@ -193,10 +195,12 @@ def test_aliases_move_and_the_newest_version_comes_first(
     assert len(local.versions(name)) == 3
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- what is rejected ---------------------------------------------------------------------------
 
 
-def test_what_is_not_there_is_said_with_what_is(local: Registry, tmp_path: Path, name: str) -> None:
+def test_an_error_about_a_missing_version_lists_what_exists(
+    local: Registry, tmp_path: Path, name: str
+) -> None:
     local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
     with pytest.raises(UserError, match=r"holds no model named absent; it holds .*") as raised:
         local.versions("absent")
@@ -219,7 +223,7 @@ def test_what_is_not_there_is_said_with_what_is(local: Registry, tmp_path: Path,
     assert local.versions(name)[0].aliases == ["champion"]
 
 
-def test_a_run_without_a_model_or_its_evaluation_is_refused_and_leaves_no_version(
+def test_a_run_without_a_model_or_an_evaluation_is_rejected_and_leaves_no_version(
     local: Registry, tmp_path: Path, name: str
 ) -> None:
     with pytest.raises(UserError, match=r"there is no .*/nothing/model/model\.json") as raised:
@@ -245,7 +249,7 @@ def test_a_run_without_a_model_or_its_evaluation_is_refused_and_leaves_no_versio
 
 
 @pytest.mark.usefixtures("object_store")
-def test_files_that_cannot_be_stored_are_said_in_a_sentence_and_leave_no_version(
+def test_files_that_cannot_be_stored_end_in_a_sentence_and_leave_no_version(
     database: str, tmp_path: Path, name: str
 ) -> None:
     nowhere = Registry(
@@ -259,7 +263,7 @@ def test_files_that_cannot_be_stored_are_said_in_a_sentence_and_leave_no_version
 
 
 @pytest.mark.parametrize("odd", ["it's", "a/b", "a:b", "", 'a "good" one', "ü z%"])
-def test_a_name_of_odd_characters_is_taken_or_refused_in_one_sentence(
+def test_a_name_with_odd_characters_is_accepted_or_rejected_in_one_sentence(
     odd: str, local: Registry, tmp_path: Path
 ) -> None:
     run = prepare_run(open_storage(str(tmp_path)), 0)
@@ -275,7 +279,7 @@ def test_a_name_of_odd_characters_is_taken_or_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize("alias", ["v1", "latest", "two words", ""])
-def test_an_alias_that_cannot_be_given_is_refused_in_one_sentence(
+def test_an_impossible_alias_is_rejected_in_one_sentence(
     alias: str, local: Registry, tmp_path: Path, name: str
 ) -> None:
     local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
@@ -284,7 +288,7 @@ def test_an_alias_that_cannot_be_given_is_refused_in_one_sentence(
     sentence_of(raised)
 
 
-def test_a_registry_that_is_none_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_an_address_that_is_no_registry_is_rejected_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"the registry at ftp://x does not answer: .*; check registry\.uri"
     ) as raised:
@@ -294,7 +298,7 @@ def test_a_registry_that_is_none_is_refused_in_one_sentence(tmp_path: Path) -> N
 
 @pytest.mark.timeout(60)  # MLflow's client by itself would try for minutes
 @pytest.mark.parametrize("listening", [False, True], ids=["nobody listens", "nobody answers"])
-def test_a_server_that_does_not_answer_is_given_up_on(
+def test_a_server_that_does_not_answer_ends_in_an_error_within_seconds(
     listening: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
@@ -313,7 +317,7 @@ def test_a_server_that_does_not_answer_is_given_up_on(
 
 
 @pytest.mark.parametrize("path", ["file/registry.db", "file"])
-def test_a_database_that_cannot_be_opened_is_refused_in_one_sentence(
+def test_a_database_that_cannot_be_opened_is_rejected_in_one_sentence(
     path: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("no database" * 100)
@@ -324,10 +328,10 @@ def test_a_database_that_cannot_be_opened_is_refused_in_one_sentence(
     sentence_of(raised)
 
 
-# --- what others leave and do ---------------------------------------------------------------------
+# --- interruptions and concurrency --------------------------------------------------------------
 
 
-def test_a_registration_that_was_cut_off_before_its_version_can_be_done_again(
+def test_a_registration_that_was_interrupted_before_its_version_can_be_repeated(
     local: Registry, tmp_path: Path, name: str
 ) -> None:
     local.client.create_registered_model(name)
