@@ -172,7 +172,8 @@ class Evaluation:
     def probes(self) -> Probes | None:
         """Probes fitted on ``train`` and chosen on ``valid``, whichever split is evaluated.
 
-        None if no probe is wanted or the images have fewer than two classes.
+        None if no probe is wanted, there are fewer than two classes, or one of these splits is
+        missing.
         """
         contents, num_images = self.data.manifest, self.config.probe_images
         if (
