@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline import commands
 from pipeline.commands import shard, tune
-from pipeline.runs import read_rows
+from pipeline.runs import Run
 from pipeline.storage import open_storage
 
 GRID = [
@@ -63,7 +63,7 @@ def where_time_went(folder: str, rows: list[dict[str, Any]]) -> dict[str, float]
     for row in rows:
         log = [
             entry
-            for entry in read_rows(open_storage(f"{folder}/runs/{row['run']}"))
+            for entry in Run(open_storage(f"{folder}/runs/{row['run']}")).rows()
             if "train/step_ms" in entry
         ]
         steps += statistics.median(entry["train/step_ms"] for entry in log) * log[-1]["step"] / 1000

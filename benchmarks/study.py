@@ -39,8 +39,9 @@ def run(folder: str, name: str, seed: int, samples: int, num_images: int) -> dic
     import torch
 
     torch.set_num_threads(1)
-    from pipeline import commands, runs
+    from pipeline import commands
     from pipeline.commands import evaluate
+    from pipeline.runs import Run
     from pipeline.training import loop
 
     slug = name.replace(" ", "-").replace(",", "").replace("(", "").replace(")", "")
@@ -52,7 +53,7 @@ def run(folder: str, name: str, seed: int, samples: int, num_images: int) -> dic
         *models()[name],
     ]
     typed = commands.load("train", options)
-    storage = runs.run_storage(typed)
+    storage = Run.of(typed).storage
     if not storage.exists("model/model.safetensors"):
         loop.fit(typed)
     output = f"{folder}/evaluations/{typed.run_name}"

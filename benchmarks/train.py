@@ -36,7 +36,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.runs import read_rows
+from pipeline import runs
 from pipeline.storage import open_storage
 
 VLAE = str(Path(sys.executable).with_name("vlae"))
@@ -118,7 +118,7 @@ class Run:
         error = self.finish()
         if self.process.returncode:
             raise SystemExit(f"vlae train failed:\n{error}")
-        rows = [row for row in read_rows(self.storage) if "train/images_per_s" in row][3:]
+        rows = [row for row in runs.Run(self.storage).rows() if "train/images_per_s" in row][3:]
         if len(rows) < 3:
             raise SystemExit("the runs are too short to measure; raise --images")
         speed, waited = (

@@ -1,11 +1,11 @@
-"""Training runs: the names of the files in a run's folder, publishing a model and opening it."""
+"""Training runs: the files in a run's folder, publishing its model and opening it."""
 
 import hashlib
 import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import vlae
 from pipeline.config import sections
@@ -17,97 +17,161 @@ from pipeline.storage.base import Storage
 from pipeline.values import JsonObject
 from vlae.factory import MODEL_FILE, WEIGHTS_FILE
 
-RESULT = "result.json"
+Metrics: TypeAlias = JsonObject
+"""What a run measured, by name."""
+
+IDENTITY = "identity.json"
+"""The options that determine the run's weights, and the checksum of its data set's manifest."""
+CONFIG = "config.json"
+"""All options of the command that ran last."""
 METRICS = "metrics.jsonl"
-TRAINING_FILE = "training.json"
-
-Metrics = dict[str, Any]
-
-
-def run_storage(config: TrainConfig) -> Storage:
-    """Where a run keeps its checkpoints, metrics, model and result."""
-    return open_storage(
-        f"{config.storage.root}/runs/{config.run_name}", config.storage.endpoint_url
-    )
-
-
-def publish(run: Storage, model: vlae.VLAE, training: Metrics) -> None:
-    """Put a model, ready for ``vlae.load``, under ``model/`` of the run, with a record of its
-    training beside it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        vlae.save(model, folder)
-        (Path(folder) / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n")
-        for path in sorted(Path(folder).iterdir()):
-            run.upload(f"model/{path.name}", path)
-
-
-def read_rows(storage: Storage) -> list[dict[str, float]]:
-    """The rows that a run has logged so far; none if it has not started."""
-    if not storage.exists(METRICS):
-        return []
-    return [json.loads(line) for line in storage.read(METRICS).decode().splitlines()]
-
-
-MODEL_FILES = (MODEL_FILE, WEIGHTS_FILE, TRAINING_FILE)
+"""The metrics log: one JSON object for each row."""
+RESULT = "result.json"
+"""The result. It is written last: a run that has one is finished."""
+CHECKPOINTS = "checkpoints"
+"""The folder of checkpoints."""
+TENSORBOARD = "tensorboard"
+"""The folder of TensorBoard event files."""
+MODEL = "model"
+"""The folder of the final model."""
+BEST = "best"
+"""The folder with the model of the best validation, in a ``model`` folder."""
 EVALUATION = "evaluation"
-"""The folder of a run with the evaluation that it is registered with: ``result.json`` and pictures.
-In a version, ``evaluation.json``.
+"""The folder with the evaluation that the run is registered with: ``result.json`` and pictures.
+
+In a registered version, the file ``evaluation.json``.
 """
 
+TRAINING_FILE = "training.json"
+"""In a model's folder, the record of its training."""
+MODEL_FILES = (MODEL_FILE, WEIGHTS_FILE, TRAINING_FILE)
+"""The files of a model's folder."""
 
-def find_evaluation(run: Storage, weights: str) -> dict[str, Any] | None:
-    """The record of the evaluation that a run keeps of its model; none if there is none with
-    pictures, or of other weights.
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: the storage of its folder, and what is kept there under which name.
+
+    Picklable: pass it to workers as it is.
     """
-    if not run.exists(f"{EVALUATION}/result.json"):
-        return None
-    found: dict[str, Any] = run.read_json(f"{EVALUATION}/result.json")
-    return found if found.get("weights") == weights and found["pictures"] else None
 
+    storage: Storage
 
-def load(folder: Path) -> vlae.VLAE:
-    """The model in a folder. Raises UserError if it is none."""
-    try:
-        return vlae.load(folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from None
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Run":
+        """The run of this configuration; its folder need not exist yet."""
+        url = f"{config.storage.root}/runs/{config.run_name}"
+        return cls.at(url, config.storage.endpoint_url)
+
+    @classmethod
+    def at(cls, url: str, endpoint_url: str | None = None) -> "Run":
+        """The run in the folder or at the storage address ``url``."""
+        return cls(open_storage(url, endpoint_url))
+
+    @property
+    def url(self) -> str:
+        """The address of its folder."""
+        return self.storage.url
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has a result."""
+        return self.storage.exists(RESULT)
+
+    def result(self) -> JsonObject:
+        """The result of a finished run."""
+        result: JsonObject = self.storage.read_json(RESULT)
+        return result
+
+    def identity(self) -> JsonObject:
+        """The options that determine its weights, and under ``manifest`` its data set's checksum.
+
+        It exists once ``launch.check`` has passed.
+        """
+        identity: JsonObject = self.storage.read_json(IDENTITY)
+        return identity
+
+    def rows(self) -> list[dict[str, float]]:
+        """The metrics that it has logged so far, row by row; none if it has not started."""
+        if not self.storage.exists(METRICS):
+            return []
+        return [json.loads(line) for line in self.storage.read(METRICS).decode().splitlines()]
+
+    def publish(self, model: vlae.VLAE, training: JsonObject) -> None:
+        """Write a model, ready for ``vlae.load``, and the record of its training to ``model/``."""
+        with tempfile.TemporaryDirectory() as folder:
+            vlae.save(model, folder)
+            (Path(folder) / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n")
+            for path in sorted(Path(folder).iterdir()):
+                self.storage.upload(f"{MODEL}/{path.name}", path)
+
+    def download(self, folder: Path) -> None:
+        """Copy the files of its model into ``folder``. Raises UserError if one is missing."""
+        for file in MODEL_FILES:
+            self.storage.download(f"{MODEL}/{file}", folder / file)
+
+    def open(self) -> "OpenedModel":
+        """Its model. Raises UserError if the run is not finished or the model is damaged."""
+        if not self.storage.exists(f"{MODEL}/{TRAINING_FILE}"):
+            raise UserError(
+                f"{self.url} holds no finished model; give a run's folder, or models:/NAME@ALIAS"
+                " from the registry"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            self.download(Path(folder))
+            return OpenedModel.read(self.url, Path(folder))
+
+    def evaluation(self, weights: str) -> JsonObject | None:
+        """The record of its evaluation.
+
+        None if there is none, if its pictures are missing, or if it measured a model with other
+        ``weights`` (their sha256).
+        """
+        if not self.storage.exists(f"{EVALUATION}/{RESULT}"):
+            return None
+        found: JsonObject = self.storage.read_json(f"{EVALUATION}/{RESULT}")
+        return found if found.get("weights") == weights and found["pictures"] else None
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model for use, and where it is from."""
+    """A model that is ready for use, and where it comes from."""
 
     reference: str
+    """A run's address, or ``models:/...``."""
     network: vlae.VLAE
-    training: dict[str, Any]
-    weights: str  # sha256
-    version: dict[str, Any] | None  # in the registry, if it is from there
+    training: JsonObject
+    """The record of its training."""
+    weights: str
+    """The sha256 of its weights' file."""
+    version: tuple[str, int] | None = None
+    """Name and number in the registry, if it comes from there."""
+
+    @classmethod
+    def read(
+        cls, reference: str, folder: Path, version: tuple[str, int] | None = None
+    ) -> "OpenedModel":
+        """The model whose files are in ``folder``. Raises UserError if they are no model's."""
+        training = json.loads((folder / TRAINING_FILE).read_text())
+        weights = sha256_of_file(folder / WEIGHTS_FILE)
+        return cls(reference, load(folder), training, weights, version)
 
     @property
     def binarization(self) -> sections.Binarization:
         return sections.Binarization[self.training["config"]["dataset"]["binarization"]]
 
 
-def open_run(run: Storage) -> OpenedModel:
-    """The model of a finished run. Raises UserError if there is none, or it is damaged."""
-    if not run.exists(f"model/{TRAINING_FILE}"):
-        raise UserError(
-            f"{run.url} holds no finished model; give a run's folder, or models:/NAME@ALIAS from "
-            "the registry"
-        )
-    with tempfile.TemporaryDirectory() as place:
-        for file in MODEL_FILES:
-            run.download(f"model/{file}", Path(place) / file)
-        return opened(run.url, Path(place))
-
-
-def opened(reference: str, folder: Path, version: JsonObject | None = None) -> OpenedModel:
-    """The model whose files are in ``folder``. Raises UserError if they are not a model's."""
-    training = json.loads((folder / TRAINING_FILE).read_text())
-    return OpenedModel(
-        reference, load(folder), training, sha256_of_file(folder / WEIGHTS_FILE), version
-    )
+def load(folder: Path) -> vlae.VLAE:
+    """The model in a folder. Raises UserError if there is none, or it is damaged."""
+    try:
+        return vlae.load(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from None
 
 
 def open_data(model: OpenedModel, url: str | None, storage: sections.StorageOptions) -> DataSet:

@@ -1,6 +1,4 @@
-"""``vlae demo``: the main job from start to end, with an S3 server, a Ray cluster and a registry of
-its own.
-"""
+"""``vlae demo``: the main job from start to end, with an S3 server and a Ray cluster of its own."""
 
 import dataclasses
 import os
@@ -8,39 +6,38 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import vlae
 from pipeline.commands import Command, load
 from pipeline.config.evaluation import BoundOptions
 from pipeline.config.options import option, section
 from pipeline.config.search import TuneConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.measure import with_error
-from pipeline.storage import open_storage
-from pipeline.storage.server import ObjectStorageServer
-from pipeline.values import JsonObject
+from pipeline.values import JsonObject, Measured
 
 
 @dataclass
 class DemoConfig(TuneConfig):
     """The main job on real images: object storage, shards, search, registry, evaluation."""
 
-    folder: str = option("where everything is kept", "demo", path=True)
+    folder: str = option("the folder for everything", "demo", path=True)
     bounds: BoundOptions = section(BoundOptions, "the final evaluation, on test images")
 
 
 def run(config: DemoConfig) -> JsonObject:
     """Shard MNIST, search, register the best models, evaluate the very best on the test images.
-    What is there already is reused.
 
-    Everything stays in ``config.folder``. Returns the summary.
+    Everything is in ``config.folder``; results of an earlier call are reused. Returns the summary.
     """
     from pipeline.commands import evaluate, shard, tune
     from pipeline.search import report
+    from pipeline.storage import open_storage
+    from pipeline.storage.server import ObjectStorageServer
 
     started = time.monotonic()
     folder = Path(config.folder)
     with ObjectStorageServer(folder / "objects", "vlae") as server:
         os.environ.update(server.environment())
-        _say(f"object storage at {server.endpoint_url}, data in {folder / 'objects'}")
+        _print(f"object storage at {server.endpoint_url}, data in {folder / 'objects'}")
         shards = dataclasses.replace(
             load("shard", []),
             storage=config.storage,
@@ -48,7 +45,7 @@ def run(config: DemoConfig) -> JsonObject:
             cluster=config.cluster,
         )
         data = shard.run(shards)
-        _say(
+        _print(
             f"data set {config.dataset.name}: "
             + ", ".join(f"{split['images']:,} {name}" for name, split in data["splits"].items())
         )
@@ -64,7 +61,7 @@ def run(config: DemoConfig) -> JsonObject:
             )
         chosen = found["registered"][0]
         best = next(row for row in found["trials"] if row["run"] == chosen["run"])
-        _say(
+        _print(
             f"best model: {chosen['name']} version {chosen['version']}; evaluating it on the test"
             " images"
         )
@@ -112,34 +109,30 @@ def format_result(config: DemoConfig, result: JsonObject) -> str:
         f"{split['images']:,} {name}" for name, split in result["dataset"]["splits"].items()
     )
     finished = sum(row["status"] == "finished" for row in result["search"]["trials"])
-    bound = f"{with_error(test, 'elbo_nats')} nats (ELBO)"
+    elbo = Measured.from_json(test, "elbo_nats")
+    bound = f"{elbo} (ELBO)"
     if "iwae_nats" in test:
-        bound = (
-            f"{with_error(test, 'iwae_nats')} nats (IWAE bound, k = {test['iwae_samples']}); ELBO"
-            f" {test['elbo_nats']:.2f}"
-        )
-    told = {}
+        iwae = Measured.from_json(test, "iwae_nats")
+        bound = f"{iwae} (IWAE bound, k = {test['iwae_samples']}); ELBO {elbo.value:.2f}"
+    probes = {}
     if "probe" in test:
         linear, two_layer = (
-            with_error(test["probe"][name], "accuracy", factor=100)
+            Measured.from_json(test["probe"][name], "accuracy").percent
             for name in ("linear", "two_layer")
         )
-        told["class"] = (
-            f"told from the code with {linear} % accuracy by a linear probe, {two_layer} % by a"
+        probes["class"] = (
+            f"predicted from the code with {linear} accuracy by a linear probe, {two_layer} by a"
             " two-layer one"
         )
     others = ", ".join(str(each["version"]) for each in result["registered"][1:])
     others = f"; also version {others}" if others else ""
     rows = {
         "data set": f"{result['dataset']['name']}: {splits}",
-        "trials": f"{len(result['search']['trials'])}, of which {finished} ran to the end",
-        "best": (
-            f"window {best['model.window']}, {best['model.latents']} latents, flow depth"
-            f" {best['model.flow_depth']}"
-        ),
+        "trials": f"{len(result['search']['trials'])}, of which {finished} finished",
+        "best": vlae.describe({key.removeprefix("model."): best[key] for key in best}),
         "rate": f"{test['rate_bits']:.1f} bits per image",
-        "NLL": f"<= {bound}; on {test['num_images']:,} test images",
-        **told,
+        "NLL": f"<= {bound}; on {elbo.count:,} test images",
+        **probes,
         "registry": (
             f"{registry['name']} version {registry['version']} in {registry['uri']}" + others
         ),
@@ -150,7 +143,7 @@ def format_result(config: DemoConfig, result: JsonObject) -> str:
     return "\n".join(["", *lines, *(f"  {'picture':<11}{path}" for path in result["pictures"])])
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)
 
 

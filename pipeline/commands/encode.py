@@ -11,8 +11,9 @@ from pipeline.values import JsonObject
 
 @dataclass
 class EncodeConfig:
-    """Encode a data set: the code of every image as Parquet, in parallel; the same command again
-    goes on where it was.
+    """Encode a data set in parallel: the code of every image as Parquet.
+
+    The same command resumes an interrupted one.
     """
 
     model: str = option(A_MODEL)
@@ -20,16 +21,16 @@ class EncodeConfig:
     dataset_url: str | None = option(ANOTHER_DATA_SET, None, path=True)
     output: str = option("where the codes go", "outputs/encode", path=True)
     images_per_part: int = option(
-        "the most images in one Parquet file, which one task encodes", 10_000, at_least=1
+        "the most images in one Parquet file; one task encodes it", 10_000, at_least=1
     )
-    seed: int = option("decides binarization and the sample that the rate is measured with", 0)
+    seed: int = option("the seed of binarization and of the sample that measures the rate", 0)
     storage: StorageOptions = section(StorageOptions, "where things are kept")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
     cluster: ClusterOptions = section(ClusterOptions, "where it runs")
 
 
 def run(config: EncodeConfig) -> JsonObject:
-    """Encode a split. Returns what was written; codes that are complete are not made again.
+    """Encode a split. Returns what was written; complete codes are reused.
 
     Raises UserError if the model, the data set or the split does not exist, the images have
     another shape, or ``config.output`` holds other codes.
@@ -55,8 +56,8 @@ def run(config: EncodeConfig) -> JsonObject:
 
 
 def format_result(config: EncodeConfig, result: JsonObject) -> str:
-    """How many codes there are, and where."""
-    how = "were there already" if result["reused"] else "written"
+    """The number of codes, and their address."""
+    how = "existed already" if result["reused"] else "written"
     return (
         f"codes of {result['images']:,} {config.split} images {how}: {len(result['parts'])} "
         f"Parquet files in {result['url']}/codes"

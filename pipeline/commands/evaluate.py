@@ -1,19 +1,20 @@
-"""``vlae evaluate``: a model's bounds on held-out images, what its codes know, and its pictures. It
-needs no Ray.
+"""``vlae evaluate``: a model's bounds on held-out images, the information in its codes, pictures.
+
+It does not use Ray.
 """
 
 import math
-from typing import Any
 
+import vlae
 from pipeline.commands import Command
 from pipeline.config.evaluation import EvaluateConfig
-from pipeline.values import JsonObject
+from pipeline.values import JsonObject, Measured
 
-PROBED = {
+SPLIT_NOTES = {
     "train": ", on the images that the probes were fitted on",
     "valid": ", on the images that chose the probes",
 }
-"""What the report has to say of the probes' accuracy on a split that is not the test's."""
+"""A warning about the probes' accuracy on a split that they have seen."""
 
 PROBES = {
     "linear": "linear probe",
@@ -21,16 +22,17 @@ PROBES = {
     "linear_of_sample": "linear probe of one z",
     "majority": "always one class",
 }
+"""The probes in the order of the report, and the label of each."""
 
-SHOWN = 16
-"""So many values of a list are in the report."""
+MAX_SHOWN = 16
+"""The most values of a list in the report."""
 
 
 def run(config: EvaluateConfig) -> JsonObject:
-    """Measure, draw and write everything to ``config.output``.
+    """Measure the model and write figures and pictures to ``config.output``.
 
-    The figures of a registered model are kept with its version, too. Raises UserError if the model,
-    the data set or the split does not exist, or the images have another shape.
+    The figures of a registered model are also recorded with its version. Raises UserError if the
+    model, the data set or the split does not exist, or the images have another shape.
     """
     from pipeline.evaluation.evaluation import evaluate
     from pipeline.registry.models import open_model
@@ -39,7 +41,7 @@ def run(config: EvaluateConfig) -> JsonObject:
     model = open_model(config.model, config.registry, config.storage)
     result = evaluate(config, model)
     if model.version:
-        name, number = model.version["name"], model.version["version"]
+        name, number = model.version
         measured = result[config.split]
         Registry(config.registry).log_evaluation(name, number, config.split, measured)
     return result
@@ -53,8 +55,6 @@ def format_result(config: EvaluateConfig, result: JsonObject) -> str:
 
 def format_report(result: JsonObject, split: str) -> str:
     """The measured figures as text."""
-    from pipeline.evaluation.measure import with_error
-
     measured = result[split]
     rows = [
         ("rate", "rate_nats", f"{measured['rate_bits']:.2f} bits per image"),
@@ -72,19 +72,18 @@ def format_report(result: JsonObject, split: str) -> str:
         ]
     if "mutual_information_nats" in measured:
         compared = measured["mutual_information_images"]
-        told = (
+        share = (
             f"{measured['mutual_information_bits']:.2f} bits, of {math.log2(compared):.2f} that"
             f" tell {compared:,} images apart"
         )
         rows += [
-            ("I(x; z), at least", "mutual_information_nats", told),
+            ("I(x; z), at least", "mutual_information_nats", share),
             ("KL(q(z) || p(z)), at most", "marginal_kl_nats", "rate less I(x; z)"),
         ]
-    lines = [
-        f"{architecture_line(result)}; {measured['num_images']:,} {split} images, nats per image:"
-    ]
+    architecture = vlae.describe(result["architecture"])
+    lines = [f"{architecture}; {measured['num_images']:,} {split} images, nats per image:"]
     lines += [
-        f"  {label:<26}{with_error(measured, key, 3):<20}{extra}".rstrip()
+        f"  {label:<26}{Measured.from_json(measured, key).text(3):<20}{extra}".rstrip()
         for label, key, extra in rows
     ]
     latents = measured["latents"]
@@ -92,14 +91,16 @@ def format_report(result: JsonObject, split: str) -> str:
         f"{measured['active_units']} of {len(latents['code_variance'])} latents are active"
     )
     if "capacity_bits" in latents:
-        lines[-1] += (
-            f"; the most that each can tell, in bits, together {measured['capacity_bits']:.2f}:"
-        )
-        lines.append(_first(sorted(latents["capacity_bits"], reverse=True)))
+        lines[-1] += f"; the capacity of each in bits, {measured['capacity_bits']:.2f} in total:"
+        lines.append(_format_list(sorted(latents["capacity_bits"], reverse=True)))
     if "group_rate_bits" in latents:
-        lines += ["rate of each group of latents, in bits:", _first(latents["group_rate_bits"])]
+        lines += [
+            "rate of each group of latents, in bits:",
+            _format_list(latents["group_rate_bits"]),
+        ]
     if "probe" in measured:
-        lines.append(f"class told from the code, accuracy in %{PROBED.get(split, '')}:")
+        note = SPLIT_NOTES.get(split, "")
+        lines.append(f"class predicted from the code, accuracy in %{note}:")
         for name, label in PROBES.items():
             probe = measured["probe"][name]
             extra = (
@@ -107,23 +108,15 @@ def format_report(result: JsonObject, split: str) -> str:
                 if "valid_accuracy" in probe
                 else "most frequent in training"
             )
-            lines.append(f"  {label:<26}{with_error(probe, 'accuracy', factor=100):<20}{extra}")
+            accuracy = Measured.from_json(probe, "accuracy").percent.text()
+            lines.append(f"  {label:<26}{accuracy:<20}{extra}")
     return "\n".join(lines)
 
 
-def _first(values: list[float]) -> str:
-    """The first of many values."""
-    return (
-        "  "
-        + " ".join(f"{value:.2f}" for value in values[:SHOWN])
-        + (" ..." if len(values) > SHOWN else "")
-    )
-
-
-def architecture_line(result: dict[str, Any]) -> str:
-    """A model's architecture in a few words."""
-    model = result["architecture"]
-    return f"window {model['window']}, {model['latents']} latents, flow depth {model['flow_depth']}"
+def _format_list(values: list[float]) -> str:
+    """The first ``MAX_SHOWN`` values."""
+    shown = " ".join(f"{value:.2f}" for value in values[:MAX_SHOWN])
+    return f"  {shown}{' ...' if len(values) > MAX_SHOWN else ''}"
 
 
 COMMAND = Command(EvaluateConfig, run, format_result, lambda config: config.output)

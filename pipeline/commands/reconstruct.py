@@ -1,41 +1,40 @@
-"""``vlae reconstruct``: images beside what a model makes of their codes. It needs no Ray."""
+"""``vlae reconstruct``: images above their reconstructions. It does not use Ray."""
 
 from dataclasses import dataclass
-
-import torch
 
 from pipeline.commands import Command
 from pipeline.config.evaluation import A_MODEL, ANOTHER_DATA_SET
 from pipeline.config.options import option, section
 from pipeline.config.sections import RegistryOptions, StorageOptions
-from pipeline.data.batch import binarize
-from pipeline.data.loader import EvalLoader
-from pipeline.evaluation import pictures
-from pipeline.machine import device
-from pipeline.registry.models import open_model
-from pipeline.runs import open_data
-from pipeline.storage import open_storage
 from pipeline.values import JsonObject
 
 
 @dataclass
 class ReconstructConfig:
-    """Draw images of a data set, each above what a model makes of its code."""
+    """Draw images of a data set, each above its reconstructions by a model."""
 
     model: str = option(A_MODEL)
     split: str = option("the part of the data set: train, valid or test", "test")
     dataset_url: str | None = option(ANOTHER_DATA_SET, None, path=True)
-    num_images: int = option("how many of its first images", 40, at_least=1)
-    seed: int = option("decides binarization and all noise", 0)
+    num_images: int = option("the number of images, the first ones", 40, at_least=1)
+    seed: int = option("the seed of binarization and all noise", 0)
     output: str = option("where the picture goes", "outputs/reconstruct", path=True)
     storage: StorageOptions = section(StorageOptions, "where things are kept")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
 
 
 def run(config: ReconstructConfig) -> JsonObject:
-    """Draw the first ``config.num_images`` images of a split, each above several decodings of its
-    code, to a PNG. Returns the result.
-    """
+    """Draw the first images of a split to a PNG, each above several decodings of its code."""
+    import torch
+
+    from pipeline.data.batch import binarize
+    from pipeline.data.loader import EvalLoader
+    from pipeline.evaluation import pictures
+    from pipeline.machine import device
+    from pipeline.registry.models import open_model
+    from pipeline.runs import open_data
+    from pipeline.storage import open_storage
+
     torch.set_num_threads(1)
     model = open_model(config.model, config.registry, config.storage)
     data = open_data(model, config.dataset_url, config.storage)
@@ -53,7 +52,7 @@ def run(config: ReconstructConfig) -> JsonObject:
             model.network.to(device()), x.to(device()), torch.Generator().manual_seed(config.seed)
         ),
     )
-    result = {
+    return {
         "model": config.model,
         "weights": model.weights,
         "dataset": {"url": data.storage.url, "manifest": data.manifest.digest},
@@ -61,7 +60,6 @@ def run(config: ReconstructConfig) -> JsonObject:
         "seed": config.seed,
         "pictures": [f"{output.url}/reconstructions.png"],
     }
-    return result
 
 
 def format_result(config: ReconstructConfig, result: JsonObject) -> str:

@@ -1,23 +1,23 @@
 """``vlae registry``: list, show, register, compare, promote and roll back models."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
+import vlae
 from pipeline.commands import Command
 from pipeline.config.evaluation import BoundOptions
 from pipeline.config.options import option, section
 from pipeline.config.sections import RegistryOptions, StorageOptions
 from pipeline.errors import UserError
-from pipeline.evaluation import evaluation
-from pipeline.evaluation.measure import with_error
-from pipeline.registry.compare import compare, format_comparison
-from pipeline.registry.models import open_model
-from pipeline.registry.versions import Registry
-from pipeline.storage import open_storage
-from pipeline.storage.base import Storage
-from pipeline.values import JsonObject
+from pipeline.values import JsonObject, Measured
+
+if TYPE_CHECKING:
+    from pipeline.registry.versions import Registry, Version
+    from pipeline.runs import Run
+
+Value = TypeVar("Value")
 
 
 class Action(Enum):
@@ -34,21 +34,21 @@ class RegistryConfig:
     """List, show, register, compare and promote models, and roll a promotion back."""
 
     action: Action = option("what to do; the first word after the command")
-    name: str | None = option("a registered model", None)
+    name: str | None = option("the name of a registered model", None)
     version: int | None = option(
         "one of its versions; for compare and promote by default the challenger", None
     )
     against: str = option(
-        "what compare holds it to: an alias, or the number of a version", "champion"
+        "the version that compare compares it with: an alias or a number", "champion"
     )
     alias: str = option("the alias that promote gives", "champion")
-    yes: bool = option("promote even what is not better; --yes does the same", False)
+    yes: bool = option("promote a version even if it is not better, like --yes", False)
     runs: list[str] = option(
-        "the folders of finished runs that register takes; the last becomes the newest version", []
+        "the folders of finished runs to register; the last becomes the newest version", []
     )
-    split: str = option("the part of the data set that models are compared on", "valid")
+    split: str = option("the split on which versions are compared", "valid")
     dataset_url: str | None = option(
-        "another data set's folder to compare on; by default that of the version's training",
+        "the folder of another data set to compare on; by default that of the version's training",
         None,
         path=True,
     )
@@ -59,64 +59,76 @@ class RegistryConfig:
 
 
 def run(config: RegistryConfig) -> JsonObject:
-    """Do what ``config.action`` says, and return what was found or done. Raises UserError."""
+    """Carry out ``config.action``. Returns its result. Raises UserError."""
+    from pipeline.registry.versions import Registry
+
     registry = Registry(config.registry)
     if config.action is Action.list:
-        return {"models": registry.models()}
+        return {"models": [model.to_json() for model in registry.models()]}
     if config.name is None:
         raise UserError("which model? give name=NAME; `vlae registry list` lists them")
     return ACTIONS[config.action](registry, config.name, config)
 
 
 def register(
-    registry: Registry,
+    registry: "Registry",
     name: str,
-    runs: Iterable[Storage],
+    runs: Sequence["Run"],
     bounds: BoundOptions,
     storage: StorageOptions,
-) -> list[dict[str, Any]]:
-    """Evaluate the models of finished runs on validation images and make each a version of
-    ``name``, the last the newest.
+) -> list[int]:
+    """Evaluate the models of finished runs on validation images, and register each under ``name``.
 
-    Returns name and version of each. What is evaluated or registered already is not again. Raises
-    UserError if a run has no model.
+    The last becomes the newest version. Returns the number of each version. Existing evaluations
+    and versions are reused. Raises UserError if a run has no model.
     """
-    runs = list(runs)
-    for folder in runs:
-        evaluation.of_run(folder, bounds, storage)
-    return [registry.register(name, folder) for folder in runs]
+    from pipeline.evaluation.evaluation import evaluate_run
+
+    for each in runs:
+        evaluate_run(each, bounds, storage)
+    return [registry.register(name, each) for each in runs]
 
 
-def _show(registry: Registry, name: str, config: RegistryConfig) -> JsonObject:
-    rows, history = registry.versions(name), registry.history(name)
+def _show(registry: "Registry", name: str, config: RegistryConfig) -> JsonObject:
+    versions, history = registry.versions(name), registry.history(name)
     if config.version is not None:
-        rows, history = [registry.resolve(f"models:/{name}/{config.version}")], []
-    champions = [[when.isoformat(), how, number] for when, how, number in history]
-    return {"name": name, "versions": rows, "champions": champions}
+        versions, history = [registry.resolve(f"models:/{name}/{config.version}")], []
+    return {
+        "name": name,
+        "versions": [version.to_json() for version in versions],
+        "champions": [[time.isoformat(), how, version] for time, how, version in history],
+    }
 
 
-def _register(registry: Registry, name: str, config: RegistryConfig) -> JsonObject:
+def _register(registry: "Registry", name: str, config: RegistryConfig) -> JsonObject:
+    from pipeline.runs import Run
+
     if not config.runs:
         raise UserError("which runs? give runs=[FOLDER,...], the folders of finished training runs")
-    folders = [open_storage(url, config.storage.endpoint_url) for url in config.runs]
-    made = register(registry, name, folders, config.bounds, config.storage)
-    return {"name": name, "registered": made}
+    runs = [Run.at(url, config.storage.endpoint_url) for url in config.runs]
+    numbers = register(registry, name, runs, config.bounds, config.storage)
+    return {
+        "name": name,
+        "registered": [{"name": name, "version": number} for number in numbers],
+    }
 
 
-def _compare(registry: Registry, name: str, config: RegistryConfig) -> JsonObject:
-    row = _version(registry, name, config.version)
+def _compare(registry: "Registry", name: str, config: RegistryConfig) -> JsonObject:
+    version = _version(registry, name, config.version)
     by_number = config.against.isdecimal()
     other = registry.resolve(f"models:/{name}{'/' if by_number else '@'}{config.against}")
-    return {"name": name, "comparison": _measure(row, other, config)}
+    return {"name": name, "comparison": _measure(version, other, config)}
 
 
-def _measure(row: JsonObject, other: JsonObject, config: RegistryConfig) -> JsonObject:
-    version, against = (
-        open_model(f"models:/{each['name']}/{each['version']}", config.registry, config.storage)
-        for each in (row, other)
+def _measure(version: "Version", other: "Version", config: RegistryConfig) -> JsonObject:
+    from pipeline.registry.compare import compare
+    from pipeline.registry.models import open_model
+
+    model, against = (
+        open_model(each.reference, config.registry, config.storage) for each in (version, other)
     )
     return compare(
-        version,
+        model,
         against,
         split=config.split,
         dataset_url=config.dataset_url,
@@ -125,60 +137,63 @@ def _measure(row: JsonObject, other: JsonObject, config: RegistryConfig) -> Json
     )
 
 
-def _promote(registry: Registry, name: str, config: RegistryConfig) -> JsonObject:
-    row = _version(registry, name, config.version)
-    result: JsonObject = {"name": name, "version": row["version"], "alias": config.alias}
+def _promote(registry: "Registry", name: str, config: RegistryConfig) -> JsonObject:
+    version = _version(registry, name, config.version)
+    result: JsonObject = {"name": name, "version": version.number, "alias": config.alias}
     result |= {"comparison": None, "promoted": True}
-    champions = [each for each in registry.versions(name) if "champion" in each["aliases"]]
-    if config.alias == "champion" and champions and champions[0]["version"] != row["version"]:
-        result["comparison"] = _measure(row, champions[0], config)
+    champions = [each for each in registry.versions(name) if "champion" in each.aliases]
+    if config.alias == "champion" and champions and champions[0].number != version.number:
+        result["comparison"] = _measure(version, champions[0], config)
         result["promoted"] = result["comparison"]["better"] or config.yes
-    if result["promoted"] and config.alias not in row["aliases"]:
-        registry.set_alias(name, row["version"], config.alias)
+    if result["promoted"] and config.alias not in version.aliases:
+        registry.set_alias(name, version.number, config.alias)
     return result
 
 
-def _roll_back(registry: Registry, name: str, config: RegistryConfig) -> JsonObject:
+def _roll_back(registry: "Registry", name: str, config: RegistryConfig) -> JsonObject:
     version, from_version = registry.roll_back(name)
     return {"name": name, "version": version, "instead_of": from_version}
 
 
-ACTIONS = {
+ACTIONS: dict[Action, Callable[["Registry", str, RegistryConfig], JsonObject]] = {
     Action.show: _show,
     Action.register: _register,
     Action.compare: _compare,
     Action.promote: _promote,
     Action.rollback: _roll_back,
 }
+"""The actions on one registered model."""
 
 
-def _version(registry: Registry, name: str, version: int | None) -> JsonObject:
-    """The version asked for, or the challenger."""
-    if version is not None:
-        return registry.resolve(f"models:/{name}/{version}")
-    for row in registry.versions(name):
-        if "challenger" in row["aliases"]:
-            return row
+def _version(registry: "Registry", name: str, number: int | None) -> "Version":
+    """The version with this number, or the challenger."""
+    if number is not None:
+        return registry.resolve(f"models:/{name}/{number}")
+    for version in registry.versions(name):
+        if "challenger" in version.aliases:
+            return version
     raise UserError(
         f"{name} has no challenger; give version=N; `vlae registry show name={name}` lists them"
     )
 
 
 def format_result(config: RegistryConfig, result: JsonObject) -> str:
-    """What was found or done."""
+    """The result of the action as text."""
+    from pipeline.registry.compare import format_comparison
+
     name = result.get("name")
     if config.action is Action.list:
         return _format_list(config, result["models"])
     if config.action is Action.show:
-        lines = [_format_version(row) for row in result["versions"]]
+        lines = [_format_version(version) for version in result["versions"]]
         champions = ", ".join(
-            f"{how} {number} on {when[:10]} {when[11:16]} UTC"
-            for when, how, number in result["champions"]
+            f"{how} {number} on {time[:10]} {time[11:16]} UTC"
+            for time, how, number in result["champions"]
         )
         return "\n".join([*lines, *([f"champions: {champions}"] if champions else [])])
     if config.action is Action.register:
-        made = zip(result["registered"], config.runs, strict=True)
-        return "\n".join(f"{name} version {row['version']}: {url}" for row, url in made)
+        registered = zip(result["registered"], config.runs, strict=True)
+        return "\n".join(f"{name} version {each['version']}: {url}" for each, url in registered)
     if config.action is Action.compare:
         return format_comparison(result["comparison"])
     if config.action is Action.promote:
@@ -195,8 +210,8 @@ def format_result(config: RegistryConfig, result: JsonObject) -> str:
 def _format_list(config: RegistryConfig, models: list[JsonObject]) -> str:
     if not models:
         return (
-            f"the registry at {config.registry.uri} holds no model yet; `vlae tune` or "
-            "`vlae registry register` fills it"
+            f"the registry at {config.registry.uri} holds no model yet; `vlae tune` and "
+            "`vlae registry register` add models"
         )
     lines = []
     for model in models:
@@ -206,34 +221,35 @@ def _format_list(config: RegistryConfig, models: list[JsonObject]) -> str:
     return "\n".join(lines)
 
 
-def _format_version(row: JsonObject) -> str:
-    parameters, metrics, tags = row["parameters"], row["metrics"], row["tags"]
+def _format_version(version: JsonObject) -> str:
+    parameters, tags = version["parameters"], version["tags"]
+    aliases = "".join(f" @{alias}" for alias in version["aliases"])
+    architecture = vlae.describe(_part(parameters, "model."))
+    data = f"{parameters['dataset.name']} ({parameters['dataset.binarization']})"
     lines = [
-        (
-            f"{row['name']} version"
-            f" {row['version']}{''.join(f' @{alias}' for alias in row['aliases'])}"
-        ),
-        (
-            f"  window {parameters['model.window']}, {parameters['model.latents']} latents, flow"
-            f" depth {parameters['model.flow_depth']}; trained on {parameters['dataset.name']}"
-            f" ({parameters['dataset.binarization']}), {int(parameters['train.images']):,} images"
-        ),
+        f"{version['name']} version {version['version']}{aliases}",
+        f"  {architecture}; trained on {data}, {int(parameters['train.images']):,} images",
     ]
     for split in ("valid", "test"):
-        if f"{split}/elbo_nats" in metrics:
-            bounds = f"code length {_figure(metrics, f'{split}/elbo_nats')} nats"
-            bounds += f", rate {metrics[f'{split}/rate_bits']:.1f} bits"
-            if f"{split}/iwae_nats" in metrics:
-                samples = f"{metrics[f'{split}/iwae_samples']:.0f}"
-                bounds += f", IWAE-{samples} {_figure(metrics, f'{split}/iwae_nats')} nats"
-            images = f"{metrics[f'{split}/num_images']:,.0f} images"
-            lines.append(f"  {split}: {bounds}, on {images}")
+        figures = _part(version["metrics"], f"{split}/")
+        if "elbo_nats" in figures:
+            elbo = Measured.from_json(figures, "elbo_nats")
+            bounds = f"code length {elbo}, rate {figures['rate_bits']:.1f} bits"
+            if "iwae_nats" in figures:
+                iwae = Measured.from_json(figures, "iwae_nats")
+                bounds += f", IWAE-{figures['iwae_samples']:.0f} {iwae}"
+            lines.append(f"  {split}: {bounds}, on {elbo.count:,} images")
     search = f", a trial of {tags['search_name']}" if "search_name" in tags else ""
-    return "\n".join([*lines, f"  from {row['run']}{search}; code {tags['code_version'][:12]}"])
+    return "\n".join([*lines, f"  from {version['run']}{search}; code {tags['code_version'][:12]}"])
 
 
-def _figure(metrics: Mapping[str, float], key: str) -> str:
-    return with_error({key: metrics[key], f"{key}_se": metrics.get(f"{key}_se")}, key)
+def _part(values: Mapping[str, Value], prefix: str) -> dict[str, Value]:
+    """The values whose names begin with ``prefix``, without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in values.items()
+        if name.startswith(prefix)
+    }
 
 
 def _problem(result: JsonObject) -> str | None:
@@ -241,7 +257,7 @@ def _problem(result: JsonObject) -> str | None:
         return None
     return (
         f"version {result['version']} of {result['name']} is not better than the champion, version "
-        f"{result['comparison']['other']}: nothing is changed; promote it all the same with --yes"
+        f"{result['comparison']['other']}: nothing was changed; to promote it anyway, add --yes"
     )
 
 

@@ -1,17 +1,11 @@
-"""``vlae sample``: images drawn from a model. It needs no Ray."""
+"""``vlae sample``: images drawn from a model. It does not use Ray."""
 
 from dataclasses import dataclass
-
-import torch
 
 from pipeline.commands import Command
 from pipeline.config.evaluation import A_MODEL
 from pipeline.config.options import option, section
 from pipeline.config.sections import RegistryOptions, StorageOptions
-from pipeline.evaluation import pictures
-from pipeline.machine import device
-from pipeline.registry.models import open_model
-from pipeline.storage import open_storage
 from pipeline.values import JsonObject
 
 
@@ -20,17 +14,22 @@ class SampleConfig:
     """Draw images from a model."""
 
     model: str = option(A_MODEL)
-    num_images: int = option("how many", 40, at_least=1)
-    seed: int = option("decides which", 0)
+    num_images: int = option("the number of images", 40, at_least=1)
+    seed: int = option("the seed of all random numbers", 0)
     output: str = option("where the picture goes", "outputs/sample", path=True)
     storage: StorageOptions = section(StorageOptions, "where things are kept")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
 
 
 def run(config: SampleConfig) -> JsonObject:
-    """Draw ``config.num_images`` images to a PNG. The same seed draws the same images. Returns the
-    result.
-    """
+    """Draw ``config.num_images`` images to a PNG; the same seed draws the same images."""
+    import torch
+
+    from pipeline.evaluation import pictures
+    from pipeline.machine import device
+    from pipeline.registry.models import open_model
+    from pipeline.storage import open_storage
+
     torch.set_num_threads(1)
     model = open_model(config.model, config.registry, config.storage)
     output = open_storage(config.output, config.storage.endpoint_url)
@@ -42,13 +41,12 @@ def run(config: SampleConfig) -> JsonObject:
             torch.Generator().manual_seed(config.seed),
         ),
     )
-    result = {
+    return {
         "model": config.model,
         "weights": model.weights,
         "seed": config.seed,
         "pictures": [f"{output.url}/samples.png"],
     }
-    return result
 
 
 def format_result(config: SampleConfig, result: JsonObject) -> str:

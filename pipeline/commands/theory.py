@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pipeline.commands import Command
 from pipeline.config.options import option
-from pipeline.values import JsonObject
+from pipeline.values import JsonObject, Measured
 
 DECODERS = ("factorized", "covering", "full")
 
@@ -35,15 +35,13 @@ def run(config: TheoryConfig) -> JsonObject:
 
 def format_result(config: TheoryConfig, result: JsonObject) -> str:
     """The figures in nats, as text."""
-    from pipeline.evaluation.measure import with_error
-
     entropy, information = result["entropy"], result["global_information"]
     lines = [
         "nats per image:",
-        f"  entropy H             {with_error(result, 'entropy', 3)}",
+        f"  entropy H             {_text(result, 'entropy')}",
         f"    texture H(x|c)      {result['entropy_given_class']:.3f} (exact)",
         (
-            f"    global I(c; x)      {with_error(result, 'global_information', 3)}: which of"
+            f"    global I(c; x)      {_text(result, 'global_information')}: which of"
             f" {result['classes']} patterns"
         ),
         *(
@@ -60,9 +58,9 @@ def format_result(config: TheoryConfig, result: JsonObject) -> str:
     for name in DECODERS:
         row = result[name]
         lines.append(
-            f"  {name:<12}{row['window']:<8}{with_error(row, 'rate', 3):<18}"
-            f"{with_error(row, 'distortion', 3):<20}"
-            f"{with_error(row, 'code_length', 3):<20}{with_error(row, 'excess', 3)}"
+            f"  {name:<12}{row['window']:<8}{_text(row, 'rate'):<18}"
+            f"{_text(row, 'distortion'):<20}"
+            f"{_text(row, 'code_length'):<20}{_text(row, 'excess')}"
         )
     lines.append("")
     for name in DECODERS:
@@ -73,6 +71,10 @@ def format_result(config: TheoryConfig, result: JsonObject) -> str:
         )
     made = " (made before)" if result["reused"] else ""
     return "\n".join([*lines, f"figure{made}: {result['figure']}"])
+
+
+def _text(figures: JsonObject, key: str) -> str:
+    return Measured.from_json(figures, key).text(3)
 
 
 COMMAND = Command(TheoryConfig, run, format_result, lambda config: config.output)

@@ -27,32 +27,30 @@ def run(config: TrainConfig) -> JsonObject:
     missing or does not fit the model. Raises Interrupted if SIGTERM or Ctrl-C ended the run, after
     its state was saved.
     """
-    from pipeline import runs
     from pipeline.cluster import connect
     from pipeline.registry.tracking import Tracking, training_run
+    from pipeline.runs import Run
     from pipeline.storage.uploads import retry
     from pipeline.training import checkpoint
     from pipeline.training.launch import check
 
     check(config)
-    storage = runs.run_storage(config)
+    run = Run.of(config)
     with Tracking(config.registry) as tracking:
-        tracking.follow(
-            training_run(storage, to_dict(config), storage.read_json("identity.json")["manifest"])
-        )
-        if storage.exists(runs.RESULT):
-            return {**storage.read_json(runs.RESULT), "reused": True}
+        tracking.follow(training_run(run, to_dict(config), run.identity()["manifest"]))
+        if run.is_finished:
+            return {**run.result(), "reused": True}
         connect(config.cluster, config.storage)
         with progress(config):
             stopped_by = fit_until_stopped(config)
         if stopped_by:
             raise Interrupted(
                 f"run {config.run_name} is stopped, its state saved after step"
-                f" {retry(partial(checkpoint.newest_step, storage))} of"
+                f" {retry(partial(checkpoint.newest_step, run.storage))} of"
                 f" {config.train.num_steps}; the same command goes on from there",
                 stopped_by,
             )
-        return {**retry(partial(storage.read_json, runs.RESULT)), "reused": False}
+        return {**retry(run.result), "reused": False}
 
 
 def fit_until_stopped(config: TrainConfig) -> int | None:
@@ -61,7 +59,7 @@ def fit_until_stopped(config: TrainConfig) -> int | None:
     Returns the number of the signal that stopped the run, or None if the run finished. After the
     first signal this waits up to STOP_SECONDS for the workers; a second signal ends the wait.
     """
-    from pipeline import runs
+    from pipeline.runs import Run
     from pipeline.training.launch import fit
     from pipeline.training.restarts import ask_to_stop
 
@@ -84,16 +82,16 @@ def fit_until_stopped(config: TrainConfig) -> int | None:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-    return received[0] if received and not runs.run_storage(config).exists(runs.RESULT) else None
+    return received[0] if received and not Run.of(config).is_finished else None
 
 
 @contextlib.contextmanager
 def progress(config: TrainConfig) -> Iterator[None]:
     """Show a progress bar for the length of a block, from the metrics in the run's storage."""
-    from pipeline.runs import read_rows, run_storage
+    from pipeline.runs import Run
     from pipeline.storage.base import Unavailable
 
-    storage, done = run_storage(config), threading.Event()
+    run, done = Run.of(config), threading.Event()
 
     def follow() -> None:
         with tqdm(
@@ -106,7 +104,7 @@ def progress(config: TrainConfig) -> Iterator[None]:
             while True:
                 stop = done.wait(2.0)
                 try:
-                    rows = read_rows(storage)
+                    rows = run.rows()
                 except Unavailable:
                     bar.set_postfix_str("the storage is unavailable")
                     rows = []
@@ -136,13 +134,13 @@ def progress(config: TrainConfig) -> Iterator[None]:
 
 def format_result(config: TrainConfig, result: JsonObject) -> str:
     """The last validation, and the command that evaluates the run."""
-    from pipeline.evaluation.measure import with_error
+    from pipeline.values import Measured
 
     valid = result["valid"]
     how = "was finished already" if result["reused"] else "finished"
     return (
         f"run {result['name']} {how}: {valid['images']:,} images seen; valid code length "
-        f"{with_error(valid, 'elbo_nats')} nats, rate {valid['rate_bits']:.1f} bits, on "
+        f"{Measured.from_json(valid, 'elbo_nats')}, rate {valid['rate_bits']:.1f} bits, on "
         f"{valid['num_images']:,} images\nnext: vlae evaluate model={result['url']}"
     )
 

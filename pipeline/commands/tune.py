@@ -80,7 +80,7 @@ def register(config: TuneConfig, registry: "Registry", rows: list[JsonObject]) -
 
     ``rows``: as ``table`` orders them. Returns name, version and run of each, the best first.
     """
-    from pipeline.storage import open_storage
+    from pipeline.runs import Run
 
     candidates = [row for row in rows if row.get("feasible")]
     if not candidates:
@@ -88,13 +88,12 @@ def register(config: TuneConfig, registry: "Registry", rows: list[JsonObject]) -
     chosen = candidates[: config.register_best]
     # The first version of all becomes the champion, of others the newest becomes the challenger:
     # this is to be the best.
-    is_new = config.model_name not in {model["name"] for model in registry.models()}
+    is_new = config.model_name not in {model.name for model in registry.models()}
     made = {}
     for row in chosen if is_new else chosen[::-1]:
-        run_folder = open_storage(
-            f"{config.storage.root}/runs/{row['run']}", config.storage.endpoint_url
-        )
-        made[row["run"]] = {**registry.register(config.model_name, run_folder), "run": row["run"]}
+        run = Run.at(f"{config.storage.root}/runs/{row['run']}", config.storage.endpoint_url)
+        number = registry.register(config.model_name, run)
+        made[row["run"]] = {"name": config.model_name, "version": number, "run": row["run"]}
     return [made[row["run"]] for row in chosen]
 
 

@@ -1,9 +1,9 @@
-"""The code of every image of a split, as Parquet, by as many Ray tasks as there are cores.
+"""The code of every image of a split as Parquet, by as many Ray tasks as there are cores.
 
-The images are cut into parts by their number alone, each part is one file, and all that is random
-is drawn by an image's number: any number of tasks writes the same files. A file takes its name when
-it is complete, so a command that was killed goes on with those that are missing; ``result.json``,
-written last, is what makes the codes complete.
+The split into parts depends only on the number of images, each part is one file, and all noise is
+drawn by an image's number: any number of tasks writes the same files. Files are written
+atomically, so that a command that was killed continues with the missing ones. ``result.json``,
+written last, marks the codes as complete.
 """
 
 import io
@@ -35,7 +35,7 @@ from vlae.distributions import DiagonalGaussian
 
 RESULT, RECIPE = "result.json", "recipe.json"
 BATCH = 64
-"""Images encoded together: a fixed number, since another may round in another way."""
+"""Images in a batch. The number is fixed, since another one may round differently."""
 
 
 def encode_split(
@@ -48,10 +48,10 @@ def encode_split(
     use_gpu: bool,
     connect: Callable[[], None],
 ) -> JsonObject:
-    """Encode a split in Ray tasks. Returns what was written; codes that are complete are reused.
+    """Encode a split in Ray tasks. Returns what was written; complete codes are reused.
 
-    ``connect`` connects to Ray, and is called only if there is something to encode.
-    Raises UserError if there is no such split, or ``output`` holds other codes.
+    ``connect`` connects to Ray, and is called only if there is something to encode. Raises
+    UserError if there is no such split, or ``output`` holds other codes.
     """
     total = data.manifest.num_samples(split)
     recipe = {
@@ -105,11 +105,9 @@ def encode_part(
     part: int,
     num_parts: int,
 ) -> int:
-    """Write the codes of one part's images, in the order of the manifest; returns how many they
-    are.
-    """
+    """Write the codes of one part's images in the order of the manifest; returns their number."""
     keep_freed_memory()
-    torch.set_num_threads(1)  # several would add up in another order
+    torch.set_num_threads(1)  # several threads sum in another order
     model = model.to(device())
     loader = EvalLoader(data, split=split, batch_size=BATCH, rank=part, world_size=num_parts)
     table = pa.concat_tables(
@@ -125,11 +123,12 @@ def encode_part(
 def codes(
     model: vlae.VLAE, batch: Batch, keys: list[str] | None, binarization: Binarization, seed: int
 ) -> pa.Table:
-    """A row for each image: ``sample``, its number in the split; ``key``, its name where it came
-    from, left out if it had none; ``label``, null if it has none; ``code``, the one that stands for
-    it, the posterior's mean; ``scale``, the posterior's standard deviations, left out if an IAF
-    makes it no Gaussian; and ``rate_bits``, what a z drawn from the posterior costs, log2 q(z|x) -
-    log2 p(z).
+    """The codes of a batch, one row per image.
+
+    ``sample``: its number in the split. ``key``: its name at the source; omitted if images have no
+    names. ``label``: null if it has none. ``code``: the posterior's mean. ``scale``: the
+    posterior's standard deviations; omitted if an IAF makes the posterior non-Gaussian.
+    ``rate_bits``: log2 q(z|x) - log2 p(z) of a z drawn from the posterior.
     """
     posterior = model.encoder(binarize(batch, binarization, seed).to(device()))
     z, log_posterior = posterior.sample_with_log_prob(code_noise(model, batch, seed).to(device()))
@@ -142,7 +141,7 @@ def codes(
             pa.array(values.float().cpu().numpy().ravel()), type=vectors
         )
 
-    # A file's name may hold bytes that are no text, which Parquet does not take.
+    # File names may contain bytes that are not valid text, which Parquet does not accept.
     texts = [
         key.encode(errors="surrogateescape").decode(errors="backslashreplace") for key in keys or ()
     ]

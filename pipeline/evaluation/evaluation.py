@@ -1,7 +1,7 @@
-"""Evaluating a model: its bounds on held-out images, what its codes know, and its pictures."""
+"""Evaluating a model: its bounds on held-out images, the information in its codes, its pictures."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Never
 
 import torch
 from torch import Tensor
@@ -19,24 +19,23 @@ from pipeline.evaluation.measure import measure, report
 from pipeline.evaluation.moments import Moments
 from pipeline.evaluation.probe import Codes, Probes, code_noise, encode
 from pipeline.machine import device, keep_freed_memory, num_threads
-from pipeline.runs import EVALUATION, RESULT, OpenedModel, find_evaluation, open_data, open_run
+from pipeline.runs import EVALUATION, RESULT, OpenedModel, Run, open_data
 from pipeline.storage import open_storage
-from pipeline.storage.base import Storage
 from pipeline.values import JsonObject
 from vlae.information import ACTIVE_VARIANCE
 
 BATCH = 16
-"""Images evaluated together; the samples of z multiply it."""
+"""Images in a batch; each has several samples of z, which multiply it."""
 
 CODES_BATCH = 64
-"""Images encoded together for the probes."""
+"""Images in a batch that is only encoded, for the probes."""
 
 
 def evaluate(config: EvaluateConfig, model: OpenedModel) -> JsonObject:
-    """Measure ``model``, draw its pictures and write all of it to ``config.output``; returns the
-    record.
+    """Measure ``model``, draw its pictures, and write both to ``config.output``.
 
-    Raises UserError if the data set or the split does not exist, or the images have another shape.
+    Returns the record. Raises UserError if the data set or the split does not exist, or the images
+    have another shape.
     """
     keep_freed_memory()
     torch.set_num_threads(1)
@@ -46,7 +45,7 @@ def evaluate(config: EvaluateConfig, model: OpenedModel) -> JsonObject:
     result: JsonObject = {
         "model": config.model,
         "weights": model.weights,
-        "registry": {key: model.version[key] for key in ("name", "version")}
+        "registry": dict(zip(("name", "version"), model.version, strict=True))
         if model.version
         else None,
         "architecture": model.training["config"]["model"],
@@ -61,7 +60,7 @@ def evaluate(config: EvaluateConfig, model: OpenedModel) -> JsonObject:
         config.split: measured,
         "pictures": [],
     }
-    output.write_json(RESULT, result)  # the figures took long: they are safe if a picture fails
+    output.write_json(RESULT, result)  # before the pictures: the figures took long
     for name, picture in evaluation.pictures(measured["latents"]):
         output.write(f"{name}.png", picture)
         result["pictures"].append(f"{output.url}/{name}.png")
@@ -69,23 +68,23 @@ def evaluate(config: EvaluateConfig, model: OpenedModel) -> JsonObject:
     return result
 
 
-def of_run(
-    folder: Storage,
+def evaluate_run(
+    run: Run,
     bounds: BoundOptions,
     storage: StorageOptions,
     probe_images: int = 10_000,
 ) -> JsonObject:
-    """Evaluate the model of a finished run on validation images, as registering it requires.
+    """Evaluate the model of a finished run on validation images, as its registration requires.
 
-    Returns the evaluation's record, that of an earlier evaluation if there is one. Raises UserError
-    if there is no model.
+    Returns the record; that of an earlier evaluation if there is one. Raises UserError if there is
+    no model.
     """
-    model = open_run(folder)
-    found = find_evaluation(folder, model.weights)
+    model = run.open()
+    found = run.evaluation(model.weights)
     config = EvaluateConfig(
-        folder.url,
+        run.url,
         "valid",
-        output=f"{folder.url}/{EVALUATION}",
+        output=f"{run.url}/{EVALUATION}",
         probe_images=probe_images,
         bounds=bounds,
         storage=storage,
@@ -94,8 +93,9 @@ def of_run(
 
 
 class Evaluation:
-    """One model on one data set. Raises UserError if that does not exist, or its images have
-    another shape.
+    """The evaluation of one model on one data set.
+
+    Raises UserError if the data set does not exist, or its images have another shape.
     """
 
     def __init__(self, config: EvaluateConfig, model: OpenedModel) -> None:
@@ -107,26 +107,24 @@ class Evaluation:
     def loader(self, split: str, batch_size: int, num_images: int | None) -> EvalLoader:
         return EvalLoader(self.data, split=split, batch_size=batch_size, num_images=num_images)
 
-    def measure(self) -> dict[str, Any]:
-        """The figures of the evaluated images, under ``latents`` those of each latent, and, if
-        there are classes, under ``probe`` how well they are told from the code.
+    def measure(self) -> JsonObject:
+        """Measure the images of the evaluated split.
+
+        ``latents`` holds the figures of each latent, and ``probe``, if there are classes, the
+        accuracy with which classifiers predict them from the code.
         """
         bounds = self.config.bounds
-        groups = self.training["config"]["train"].get(
-            "free_groups", 1
-        )  # parts of the code that had their own free bits
-        images = self.loader(
-            self.config.split, BATCH, bounds.num_images
-        )  # first, since it finds out whether there is such a split
+        # The groups of latents that had free bits of their own.
+        groups = self.training["config"]["train"].get("free_groups", 1)
+        # First, since it raises if there is no such split.
+        images = self.loader(self.config.split, BATCH, bounds.num_images)
         probes = self.probes()
         information, right = Information(groups), Moments()
 
         @torch.no_grad()
         def account(batch: Batch, x: Tensor, estimate: vlae.Estimate) -> None:
-            posterior, noise = (
-                self.model.encoder(x),
-                code_noise(self.model, batch, bounds.seed).to(x.device),
-            )
+            posterior = self.model.encoder(x)
+            noise = code_noise(self.model, batch, bounds.seed).to(x.device)
             information.add(posterior, noise, estimate)
             codes = Codes.of(posterior, noise, batch.labels)
             if probes and len(codes.labels):
@@ -144,22 +142,20 @@ class Evaluation:
                 threads=num_threads(self.device),
                 visit=account,
             )
-        measured = report(moments, self.model, bounds.samples) | information.report(
-            self.model.rate_splits
-        )
+        measured: JsonObject = dict(report(moments, self.model, bounds.samples))
+        measured |= information.report(self.model.rate_splits)
         if probes and right.sums:
             measured["probe"] = {
                 name: {
-                    "accuracy": right.mean(name),
-                    "accuracy_se": right.standard_error(name),
+                    **right.measured(name).to_json("accuracy"),
                     **probes.chosen.get(name, {}),
                 }
                 for name in right.sums
             }
         return measured
 
-    def pictures(self, latents: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
-        """Name and PNG of each picture; ``latents`` are the figures of each."""
+    def pictures(self, latents: JsonObject) -> Iterator[tuple[str, bytes]]:
+        """Name and PNG of each picture; ``latents`` are the figures of each latent."""
         bounds = self.config.bounds
         generator = torch.Generator().manual_seed(bounds.seed)
         batch = next(iter(self.loader(self.config.split, bounds.pictures, bounds.pictures)))
@@ -174,8 +170,10 @@ class Evaluation:
             )
 
     def probes(self) -> Probes | None:
-        """Fitted on ``train`` and chosen on ``valid``, whatever split is evaluated; none where
-        there are no classes to tell apart.
+        """Probes fitted on ``train`` and chosen on ``valid``, whichever split is evaluated.
+
+        None if no probe is wanted, there are fewer than two classes, or one of these splits is
+        missing.
         """
         contents, num_images = self.data.manifest, self.config.probe_images
         if (
@@ -201,5 +199,5 @@ class Evaluation:
             )
 
 
-def progress_bar(images: EvalLoader, name: str) -> "tqdm[Any]":
+def progress_bar(images: EvalLoader, name: str) -> "tqdm[Never]":
     return tqdm(total=images.num_samples, unit=" images", desc=name, dynamic_ncols=True)

@@ -1,11 +1,11 @@
-"""Measuring a model on held-out images, in training, in a search and in ``vlae evaluate``."""
+"""Measuring a model on held-out images: for training, a search and ``vlae evaluate``."""
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,15 +18,17 @@ from pipeline.evaluation.moments import Moments
 from pipeline.noise import Purpose, normal
 
 QUANTITIES = ["distortion", "rate", "elbo", "iwae", "slack"]
+"""What is measured of every image. ``slack`` is the IWAE bound less the ELBO."""
+
 Result = TypeVar("Result")
 
 
-def several_at_once(
+def map_batches(
     work: Callable[[Batch], Result], loader: Iterable[Batch], threads: int
 ) -> Iterator[Result]:
-    """``work`` done on every batch: the results in the order of the batches.
+    """Apply ``work`` to every batch; the results come in the order of the batches.
 
-    ``threads`` batches are worked on at once; on a CPU that is better than many threads for one
+    ``threads`` batches are processed at once. On a CPU that is faster than several threads for one
     batch, which wait for each other.
     """
     with ThreadPoolExecutor(threads) as pool:
@@ -49,15 +51,14 @@ def measure(
     threads: int = 1,
     visit: Callable[[Batch, Tensor, vlae.Estimate], object] = lambda batch, x, estimate: None,
 ) -> Moments:
-    """Distortion, rate, ELBO, IWAE bound with k = ``samples``, and slack, in nats per image, of the
-    images that ``loader`` gives.
+    """Measure ``QUANTITIES`` on the images of ``loader``, in nats per image.
 
-    Dynamic binarization draws every image once, from (seed, image): the result does not depend on
-    the batches or the number of ranks. ``threads`` batches are worked on at once. ``visit`` is
-    called with each batch, its images as the model sees them and what was found, in the loader's
-    order. The sums are this rank's own; see ``Moments.reduce``.
+    The IWAE bound uses k = ``samples``. All noise is drawn from (seed, image), and dynamic
+    binarization draws every image once: the result depends neither on the batches nor on the
+    number of ranks. ``threads`` batches are processed at once. ``visit`` is called in the loader's
+    order with each batch, its images as the model sees them, and their estimate. The sums cover
+    this rank's images only; see ``Moments.reduce``.
     """
-
     dtype = next(model.parameters()).dtype
 
     def bounds(batch: Batch) -> tuple[Batch, Tensor, vlae.Estimate]:
@@ -67,51 +68,37 @@ def measure(
         return batch, x, vlae.estimate(model, x, codes.to(device, dtype))
 
     moments = Moments()
-    for batch, x, estimate in several_at_once(bounds, loader, threads):
+    for batch, x, estimate in map_batches(bounds, loader, threads):
         moments.add({name: getattr(estimate, name) for name in QUANTITIES})
         visit(batch, x, estimate)
     return moments
 
 
 def report(moments: Moments, model: vlae.VLAE, samples: int) -> dict[str, float | None]:
-    """The measured quantities by name and unit, each with its standard error over images; none
-    where a single image has none.
+    """The measured quantities by name and unit, each with its standard error over images.
 
     ``*_nats`` are nats per image, ``*_bits`` bits per image, ``*_bits_per_dim`` bits per sub-pixel.
     ``elbo`` and ``iwae`` are reported as bounds on the negative log-likelihood: lower is better.
-    The code length is the ELBO's; with one sample there is no other bound. ``slack`` is their
-    difference; its standard error is that of the differences image by image.
+    The code length is the negative ELBO; with one sample there is no IWAE bound. ``slack`` is the
+    difference of the two, and its standard error that of the differences image by image. Standard
+    errors are none for a single image.
     """
-    per_dim = math.prod(model.image_shape) * math.log(2)
-    elbo, iwae = -moments.mean("elbo"), -moments.mean("iwae")
+    num_dims = math.prod(model.image_shape)
+    rate, distortion = moments.measured("rate", "nats"), moments.measured("distortion", "nats")
+    elbo, iwae = -moments.measured("elbo", "nats"), -moments.measured("iwae", "nats")
     values = {
-        "num_images": moments.count("elbo"),
-        "rate_nats": moments.mean("rate"),
-        "rate_nats_se": moments.standard_error("rate"),
-        "rate_bits": moments.mean("rate") / math.log(2),
-        "distortion_nats": moments.mean("distortion"),
-        "distortion_nats_se": moments.standard_error("distortion"),
-        "elbo_nats": elbo,
-        "elbo_nats_se": moments.standard_error("elbo"),
-        "elbo_bits_per_dim": elbo / per_dim,
+        "num_images": elbo.count,
+        **rate.to_json("rate_nats"),
+        "rate_bits": rate.bits,
+        **distortion.to_json("distortion_nats"),
+        **elbo.to_json("elbo_nats"),
+        "elbo_bits_per_dim": elbo.value / (num_dims * math.log(2)),
     }
     if samples == 1:
         return values
     return values | {
-        "iwae_nats": iwae,
-        "iwae_nats_se": moments.standard_error("iwae"),
-        "iwae_bits_per_dim": iwae / per_dim,
+        **iwae.to_json("iwae_nats"),
+        "iwae_bits_per_dim": iwae.value / (num_dims * math.log(2)),
         "iwae_samples": samples,
-        "slack_nats": moments.mean("slack"),
-        "slack_nats_se": moments.standard_error("slack"),
+        **moments.measured("slack", "nats").to_json("slack_nats"),
     }
-
-
-def with_error(values: Mapping[str, Any], key: str, digits: int = 2, factor: int = 1) -> str:
-    """A measured quantity, times ``factor``, as text, with its standard error if it has one:
-    ``85.36 +- 0.66``.
-    """
-    error = values[f"{key}_se"]
-    return f"{factor * values[key]:.{digits}f}" + (
-        "" if error is None else f" +- {factor * error:.{digits}f}"
-    )

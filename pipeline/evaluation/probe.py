@@ -1,13 +1,12 @@
-"""Probes: how well simple classifiers tell an image's class from its code.
+"""Probes: how accurately simple classifiers predict an image's class from its code.
 
-A probe is fitted on the codes of training images; how strongly it is regularised is chosen by its
-accuracy on validation images; then it is asked, once, about the images that are evaluated. All of
-it is deterministic.
+A probe is fitted on the codes of training images, its regularisation is chosen by the accuracy on
+validation images, and it is applied once to the evaluated images. All of this is deterministic.
 
-``linear``, logistic regression, and ``two_layer``, a network with one hidden layer, see the code
-that stands for an image: the posterior's mean. That has none of the posterior's noise, so they find
-even what is too faint for z to carry. ``linear_of_sample`` sees a z drawn from the posterior, whose
-rate bounds what any classifier can tell.
+``linear``, logistic regression, and ``two_layer``, a network with one hidden layer, see the
+posterior's mean. It has none of the posterior's noise, so they also find what is too faint for z to
+carry. ``linear_of_sample`` sees a z drawn from the posterior, whose rate bounds what any classifier
+can learn from it.
 """
 
 import warnings
@@ -29,30 +28,37 @@ from pipeline.data.batch import Batch, binarize
 from pipeline.data.loader import EvalLoader
 from pipeline.data.manifest import Integers
 from pipeline.errors import UserError
-from pipeline.evaluation.measure import several_at_once
+from pipeline.evaluation.measure import map_batches
 from pipeline.noise import Purpose, normal
 from vlae.posterior import Posterior
 
 Floats = npt.NDArray[np.float64]
 
-# From the strongest regularisation to the weakest: of equally accurate probes the simplest is
-# chosen.
 LINEAR = [{"C": strength} for strength in (0.01, 0.1, 1.0, 10.0, 100.0)]
+"""The settings of the linear probe, the strongest regularisation first.
+
+Of equally accurate probes the first, and so the simplest, is chosen.
+"""
 TWO_LAYER = [{"alpha": strength} for strength in (1.0, 0.1, 0.001)]
+"""The settings of the two-layer probe, in the same order."""
 HIDDEN, EPOCHS, LEARNING_RATE = 128, 20, 3e-3
+"""The two-layer probe's hidden width and training."""
 
 
 @dataclass(frozen=True)
 class Codes:
     """Codes of labelled images."""
 
-    code: Floats  # (num_images, latents): the one that stands for the image
-    sample: Floats  # (num_images, latents): one drawn from the posterior
-    labels: Integers  # (num_images,)
+    code: Floats
+    """(num_images, latents): the means of the posteriors."""
+    sample: Floats
+    """(num_images, latents): one sample of each posterior."""
+    labels: Integers
+    """(num_images,)"""
 
     @classmethod
     def of(cls, posterior: Posterior, noise: Tensor, labels: Tensor) -> "Codes":
-        """The codes of those images that have a label; all arguments of a batch."""
+        """The codes of a batch's labelled images."""
         known = labels >= 0
         code, sample = (
             each.double().cpu()[known].numpy() for each in (posterior.code, posterior.sample(noise))
@@ -75,21 +81,21 @@ def encode(
     threads: int,
     progress: Callable[[int], object],
 ) -> Codes:
-    """The codes of the labelled images among all that ``loader`` gives, in its order.
+    """The codes of the labelled images of ``loader``, in its order.
 
-    ``threads`` batches are worked on at once; ``progress`` is called with the number of images of
+    ``threads`` batches are processed at once; ``progress`` is called with the number of images of
     each.
     """
 
     def codes(batch: Batch) -> tuple[int, Codes]:
-        with torch.no_grad():  # here, since each thread has its own switch
+        with torch.no_grad():  # here, since the setting is per thread
             posterior = model.encoder(binarize(batch, binarization, seed).to(device))
             return len(batch.labels), Codes.of(
                 posterior, code_noise(model, batch, seed).to(device), batch.labels
             )
 
     parts = []
-    for count, part in several_at_once(codes, loader, threads):
+    for count, part in map_batches(codes, loader, threads):
         parts.append(part)
         progress(count)
     return Codes(
@@ -101,7 +107,7 @@ def encode(
 
 
 class Probe:
-    """One classifier, the best on the validation codes of those that ``settings`` make."""
+    """A fitted classifier: of all ``settings``, the most accurate on the validation codes."""
 
     def __init__(
         self,
@@ -121,7 +127,7 @@ class Probe:
                 self.classifier, self.setting, self.valid_accuracy = classifier, setting, accuracy
 
     def correct(self, codes: Floats, labels: Integers) -> npt.NDArray[np.bool_]:
-        """Which of the images it tells right, of shape (num_images,)."""
+        """Whether it predicts the class of each image, of shape (num_images,)."""
         return self.classifier.predict(self._scaled(codes)) == labels
 
     def _scaled(self, codes: Floats) -> Floats:
@@ -129,17 +135,18 @@ class Probe:
 
 
 class Probes:
-    """All probes, fitted; and the class that is most frequent in training, to compare them with.
+    """All fitted probes and, as a baseline, the most frequent class of the training images.
 
-    Raises UserError if the training codes are not of two classes, or there are no validation codes.
+    Raises UserError if the training codes have fewer than two classes, or there are no validation
+    codes.
     """
 
     def __init__(self, train: Codes, valid: Codes) -> None:
         classes, counts = np.unique(train.labels, return_counts=True)
         if len(classes) < 2 or not len(valid.labels):
             raise UserError(
-                "probes need training images of two classes, and validation images: among the"
-                f" first {len(train.labels)} and {len(valid.labels)} there are none; raise"
+                "probes need training images of two classes, and validation images, but the first"
+                f" {len(train.labels)} and {len(valid.labels)} labelled ones are not enough; raise"
                 " probe_images, or set it to 0 for no probe"
             )
         self.majority = classes[counts.argmax()]
@@ -150,11 +157,10 @@ class Probes:
             }
             for name in ("code", "sample")
         )
-        # Several threads add up in another order, and would decide doubtful images another way.
+        # Several threads sum in another order, which would change the class of borderline images.
         with threadpool_limits(1), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", ConvergenceWarning
-            )  # to stop early is part of what a probe is
+            # Stopping early is part of a probe's definition.
+            warnings.simplefilter("ignore", ConvergenceWarning)
             self.fitted = {
                 "linear": Probe(_linear, LINEAR, **means),
                 "two_layer": Probe(_two_layer, TWO_LAYER, **means),
@@ -163,16 +169,14 @@ class Probes:
 
     @property
     def chosen(self) -> dict[str, dict[str, float]]:
-        """Of each probe, its regularisation and its accuracy on the validation images."""
+        """The regularisation of each probe, and its accuracy on the validation images."""
         return {
             name: {**probe.setting, "valid_accuracy": probe.valid_accuracy}
             for name, probe in self.fitted.items()
         }
 
     def correct(self, codes: Codes) -> dict[str, Tensor]:
-        """Which images each probe, and the majority class, tells right: bool, of shape
-        (num_images,).
-        """
+        """Whether each probe, and the most frequent class, is right: bool, (num_images,)."""
         right = {
             name: probe.correct(
                 codes.sample if name == "linear_of_sample" else codes.code, codes.labels

@@ -1,26 +1,21 @@
-"""The model card of a registered version: what it is, what it was trained on, how good it is, how
-to use it, and its limits.
-"""
+"""The model card of a registered version: its architecture, training data, figures and limits."""
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
-from pipeline.evaluation.measure import with_error
+from pipeline.values import JsonObject, Measured
 
-TELLS_THE_CLASS = {
+PROBE_LABELS = {
     "linear": "a linear probe of the code",
     "two_layer": "a two-layer probe of the code",
     "majority": "always the most frequent class",
 }
+"""How the card names what predicts the class."""
 
 
-def text(
-    name: str, training: Mapping[str, Any], evaluation: Mapping[str, Any], origin: Mapping[str, str]
-) -> str:
+def text(name: str, training: JsonObject, evaluation: JsonObject, origin: Mapping[str, str]) -> str:
     """The card of a model as Markdown.
 
-    training, evaluation: their records. origin: the version's tags, where it comes from.
+    training, evaluation: their records. origin: the version's tags.
     """
     config, split = training["config"], evaluation["split"]
     model, figures, bounds = config["model"], evaluation[split], evaluation["bounds"]
@@ -47,17 +42,15 @@ def text(
     )
     shape = evaluation["image_shape"]
     size = f"{model['latents']} {'maps' if model['code'] == 'maps' else 'latents'}"
-    of_all = (
-        f"{figures['rate_bits']:.1f} bits of an image, of {figures['elbo_nats'] / math.log(2):.0f}"
-        " in all"
-    )
+    elbo = Measured.from_json(figures, "elbo_nats")
+    of_all = f"{figures['rate_bits']:.1f} of an image's {elbo.bits:.0f} bits"
     lines = [
         f"# {name}",
         "",
         (
             f"A Variational Lossy Autoencoder for images of {' x '.join(map(str, shape))} (channels"
-            f" x height x width), pixels {pixels}. Its decoder draws each pixel from the code and"
-            f" from {window}; what that window can predict is not in the code."
+            f" x height x width), pixels {pixels}. Its decoder predicts each pixel from the code"
+            f" and {window}; the code omits what that window can predict."
         ),
         "",
         "| | |",
@@ -65,7 +58,7 @@ def text(
         f"| code | {size}; prior {prior}; posterior a diagonal Gaussian{posterior} |",
         f"| trained on | `{config['dataset']['name']}`, manifest sha256 `{training['manifest']}` |",
         (
-            f"| for | {config['train']['images']:,} images, repeats included; seed"
+            f"| trained for | {config['train']['images']:,} images, counting repeats; seed"
             f" {config['train']['seed']} |"
         ),
         (
@@ -79,37 +72,35 @@ def text(
         )
     lines += [
         "",
-        f"## How good it is, on {images}",
+        f"## Figures on {images}",
         "",
         "| | nats per image | |",
         "| --- | --- | --- |",
         (
-            f"| rate | {with_error(figures, 'rate_nats')} | {figures['rate_bits']:.2f} bits per"
-            " image |"
+            f"| rate | {Measured.from_json(figures, 'rate_nats').text()} |"
+            f" {figures['rate_bits']:.2f} bits per image |"
         ),
-        f"| distortion | {with_error(figures, 'distortion_nats')} | |",
+        f"| distortion | {Measured.from_json(figures, 'distortion_nats').text()} | |",
         (
-            f"| code length (-ELBO) | {with_error(figures, 'elbo_nats')} |"
+            f"| code length (-ELBO) | {elbo.text()} |"
             f" {figures['elbo_bits_per_dim']:.4f} bits per dim |"
         ),
     ]
     if "iwae_nats" in figures:
         bound = f"-IWAE, k = {figures['iwae_samples']}"
         lines.append(
-            f"| {bound} | {with_error(figures, 'iwae_nats')} | {figures['iwae_bits_per_dim']:.4f}"
-            " bits per dim |"
+            f"| {bound} | {Measured.from_json(figures, 'iwae_nats').text()} |"
+            f" {figures['iwae_bits_per_dim']:.4f} bits per dim |"
         )
-    for probe, label in TELLS_THE_CLASS.items():
+    for probe, label in PROBE_LABELS.items():
         if probe in figures.get("probe", {}):
-            lines.append(
-                f"| class told by {label} | |"
-                f" {with_error(figures['probe'][probe], 'accuracy', factor=100)} % |"
-            )
+            accuracy = Measured.from_json(figures["probe"][probe], "accuracy").percent
+            lines.append(f"| class predicted by {label} | | {accuracy} |")
     lines += [
         "",
         (
             "Errors are standard errors over images. Both bounds are upper bounds on the negative"
-            " log-likelihood; an importance-weighted bound is not an ELBO. Noise is drawn from"
+            " log-likelihood; an importance-weighted bound is not an ELBO. All noise is drawn from"
             f" seed {bounds['seed']}. All figures are in `evaluation.json`."
         ),
         "",
@@ -122,7 +113,7 @@ def text(
         "```python",
         "import mlflow.artifacts, vlae",
         "",
-        'mlflow.set_tracking_uri("...")  # the registry that it is in',
+        'mlflow.set_tracking_uri("...")  # the address of the registry',
         f'model = vlae.load(mlflow.artifacts.download_artifacts("models:/{name}@champion"))',
         (
             f"code = model.encoder(images).code  # images: (batch, {', '.join(map(str, shape))}),"
@@ -135,16 +126,16 @@ def text(
         "## Limits",
         "",
         (
-            f"- It knows images like those of `{config['dataset']['name']}` only; of others its"
-            " bounds and codes say little."
+            f"- It was trained on `{config['dataset']['name']}` only; on other images its bounds"
+            " and codes mean little."
         ),
         (
-            "- The code drops what the window can predict, whether a task needs it or not: it"
+            "- The code omits what the window can predict, whether a task needs it or not: it"
             f" carries {of_all}."
         ),
         (
-            f"- `{split}` figures of a model that was chosen by them are a little too good; measure"
-            " a chosen one on `test`."
+            f"- If the model was chosen by its `{split}` figures, they are a little too good;"
+            " measure it on `test`."
         ),
     ]
     return "\n".join(lines) + "\n"

@@ -1,11 +1,9 @@
 """Comparing two model versions on the same images, with the same noise."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
+import vlae
 from pipeline import machine
 from pipeline.config.evaluation import BoundOptions
 from pipeline.config.options import to_dict
@@ -14,18 +12,21 @@ from pipeline.data.batch import Batch
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluation
-from pipeline.evaluation.measure import measure, with_error
+from pipeline.evaluation.measure import measure
 from pipeline.evaluation.moments import Moments
 from pipeline.machine import device, keep_freed_memory
 from pipeline.runs import OpenedModel, open_data
-from pipeline.values import JsonObject
+from pipeline.values import JsonObject, Measured
 
 COMPARED = {"nll": "negative log-likelihood", "code_length": "code length", "rate": "rate"}
-"""What is measured of both models on every image, in nats. The first decides; of one sample, it is
-the second.
+"""What is measured of both models on every image, in nats.
+
+``nll`` decides; with one sample it equals ``code_length``.
 """
+PARTS = ("version", "other", "difference")
+"""The figures of each quantity: of both models, and of the first less the second."""
 CERTAIN = 2.0
-"""A model is better if it is so by more than this many standard errors of the difference."""
+"""A model is better if its lead exceeds this many standard errors of the difference."""
 
 
 def compare(
@@ -39,15 +40,15 @@ def compare(
 ) -> JsonObject:
     """Measure two versions of a model on the same images, with the same binarization, k and noise.
 
-    Each quantity is given for both, and as the difference ``version`` less ``other``, with its
-    standard error over images: that of the differences image by image. The images are those of
-    ``dataset_url``, by default of the first version's training. Raises UserError if one models
-    images of 256 values, and the other binary ones.
+    Each quantity is given for both, and as the difference ``version`` less ``other``; its standard
+    error is that of the differences image by image. The images are those of ``dataset_url``, by
+    default of the first version's training. Raises UserError if one version models images of 256
+    values and the other binary ones.
     """
     keep_freed_memory()
     torch.set_num_threads(1)
     models = (version, other)
-    numbers = [model.version["version"] if model.version else None for model in models]
+    numbers = [model.version[1] if model.version else None for model in models]
     kinds = [model.binarization for model in models]
     if Binarization.none in kinds and kinds[0] != kinds[1]:
         raise UserError(
@@ -56,19 +57,14 @@ def compare(
         )
     url = dataset_url or version.training["config"]["dataset"]["url"]
     measured = [_per_image(model, url, kinds[0], split, bounds, storage) for model in models]
-    values: dict[str, Any] = {}
+    values: dict[str, JsonObject] = {}
     for name in COMPARED:
         moments, (new, old) = Moments(), (each[name] for each in measured)
         moments.add({"version": new, "other": old, "difference": new - old})
-        values[name] = {
-            key: figure
-            for part in ("version", "other", "difference")
-            for key, figure in (
-                (part, moments.mean(part)),
-                (f"{part}_se", moments.standard_error(part)),
-            )
-        }
-    decisive = values["nll"]
+        values[name] = {}
+        for part in PARTS:
+            values[name] |= moments.measured(part, "nats").to_json(part)
+    difference = Measured.from_json(values["nll"], "difference")
     return {
         "version": numbers[0],
         "other": numbers[1],
@@ -76,7 +72,7 @@ def compare(
         "num_images": len(measured[0]["nll"]),
         "bounds": to_dict(bounds),
         "nats": values,
-        "better": decisive["difference"] + CERTAIN * (decisive["difference_se"] or 0.0) < 0,
+        "better": difference.value + CERTAIN * (difference.error or 0.0) < 0,
     }
 
 
@@ -95,7 +91,7 @@ def _per_image(
     )
     parts: list[dict[str, Tensor]] = []
 
-    def keep(batch: Batch, x: Tensor, estimate: Any) -> None:
+    def keep(batch: Batch, x: Tensor, estimate: vlae.Estimate) -> None:
         values = {"nll": -estimate.iwae, "code_length": -estimate.elbo, "rate": estimate.rate}
         parts.append({name: value.double().cpu() for name, value in values.items()})
         bar.update(len(x))
@@ -114,7 +110,7 @@ def _per_image(
     return {name: torch.cat([part[name] for part in parts]) for name in COMPARED}
 
 
-def format_comparison(comparison: Mapping[str, Any]) -> str:
+def format_comparison(comparison: JsonObject) -> str:
     """A comparison as a table."""
     data, k = comparison["dataset"], comparison["bounds"]["samples"]
     images = f"{comparison['num_images']:,} {data['split']} images of {data['url']}"
@@ -125,9 +121,7 @@ def format_comparison(comparison: Mapping[str, Any]) -> str:
     ]
     for name, label in COMPARED.items():
         row = comparison["nats"][name]
-        shown = "".join(
-            f"{with_error(row, part, 3):>18}" for part in ("version", "other", "difference")
-        )
+        shown = "".join(f"{Measured.from_json(row, part).text(3):>18}" for part in PARTS)
         lines.append(f"  {label + f', k = {k}' * (name == 'nll'):<26}{shown}")
     difference = comparison["nats"]["nll"]["difference"]
     verdict = (

@@ -1,9 +1,9 @@
-"""Training runs in MLflow: what each was started with, and its metrics as it goes on.
+"""Training runs in MLflow: the parameters of each, and its metrics while it is training.
 
-A run's own folder is what counts; its copy in MLflow is found again by the tag ``run``, the
-folder's address. So a run that is resumed goes on in the same MLflow run, and what a server that
-was away has missed is made up for later, from ``metrics.jsonl``. Only the driver of a run writes to
-MLflow: by default the registry is a SQLite file, which workers on other machines could not reach.
+The run's own folder is authoritative. Its copy in MLflow has the folder's address as the tag
+``run``, so that a resumed run continues in the same MLflow run, and rows that a server missed
+while it was down are sent later, from ``metrics.jsonl``. Only the driver of a run writes to MLflow:
+by default the registry is a SQLite file, which workers on other machines could not reach.
 """
 
 import importlib.metadata
@@ -13,8 +13,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,97 +23,90 @@ from typing import Any, Literal, Self
 from pipeline.config import options, sections
 from pipeline.config.options import identity
 from pipeline.config.run import TrainConfig
-from pipeline.runs import read_rows
+from pipeline.runs import Run
 from pipeline.storage.base import Storage
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 SYNC_SECONDS = 5.0
-"""How often a run's copy is brought up to date."""
+"""Seconds between two updates of a run's copy."""
 STALE_SECONDS = 15 * 60
-"""A run that nobody has followed for so long has lost its driver."""
-FAREWELL_SECONDS = 20.0
+"""A running run without an update for this long is considered abandoned: its driver was killed."""
+FINAL_SYNC_SECONDS = 20.0
 """How long the end of a command waits for a server that does not answer."""
-MOST_METRICS, MOST_PARAMETERS = 1000, 100
-"""MLflow takes no more in one request."""
+MAX_METRICS, MAX_PARAMETERS = 1000, 100
+"""MLflow's limits for one request."""
 FOLLOWED = "followed"
-"""The tag with the time, in seconds, at which a run's driver was last heard of."""
+"""The tag with the time, in seconds, of the driver's last update."""
 
-QUIET = {
+MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+"""Settings that keep MLflow quiet, unless the user has set them."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class TrackedRun:
-    """A run's folder, and what MLflow is told of it.
-
-    ``parameters`` are what makes it this run: with others, a folder of the same address is another
-    run. ``parent`` is the search that it is a trial of.
-    """
+    """A training run or a search, and its copy in MLflow."""
 
     folder: Storage
     name: str
     experiment: str
     parameters: Mapping[str, Any]
+    """They identify the run: with other parameters, the same folder is another MLflow run."""
     parent: "TrackedRun | None" = None
-    run_id: str | None = field(
-        default=None, init=False
-    )  # MLflow's; none while it is not known whether there is one
-    finished: bool = field(default=False, init=False)  # by an earlier command
-    logged: dict[str, int] = field(
-        default_factory=dict, init=False
-    )  # the last step that MLflow has of each metric
+    """The search that the run is a trial of."""
+    run_id: str | None = field(default=None, init=False)
+    """MLflow's id; none until MLflow was asked whether the run exists."""
+    finished: bool = field(default=False, init=False)
+    """Whether an earlier command finished it."""
+    logged: dict[str, int] = field(default_factory=dict, init=False)
+    """The last step of each metric that MLflow has."""
 
 
 def training_run(
-    folder: Storage,
+    run: Run,
     config: Mapping[str, Any],
     manifest_digest: str,
     parent: TrackedRun | None = None,
 ) -> TrackedRun:
-    """What MLflow is told of a training run, from its configuration as plain values."""
+    """A training run as MLflow tracks it; ``config`` is its configuration as plain values."""
     parameters = {"manifest": manifest_digest} | {
         f"{part}.{key}": value
         for part, values in identity(TrainConfig, config).items()
         for key, value in values.items()
     }
-    return TrackedRun(
-        folder, folder.url.rpartition("/")[2], config["dataset"]["name"], parameters, parent
-    )
+    return TrackedRun(run.storage, run.name, config["dataset"]["name"], parameters, parent)
 
 
 class Connection:
-    """MLflow's client, and what it keeps of runs. Every method raises what MLflow does if there is
-    no answer.
+    """MLflow's client for the copies of runs.
+
+    Every method raises MLflow's exception if the server does not answer.
     """
 
     def __init__(self, config: sections.RegistryOptions) -> None:
-        for setting, value in QUIET.items():
+        for setting, value in MLFLOW_SETTINGS.items():
             os.environ.setdefault(setting, value)
-        from mlflow import (
-            MlflowClient,  # it takes seconds, which only those who connect have to spend
-        )
+        from mlflow import MlflowClient  # here, since it takes seconds
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        logging.getLogger("urllib3.connectionpool").setLevel(
-            logging.ERROR
-        )  # it would tell of every attempt
+        # urllib3 would log every attempt.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         if config.uri.startswith("sqlite:///"):
             create_database(Path(config.uri.removeprefix("sqlite:///")).absolute())
         self.client = MlflowClient(config.uri, config.uri)
-        # A server keeps files where it was started to, and its clients need no access to that
-        # place.
+        # A server decides itself where files are kept; its clients need no access to that place.
         self.artifacts = None if config.uri.startswith("http") else config.artifacts
 
     def sync(self, run: TrackedRun) -> str:
-        """Bring a run's copy up to date, and make it if there is none; returns MLflow's id of it.
+        """Update a run's copy, or create it; returns its id in MLflow.
 
-        After an error, nothing is taken for known: the next call asks MLflow again what it has.
+        After an error, the next call asks MLflow again what the copy contains.
         """
         from mlflow.entities import Metric
 
@@ -122,12 +115,12 @@ class Connection:
             now = int(time.time() * 1000)
             new = [
                 Metric(name, value, now, int(row["step"]))
-                for row in read_rows(run.folder)
+                for row in Run(run.folder).rows()
                 for name, value in row.items()
                 if name != "step" and row["step"] > run.logged.get(name, -1)
             ]
-            for start in range(0, len(new), MOST_METRICS):
-                self.client.log_batch(run_id, metrics=new[start : start + MOST_METRICS])
+            for start in range(0, len(new), MAX_METRICS):
+                self.client.log_batch(run_id, metrics=new[start : start + MAX_METRICS])
             run.logged |= {metric.key: metric.step for metric in new}
             self.client.set_tag(run_id, FOLLOWED, _now())
         except BaseException:
@@ -136,20 +129,19 @@ class Connection:
         return run_id
 
     def end(self, run: TrackedRun, status: Status) -> None:
-        """Mark a run that is up to date as finished, failed or killed; it stays finished if it was
-        before.
-        """
+        """Mark an updated run as finished, failed or killed; a finished one stays finished."""
         if not run.finished:
             self.client.set_terminated(run.run_id, status)
 
     def _open(self, run: TrackedRun) -> str:
-        """The id of the MLflow run that is the copy of ``run``, which is running from now on; what
-        it has of metrics is noted.
+        """Find or create the copy of ``run``, mark it as running, and note which metrics it has.
+
+        Returns its id.
         """
         from mlflow.entities import Param
 
         experiment = self._experiment(run.experiment)
-        self._mark_the_abandoned(experiment)
+        self._mark_abandoned(experiment)
         tags = {"run": run.folder.url, "code_version": code_version(), FOLLOWED: _now()}
         parameters = {key: str(value) for key, value in run.parameters.items()}
         quote = "'" if '"' in run.folder.url else '"'
@@ -169,8 +161,8 @@ class Connection:
         missing = [
             Param(key, value) for key, value in parameters.items() if key not in kept.data.params
         ]
-        for start in range(0, len(missing), MOST_PARAMETERS):
-            self.client.log_batch(run_id, params=missing[start : start + MOST_PARAMETERS])
+        for start in range(0, len(missing), MAX_PARAMETERS):
+            self.client.log_batch(run_id, params=missing[start : start + MAX_PARAMETERS])
         run.logged = {
             name: max(metric.step for metric in self.client.get_metric_history(run_id, name))
             for name in kept.data.metrics
@@ -181,60 +173,55 @@ class Connection:
         return run_id
 
     def _experiment(self, name: str) -> str:
-        """The id of an experiment, which is made if there is none. One that keeps its files
-        elsewhere is another.
-        """
-        from mlflow.exceptions import MlflowException
+        """The id of an experiment, created if necessary.
 
+        An experiment of this name that keeps its files elsewhere is another one: then the name gets
+        a suffix.
+        """
         location = f"{self.artifacts}/{name}" if self.artifacts else None
         found = self.client.get_experiment_by_name(name)
         if found and location and found.artifact_location != location:
             name = f"{name}-{options.digest(location)}"
             found = self.client.get_experiment_by_name(name)
         if not found:
-            try:
+            with ignore_existing():
                 return str(self.client.create_experiment(name, location))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # somebody else was as quick
-                    raise
-                found = self.client.get_experiment_by_name(name)
+            found = self.client.get_experiment_by_name(name)
         return str(found.experiment_id)
 
-    def _mark_the_abandoned(self, experiment: str) -> None:
-        """Have no run said to be running whose driver was killed, and which nobody has started
-        again.
-        """
+    def _mark_abandoned(self, experiment: str) -> None:
+        """Mark running runs as killed that have had no update for ``STALE_SECONDS``."""
         for other in self.client.search_runs([experiment], "attributes.status = 'RUNNING'"):
-            heard = other.data.tags.get(FOLLOWED)
-            if heard and time.time() - int(heard) > STALE_SECONDS:
-                self.client.set_terminated(other.info.run_id, "KILLED", end_time=int(heard) * 1000)
+            followed = other.data.tags.get(FOLLOWED)
+            if followed and time.time() - int(followed) > STALE_SECONDS:
+                ended = int(followed) * 1000
+                self.client.set_terminated(other.info.run_id, "KILLED", end_time=ended)
 
 
 class Tracking:
-    """Keeps MLflow's copies of runs up to date, in the background, while the body of ``with`` runs.
+    """Keeps MLflow's copies of runs up to date in the background while the body of ``with`` runs.
 
-    It never ends a run or slows it: while MLflow does not answer there is a warning, and what was
-    missed is caught up with. Runs that are still followed at the end are finished, or failed or
-    killed if the body ended by an error or an interruption.
+    It never ends or slows down a run: while MLflow does not answer there is a warning, and missing
+    rows are sent later. Runs that are still followed at the end are marked as finished, or as
+    failed or killed if the body ended by an error or an interruption.
     """
 
     def __init__(self, config: sections.RegistryOptions) -> None:
         self.config = config
-        self._runs: dict[
-            TrackedRun, Status | None
-        ] = {}  # those that are not over in MLflow, and how they ended
-        self._silent: set[TrackedRun] = set()  # those that have had their warning
+        self._runs: dict[TrackedRun, Status | None] = {}
+        """The runs whose end is not in MLflow yet, each with its status once it has ended."""
+        self._warned: set[TrackedRun] = set()
         self._connection: Connection | None = None
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
 
     def follow(self, run: TrackedRun) -> None:
-        """Begin to keep a run up to date."""
+        """Keep a run up to date from now on."""
         with self._lock:
             self._runs[run] = None
 
     def end(self, run: TrackedRun, status: Status) -> None:
-        """Say how a run ended, and follow it no longer."""
+        """Record how a run ended; after one last update it is no longer followed."""
         with self._lock:
             self._runs[run] = status
 
@@ -254,11 +241,11 @@ class Tracking:
         with self._lock:
             self._runs = {run: ended or status for run, ended in self._runs.items()}
         self._over.set()
-        self._thread.join(FAREWELL_SECONDS)
+        self._thread.join(FINAL_SYNC_SECONDS)
         if self._runs:
             logger.warning(
-                "MLflow at %s is not up to date with %s; the same command brings it up to date when"
-                " it answers again",
+                "MLflow at %s has not received everything about %s; repeat the command when it"
+                " answers again",
                 self.config.uri,
                 ", ".join(run.name for run in self._runs),
             )
@@ -270,10 +257,10 @@ class Tracking:
             with self._lock:
                 runs = dict(self._runs)
             for run, status in runs.items():
-                self._bring_up_to_date(run, status)
+                self._sync(run, status)
             self._over.wait(SYNC_SECONDS)
 
-    def _bring_up_to_date(self, run: TrackedRun, status: Status | None) -> None:
+    def _sync(self, run: TrackedRun, status: Status | None) -> None:
         try:
             self._connection = self._connection or Connection(self.config)
             self._connection.sync(run)
@@ -281,22 +268,25 @@ class Tracking:
                 self._connection.end(run, status)
                 with self._lock:
                     del self._runs[run]
-            self._silent.discard(run)
-        except Exception as error:  # noqa: BLE001  (whatever it is, the run goes on)
-            if run not in self._silent:
+            self._warned.discard(run)
+        except Exception as error:  # noqa: BLE001  (tracking must not end a run)
+            if run not in self._warned:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 logger.warning(
-                    "MLflow at %s is not told of %s for now: %s", self.config.uri, run.name, reason
+                    "MLflow at %s does not accept updates of %s at present: %s",
+                    self.config.uri,
+                    run.name,
+                    reason,
                 )
-            self._silent.add(run)
+            self._warned.add(run)
 
 
 def create_database(path: Path) -> None:
-    """Make MLflow's SQLite database, if there is none.
+    """Create MLflow's SQLite database if it does not exist.
 
-    Of two processes that make its tables at once one would fail, and one that is killed meanwhile
-    would leave half of them. So they are made in a file of another name, which becomes the database
-    when it is complete, unless another was faster.
+    If two processes created its tables at once, one would fail, and a process killed meanwhile
+    would leave half of them. So the tables are created in a temporary file, which takes the
+    database's name when it is complete, unless another process was faster.
     """
     if path.exists():
         return
@@ -311,8 +301,9 @@ def create_database(path: Path) -> None:
 
 
 def code_version() -> str:
-    """The commit of the checkout that this code is in, with ``+changes`` if it differs from that;
-    else the installed package's version.
+    """The commit of this code's checkout, with ``+changes`` if files differ from it.
+
+    Outside a checkout, the version of the installed package.
     """
     folder = Path(__file__).parent
 
@@ -322,9 +313,8 @@ def code_version() -> str:
         ).stdout.strip()
 
     with suppress(OSError, subprocess.CalledProcessError):
-        if git(
-            "ls-files", Path(__file__).name
-        ):  # and not merely somewhere below another project's checkout
+        # The package may be installed below another project's checkout.
+        if git("ls-files", Path(__file__).name):
             return git("rev-parse", "HEAD") + (
                 "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
             )
@@ -335,3 +325,31 @@ def code_version() -> str:
 
 def _now() -> str:
     return str(int(time.time()))
+
+
+@contextmanager
+def short_timeouts() -> Iterator[None]:
+    """Have MLflow's client give up on a server within seconds; by default it tries for minutes.
+
+    Settings of the user's own take precedence.
+    """
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
+
+
+@contextmanager
+def ignore_existing() -> Iterator[None]:
+    """Ignore that what the body creates exists: somebody else may have created it meanwhile."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise

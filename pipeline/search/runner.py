@@ -19,7 +19,6 @@ from ray.tune.search import Searcher
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from pipeline import runs
 from pipeline.cluster import num_places, resources
 from pipeline.config.evaluation import BoundOptions
 from pipeline.config.goals import ON_THE_WAY, QUANTITIES
@@ -29,7 +28,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import evaluation
 from pipeline.registry import tracking
 from pipeline.registry.tracking import TrackedRun, Tracking, training_run
-from pipeline.runs import read_rows
+from pipeline.runs import TENSORBOARD, Run
 from pipeline.search.proposals import lags
 from pipeline.search.trial import Point, Status, Trial
 from pipeline.search.trials import (
@@ -38,7 +37,6 @@ from pipeline.search.trials import (
     describe,
     trial_config,
 )
-from pipeline.storage.base import Storage
 from pipeline.training import launch
 
 
@@ -93,9 +91,9 @@ def trial(row: dict[str, Any], config: TuneConfig) -> None:
     other errors are raised, so that the trial is tried again.
     """
     typed = trial_config(config, row["point"])
-    storage = runs.run_storage(typed)
+    run = Run.of(typed)
     try:
-        if not storage.exists(runs.RESULT):
+        if not run.is_finished:
             launch.check(typed)
             if typed.cluster.max_workers == 1:
                 device = torch.device("cuda" if typed.cluster.use_gpu else "cpu")
@@ -106,7 +104,7 @@ def trial(row: dict[str, Any], config: TuneConfig) -> None:
             else:
                 launch.fit(typed, callbacks=[TuneReportCallback()])
         if typed.cluster.max_workers == 1:
-            values = measure(config, row["point"], storage)
+            values = measure(config, row["point"], run)
         else:
             held = resources(typed.cluster)
             # "DEFAULT" is anywhere: without it, Ray would look for these in what this trial holds,
@@ -114,7 +112,7 @@ def trial(row: dict[str, Any], config: TuneConfig) -> None:
             task = ray.remote(
                 num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), scheduling_strategy="DEFAULT"
             )(measure)
-            values = ray.get(task.remote(config, row["point"], storage))
+            values = ray.get(task.remote(config, row["point"], run))
     except UserError as error:
         ray.tune.report({"error": str(error)})
     else:
@@ -123,7 +121,7 @@ def trial(row: dict[str, Any], config: TuneConfig) -> None:
         )
 
 
-def measure(config: TuneConfig, point: Point, run: Storage) -> dict[str, float | None]:
+def measure(config: TuneConfig, point: Point, run: Run) -> dict[str, float | None]:
     """What ``goals.QUANTITIES`` names, of a run's final model on validation images; measured once,
     and kept with it.
 
@@ -133,7 +131,7 @@ def measure(config: TuneConfig, point: Point, run: Storage) -> dict[str, float |
     bounds = BoundOptions(
         samples=search.samples, num_images=search.num_images, pictures=10, seed=config.train.seed
     )
-    measured = evaluation.of_run(run, bounds, config.storage, search.probe_images)["valid"]
+    measured = evaluation.evaluate_run(run, bounds, config.storage, search.probe_images)["valid"]
     bound = "iwae_nats" if search.samples > 1 else "elbo_nats"
     values = {
         "nll": measured[bound],
@@ -147,7 +145,7 @@ def measure(config: TuneConfig, point: Point, run: Storage) -> dict[str, float |
     if "probe" in measured:
         probe = measured["probe"]["linear"]
         values |= {"probe_accuracy": probe["accuracy"], "probe_accuracy_se": probe["accuracy_se"]}
-    speeds = [row["train/images_per_s"] for row in read_rows(run) if "train/images_per_s" in row]
+    speeds = [row["train/images_per_s"] for row in run.rows() if "train/images_per_s" in row]
     values |= {"samples": search.samples, "images_per_s": statistics.median(speeds)}
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
@@ -157,7 +155,7 @@ def measure(config: TuneConfig, point: Point, run: Storage) -> dict[str, float |
             for name, value in measures.items():
                 writer.add_scalar(name, value)
         (events,) = Path(folder).iterdir()
-        run.upload("tensorboard/events.out.tfevents.hparams", events)
+        run.storage.upload(f"{TENSORBOARD}/events.out.tfevents.hparams", events)
     return values
 
 
@@ -271,7 +269,7 @@ class Recorder(Callback):
         self._say(row, f"goes on behind {row.images:,} images" if row.images else "started")
         config = trial_config(self.trials.config, row.point)
         self.tracked[row.number] = training_run(
-            runs.run_storage(config), to_dict(config), self.manifest, self.parent
+            Run.of(config), to_dict(config), self.manifest, self.parent
         )
         self.tracking.follow(self.tracked[row.number])
 

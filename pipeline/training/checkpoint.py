@@ -20,11 +20,12 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.runs import CHECKPOINTS
 from pipeline.storage.base import Storage
 
 logger = logging.getLogger(__name__)
 
-KEY = re.compile(r"checkpoints/(\d{10})-([0-9a-f]{64})\.safetensors")
+KEY = re.compile(rf"{CHECKPOINTS}/(\d{{10}})-([0-9a-f]{{64}})\.safetensors")
 """A checkpoint's key: its step and its sha256."""
 
 
@@ -66,7 +67,7 @@ def save(storage: Storage, step: int, tensors: Mapping[str, Tensor], keep: int) 
                 " written; lower optim.learning_rate"
             )
     data = serialize(dict(tensors), {"step": json.dumps(step)})
-    saved = f"checkpoints/{step:010d}-{hashlib.sha256(data).hexdigest()}.safetensors"
+    saved = f"{CHECKPOINTS}/{step:010d}-{hashlib.sha256(data).hexdigest()}.safetensors"
     storage.write(saved, data)
     others = [key for key in _newest_first(storage) if key != saved]
     older = [key for key in others if _step(key) < step]
@@ -152,7 +153,9 @@ def _optimizer_state(
 
 def _newest_first(storage: Storage) -> list[str]:
     """The keys of all checkpoints, newest first."""
-    return sorted((key for key in storage.list("checkpoints/") if KEY.fullmatch(key)), reverse=True)
+    return sorted(
+        (key for key in storage.list(f"{CHECKPOINTS}/") if KEY.fullmatch(key)), reverse=True
+    )
 
 
 def _step(key: str) -> int:

@@ -14,13 +14,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import ControllerError
 
-from pipeline import runs
 from pipeline.config.compose import build
 from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
 from pipeline.data import DataSet
 from pipeline.errors import UserError
-from pipeline.runs import RESULT
+from pipeline.runs import CONFIG, IDENTITY, RESULT, Run
 from pipeline.storage import open_storage
 from pipeline.storage.recipe import begin_named
 from pipeline.storage.uploads import MAX_OUTAGE, retry
@@ -35,10 +34,10 @@ def check(config: TrainConfig) -> None:
     Raises UserError unless the data set exists and fits the model and the batch, and the name is
     new or that of this very run.
     """
-    storage, data = runs.run_storage(config), check_data(config)
+    storage, data = Run.of(config).storage, check_data(config)
     identity = config.identity() | {"manifest": data.manifest.digest}
-    begin_named(storage, "identity.json", identity, f"run {config.run_name}")
-    storage.write_json("config.json", to_dict(config))
+    begin_named(storage, IDENTITY, identity, f"run {config.run_name}")
+    storage.write_json(CONFIG, to_dict(config))
 
 
 def check_data(config: TrainConfig) -> DataSet:
@@ -70,7 +69,7 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
     again and again without progress; otherwise the error of Ray Train.
     """
     workers = config.cluster
-    restarts = Restarts(config.run_name, runs.run_storage(config), workers.max_failures)
+    restarts = Restarts(config.run_name, Run.of(config).storage, workers.max_failures)
     is_elastic = workers.min_workers < workers.max_workers
     for attempt in itertools.count(1):
         trainer = TorchTrainer(
@@ -138,7 +137,7 @@ def complete(config: TrainConfig, *, rank: int = 0, **options: Any) -> None:
     torch.set_num_threads(config.cluster.cpus_per_worker)
     validation = loop.fit(config, rank=rank, **options)
     if rank == 0:
-        storage = runs.run_storage(config)
+        storage = Run.of(config).storage
         result = {
             "name": config.run_name,
             "url": storage.url,

@@ -19,7 +19,7 @@ from pipeline.data.reader import ReadOptions
 from pipeline.errors import UserError
 from pipeline.evaluation.measure import QUANTITIES, measure, report
 from pipeline.machine import keep_freed_memory
-from pipeline.runs import Metrics, publish, run_storage
+from pipeline.runs import BEST, Metrics, Run
 from pipeline.storage import open_storage
 from pipeline.storage.uploads import UploadQueue, retry
 from pipeline.training import checkpoint
@@ -60,7 +60,7 @@ def fit(
     storage stays unavailable.
     """
     keep_freed_memory()
-    train, run = config.train, run_storage(config)
+    train, run = config.train, Run.of(config).storage
     place = open_storage(config.dataset.url, config.storage.endpoint_url)
     data = retry(partial(DataSet.load, place))
     reading = ReadOptions(open_cache(config.dataset), config.dataset.max_skipped)
@@ -93,7 +93,7 @@ def fit(
         if rank == 0 and -moments.mean("elbo") <= log.lowest("valid/elbo_nats"):
             best = copy.deepcopy(learner.ema.module)
             uploads.submit(
-                "best", partial(publish, run.child("best"), best, training | {"valid": valid})
+                BEST, partial(Run(run.child(BEST)).publish, best, training | {"valid": valid})
             )
         log.add(step, {f"valid/{name}": value for name, value in valid.items()})
         on_validation({"step": step, **valid})
@@ -157,7 +157,7 @@ def fit(
             f" {learner.guard.ADVICE}"
         )
     if rank == 0:
-        retry(partial(publish, run, learner.ema.module, training | {"valid": valid}))
+        retry(partial(Run(run).publish, learner.ema.module, training | {"valid": valid}))
     return valid
 
 

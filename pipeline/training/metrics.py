@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.data.batch import Batch
 from pipeline.evaluation.moments import sum_over_ranks
-from pipeline.runs import METRICS, read_rows
+from pipeline.runs import METRICS, TENSORBOARD, Run
 from pipeline.storage.base import Storage
 
 
@@ -90,7 +90,7 @@ class MetricLog:
         if not writes:
             return
         self.folder = tempfile.TemporaryDirectory(prefix="vlae-log-")
-        self.rows = [row for row in read_rows(storage) if row["step"] <= step]
+        self.rows = [row for row in Run(storage).rows() if row["step"] <= step]
         # TensorBoard drops the events that an earlier attempt logged after this step.
         self.writer = SummaryWriter(self.folder.name, purge_step=step + 1 if step else None)
 
@@ -123,7 +123,7 @@ class MetricLog:
             METRICS, "".join(json.dumps(row) + "\n" for row in list(self.rows)).encode()
         )
         for path in Path(self.folder.name).iterdir():
-            self.storage.upload(f"tensorboard/{path.name}", path)
+            self.storage.upload(f"{TENSORBOARD}/{path.name}", path)
 
     def __enter__(self) -> Self:
         return self

@@ -37,7 +37,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import pictures
 from pipeline.evaluation.moments import Moments
 from pipeline.machine import keep_freed_memory
-from pipeline.runs import TRAINING_FILE, publish
+from pipeline.runs import TRAINING_FILE, Run
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.training.learner import Learner
@@ -200,7 +200,7 @@ def _work(config: Experiment, job: str, messages: Any) -> None:
                 lambda images, length: messages.put((job, "progress", (images, length))),
             )
             figures = {"window": WINDOWS[job], **measure(config, model)}
-            publish(output.child(job), model, {"options": options, "figures": figures})
+            Run(output.child(job)).publish(model, {"options": options, "figures": figures})
     except UserError as error:
         messages.put((job, "error", str(error)))
     else:

@@ -7,8 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from pipeline import commands
-from pipeline.runs import read_rows
+from pipeline import commands, runs
 from pipeline.storage import open_storage
 from pipeline.training import loop
 from tests.e2e.conftest import TINY, VLAE, Run
@@ -32,7 +31,7 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
     def logged() -> list[dict[str, float]]:
         """What the log has up to the newest checkpoint."""
         step = newest()
-        return [row for row in read_rows(storage) if row["step"] <= step]
+        return [row for row in runs.Run(storage).rows() if row["step"] <= step]
 
     def start_and_wait(log: Path) -> "subprocess.Popen[bytes]":
         """Start the run, and wait until it is further than it was, and has logged something that a
@@ -69,7 +68,7 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
     loop.fit(
         commands.load("train", ["name=whole", *options])
     )  # without Ray, which changes nothing and takes long to start
-    rows = read_rows(storage)
+    rows = runs.Run(storage).rows()
     assert rows[: len(kept)] == kept, "the log starts afresh: the checkpoint was not used"
     steps = [row["step"] for row in rows if "train/code_length" in row]
     assert steps == sorted(set(steps))

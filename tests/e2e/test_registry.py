@@ -1,6 +1,4 @@
-"""A team's registry: MLflow's server on a real PostgreSQL, its files in S3, and people who have no
-key for S3.
-"""
+"""A team's registry: MLflow's server on PostgreSQL, files in S3, and users without an S3 key."""
 
 import os
 from collections.abc import Iterator
@@ -8,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.sections import StorageOptions as StorageOptions
+from pipeline.config.sections import StorageOptions
 from pipeline.registry import tracking
 from pipeline.registry.models import open_model
 from pipeline.registry.tracking import Tracking, training_run
 from pipeline.registry.versions import Registry
+from pipeline.runs import Run
 from pipeline.storage import open_storage
 from tests.faults import registry as registry_faults
 from tests.pipeline.models import prepare_run
@@ -34,7 +33,7 @@ def test_a_run_that_two_people_register_at_once_is_one_version(
     registry_faults.plays(registry_faults.at_once(0, 0), team, "at-once", tmp_path)
 
 
-def test_files_go_to_s3_and_back_by_the_server_alone(
+def test_only_the_server_reads_and_writes_files_in_s3(
     team: registry_faults.Team, tmp_path: Path
 ) -> None:
     registry = Registry(team.options)
@@ -52,13 +51,13 @@ def test_files_go_to_s3_and_back_by_the_server_alone(
     )
 
 
-def test_a_run_that_is_trained_while_the_server_is_away_is_caught_up_with(
+def test_rows_of_a_run_that_trained_while_the_server_was_down_are_sent_later(
     team: registry_faults.Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "FAREWELL_SECONDS", 300.0)  # a busy machine may take long
+    monkeypatch.setattr(tracking, "FINAL_SYNC_SECONDS", 300.0)  # a busy machine may take long
     folder = open_storage(str(tmp_path))
     with Tracking(team.options) as tracked:
-        run = training_run(folder, SETTINGS, "d" * 64)
+        run = training_run(Run(folder), SETTINGS, "d" * 64)
         tracked.follow(run)
         log(folder, range(1, 4))
         team.kill()

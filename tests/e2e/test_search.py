@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.runs import read_rows
+from pipeline import runs
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from tests.e2e.conftest import TINY, VLAE, Run
@@ -77,7 +77,7 @@ def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_o
     def kept() -> list[dict[str, float]]:
         """The rows of the third trial's log up to its newest checkpoint."""
         steps = [int(key.split("/")[1].split("-")[0]) for key in third.list("checkpoints/")]
-        return [row for row in read_rows(third) if steps and row["step"] <= max(steps)]
+        return [row for row in runs.Run(third).rows() if steps and row["step"] <= max(steps)]
 
     process, log = start(workplace, root)
     wait_until(kept, process, log)
@@ -114,7 +114,7 @@ def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_o
         "trial 3/4  window 3x1, latents 4, flow_depth 0, learning_rate 0.003: lost; it is tried"
         " again" in output
     )
-    rows = read_rows(third)
+    rows = runs.Run(third).rows()
     assert rows[: len(rows_before)] == rows_before, (
         "the trial starts afresh: its checkpoint was not used"
     )

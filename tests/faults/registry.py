@@ -30,6 +30,7 @@ import vlae
 from pipeline.config import sections
 from pipeline.errors import UserError
 from pipeline.registry.versions import Registry
+from pipeline.runs import Run
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.storage.server import ObjectStorageServer
@@ -180,9 +181,9 @@ class Stage:
 
     team: Team
     name: str
-    runs: list[Storage]
+    runs: list[Run]
 
-    def register(self, run: int = 0, **instead: Callable[..., Any]) -> dict[str, Any]:
+    def register(self, run: int = 0, **instead: Callable[..., Any]) -> int:
         """Register a run.
 
         ``instead`` replaces methods of MLflow's client; each replacement is called with the real
@@ -212,7 +213,8 @@ class Stage:
     @property
     def size(self) -> int:
         """The size of a run's files in bytes."""
-        return sum((self.runs[0].sizes("model") | self.runs[0].sizes("evaluation")).values())
+        folder = self.runs[0].storage
+        return sum((folder.sizes("model") | folder.sizes("evaluation")).values())
 
     def process(self, run: int = 0) -> "subprocess.Popen[str]":
         """A process that registers a run once a line is written to it."""
@@ -235,9 +237,9 @@ class Stage:
             rows = registry.versions(self.name)
             for row in rows:
                 with tempfile.TemporaryDirectory() as folder:
-                    vlae.load(registry.download(self.name, row["version"], Path(folder)))
-            return {row["version"]: row["run"] for row in rows}
-        assert self.name not in {row["name"] for row in registry.models()} or not registry._search(
+                    vlae.load(registry.download(self.name, row.number, Path(folder)))
+            return {row.number: row.run for row in rows}
+        assert self.name not in {model.name for model in registry.models()} or not registry._search(
             self.name
         )
         return {}
@@ -247,13 +249,13 @@ REGISTER = """
 import sys
 from pipeline.config.sections import RegistryOptions
 from pipeline.registry.versions import Registry
-from pipeline.storage import open_storage
+from pipeline.runs import Run
 
 uri, name, run = sys.argv[1:]
 registry = Registry(RegistryOptions(uri=uri, artifacts="unused"))
 print("ready", flush=True)
 sys.stdin.readline()
-print(registry.register(name, open_storage(run))["version"])
+print(registry.register(name, Run.at(run)))
 """
 
 
@@ -400,7 +402,7 @@ def check(fault: Callable[[Stage], list[int]], team: Team, name: str, folder: Pa
         stage.register(run)
     found = stage.versions()
     assert sorted(found.values()) == sorted(stage.runs[run].url for run in expected), found
-    aliases = [alias for row in Registry(team.options).versions(name) for alias in row["aliases"]]
+    aliases = [alias for row in Registry(team.options).versions(name) for alias in row.aliases]
     assert aliases.count("champion") == 1, aliases
     return f"{len(found)} version{'s' if len(found) > 1 else ''}, whole"
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from pipeline import commands
-from pipeline.runs import read_rows
+from pipeline.runs import Run
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.storage.server import ObjectStorageServer
@@ -143,7 +143,7 @@ def worker_killed(stage: Stage) -> str:
 
 def worker_terminated(stage: Stage) -> str:
     command = Command("worker-terminated", ["train.checkpoint_seconds=600"])
-    while len(read_rows(command.run)) < 5:
+    while len(Run(command.run).rows()) < 5:
         time.sleep(0.1)
     command.workers()[1].terminate()
     at = command.wait_for_step(1)  # no other checkpoint is due
@@ -152,7 +152,7 @@ def worker_terminated(stage: Stage) -> str:
 
 def driver_terminated(stage: Stage) -> str:
     command = Command("driver-terminated", ["train.checkpoint_seconds=600"])
-    while len(read_rows(command.run)) < 5:
+    while len(Run(command.run).rows()) < 5:
         time.sleep(0.1)
     asked = time.monotonic()
     command.process.terminate()
@@ -218,7 +218,7 @@ def server_away(stage: Stage) -> str:
     time.sleep(60)
     stage.start_server()
     ended = ended_as_whole(command, f"from step {at} on, without a restart")
-    failures = read_rows(command.run)[-2]["train/failed_uploads"]
+    failures = Run(command.run).rows()[-2]["train/failed_uploads"]
     assert failures > 0, "no upload failed during the outage"
     attempts = len(command.run.list("tensorboard/"))
     assert attempts == 1, f"it was started {attempts} times"
@@ -297,7 +297,7 @@ def ended_as_whole(command: Command, how: str) -> str:
 def assert_same(run: Storage, whole: Storage) -> None:
     assert run.read(WEIGHTS) == whole.read(WEIGHTS), "other weights"
     one, other = (
-        [row for row in read_rows(each) if "valid/elbo_nats" in row] for each in (run, whole)
+        [row for row in Run(each).rows() if "valid/elbo_nats" in row] for each in (run, whole)
     )
     assert one == other, "other validations"
 

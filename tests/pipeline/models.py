@@ -1,4 +1,4 @@
-"""Finished runs with a small model in them, as training and evaluation leave them."""
+"""Finished runs with a small model, as training and evaluation write them."""
 
 import hashlib
 import json
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 import vlae
-from pipeline import commands, runs
+from pipeline import commands
 from pipeline.config import options
 from pipeline.evaluation import pictures
+from pipeline.runs import Run
 from pipeline.storage.base import Storage
 
 MODEL = options.to_dict(commands.load("train", ["model=tiny"]))["model"]
@@ -30,26 +31,26 @@ FIGURES = {
 }
 
 
-def prepare_run(storage: Storage, seed: int, **figures: float) -> Storage:
-    """A finished and evaluated run's folder; its figures are made up."""
+def prepare_run(storage: Storage, seed: int, **figures: float) -> Run:
+    """A finished and evaluated run with invented figures."""
     torch.manual_seed(seed)
-    run = storage.child(f"runs/{seed}")
+    run = Run(storage.child(f"runs/{seed}"))
     settings = options.to_dict(commands.load("train", ["model=tiny", f"name=run-{seed}"]))
     training = {"config": settings, "manifest": "0" * 64, "valid": FIGURES}
-    runs.publish(run, vlae.build(image_shape=(1, 8, 8), **MODEL), training)
+    run.publish(vlae.build(image_shape=(1, 8, 8), **MODEL), training)
     drawn = {
         "reconstructions": pictures.reconstructions(torch.rand(2, 1, 8, 8), []),
         "samples": pictures.samples(torch.rand(2, 1, 8, 8)),
     }
     for name, picture in drawn.items():
-        run.write(f"evaluation/{name}.png", picture)
+        run.storage.write(f"evaluation/{name}.png", picture)
     evaluation: dict[str, Any] = {
-        "weights": hashlib.sha256(run.read("model/model.safetensors")).hexdigest(),
+        "weights": hashlib.sha256(run.storage.read("model/model.safetensors")).hexdigest(),
         "image_shape": [1, 8, 8],
         "bounds": {"samples": 8, "seed": 0},
         "split": "valid",
         "valid": FIGURES | figures,
         "pictures": [f"{run.url}/evaluation/{name}.png" for name in drawn],
     }
-    run.write_json("evaluation/result.json", json.loads(json.dumps(evaluation)))
+    run.storage.write_json("evaluation/result.json", json.loads(json.dumps(evaluation)))
     return run

@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 import vlae
-from pipeline import commands, runs
+from pipeline import commands
 from pipeline.commands import evaluate
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import Images, ImageSource, Labels
 from pipeline.data.writer import write_shard
+from pipeline.runs import Run
 from pipeline.storage import open_storage
 from pipeline.training import loop
 
@@ -102,7 +103,7 @@ def test_a_model_of_colour_images_is_trained_evaluated_and_drawn(
     ]
     typed = commands.load("train", options)
     loop.fit(typed)
-    folder = runs.run_storage(typed)
+    folder = Run.of(typed).storage
     output = tmp_path / "evaluation"
     settings = ["bounds.samples=4", "bounds.pictures=6"]
     result = evaluate.run(

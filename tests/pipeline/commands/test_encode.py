@@ -1,5 +1,6 @@
-"""Codes of a data set, by real Ray tasks: every image once, the same files by any number of tasks,
-and after a kill.
+"""``vlae encode`` with real Ray tasks.
+
+Every image is encoded once, and neither the number of tasks nor a kill changes the files.
 """
 
 import io
@@ -119,9 +120,7 @@ def test_the_files_are_the_same_without_ray(root: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_killed_command_goes_on_with_the_parts_that_are_missing(
-    root: str, tmp_path: Path
-) -> None:
+def test_after_a_kill_the_command_encodes_the_missing_parts(root: str, tmp_path: Path) -> None:
     output = open_storage(str(tmp_path / "codes"))
     words = [f"model={root}/runs/flow", f"output={output.url}", "split=train", "images_per_part=2"]
     with (tmp_path / "log").open("w") as log:
@@ -149,7 +148,7 @@ def test_a_killed_command_goes_on_with_the_parts_that_are_missing(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_images_that_had_names_are_encoded_by_them(root: str, tmp_path: Path) -> None:
+def test_codes_have_the_names_of_their_images(root: str, tmp_path: Path) -> None:
     names = [f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(40)] + [
         os.fsdecode(b"dog/b\xe9b\xe9.png")
     ]

@@ -1,4 +1,4 @@
-"""``vlae evaluate`` from the outside: what it prints, and what is in its result."""
+"""``vlae evaluate``: its output and its result."""
 
 import json
 import math
@@ -32,8 +32,9 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A storage root with the data set ``strokes``; with ``unlabelled``, the same without classes;
-    and ``single``, of one test image.
+    """A storage root with three data sets.
+
+    ``strokes``, ``unlabelled``, the same without classes, and ``single`` with one test image.
     """
     root = str(tmp_path_factory.mktemp("root"))
     contents = strokes.write(strokes.data_storage(root)).manifest
@@ -54,14 +55,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def runs(root: str) -> str:
-    """Where the trained models are: one run for each of ``MODELS``."""
+    """The folder of runs: one for each of ``MODELS``."""
     for name, overrides in MODELS.items():
         loop.fit(strokes.train_config(root, f"name={name}", *overrides))
     return f"{root}/runs"
 
 
 def strict(text: str) -> dict[str, Any]:
-    """JSON as the standard has it, without NaN."""
+    """Parse JSON by the standard, which has no NaN."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -72,7 +73,7 @@ def strict(text: str) -> dict[str, Any]:
 def evaluated(
     capsys: pytest.CaptureFixture[str], output: Path, *arguments: str, code: int = 0
 ) -> tuple[str, dict[str, Any]]:
-    """What the command prints, or its error, and its result."""
+    """Run the command; returns its output, or its error, and its result."""
     with pytest.raises(SystemExit) as ended:
         cli.main(
             ["evaluate", f"output={output}", "bounds.samples=4", "bounds.pictures=5", *arguments]
@@ -166,7 +167,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(
         assert other_latents[key] == pytest.approx(values, rel=1e-4, abs=1e-5)
 
 
-def test_groups_that_had_free_bits_have_their_rates(
+def test_the_rates_of_groups_with_free_bits_are_reported(
     runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = open_storage(f"{runs}/normal")
@@ -186,7 +187,7 @@ def test_groups_that_had_free_bits_have_their_rates(
     )
 
 
-def test_without_labels_nothing_is_said_of_probes(
+def test_without_labels_there_are_no_probes(
     root: str, runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments in ([f"dataset_url={root}/datasets/unlabelled"], ["probe_images=0"]):
@@ -213,7 +214,7 @@ def test_a_single_image_has_figures_but_no_errors(
     assert f"  rate                      {test['rate_nats']:.3f}  " in printed
 
 
-def test_a_split_that_the_probes_have_seen_is_named_so(
+def test_the_report_says_if_the_probes_have_seen_the_split(
     runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     printed, result = evaluated(capsys, tmp_path, f"model={runs}/flow", "split=valid")

@@ -1,5 +1,6 @@
-"""The registry's command, on trained models and a real MLflow; what it holds is used without Ray
-and without executing anything.
+"""``vlae registry`` on trained models and a real MLflow.
+
+Registered models load without Ray and without executing anything.
 """
 
 import hashlib
@@ -33,9 +34,7 @@ Command = Callable[..., tuple[str, dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A storage root with a data set, and a run that has learnt little and one that has learnt
-    more.
-    """
+    """A storage root with a data set, a run that was trained briefly, and one trained longer."""
     root = str(tmp_path_factory.mktemp("root"))
     strokes.write(strokes.data_storage(root))
     for name, images in (("little", 80), ("more", 2400)):
@@ -54,7 +53,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def command(root: str, uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run ``vlae registry``; gives what it prints, or its error, and its result."""
+    """Runs ``vlae registry``; returns its output, or its error, and its result."""
 
     def command(*words: str, code: int = 0) -> tuple[str, dict[str, Any]]:
         options = [
@@ -77,9 +76,7 @@ def command(root: str, uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.fixture
 def registered(command: Command, root: str, request: pytest.FixtureRequest) -> str:
-    """A model of the test's own, whose first version has learnt little and whose second has learnt
-    more.
-    """
+    """A model of the test's own: version 1 was trained briefly, version 2 longer."""
     name = request.node.name[:60]
     command("register", f"name={name}", f"runs=[{root}/runs/little,{root}/runs/more]")
     return name
@@ -95,7 +92,7 @@ def aliases(command: Command, name: str) -> dict[str, int]:
     }
 
 
-def test_registering_evaluates_and_several_runs_become_versions_in_their_order(
+def test_registering_evaluates_runs_and_makes_versions_in_their_order(
     command: Command, root: str, registered: str
 ) -> None:
     printed, result = command("show", f"name={registered}")
@@ -132,8 +129,8 @@ def test_models_are_compared_image_by_image(command: Command, root: str, registe
             assert row[part] == pytest.approx(figures[f"{key}_nats"], rel=1e-5)
             assert row[f"{part}_se"] == pytest.approx(figures[f"{key}_nats_se"], rel=1e-4)
         assert row["difference"] == pytest.approx(row["version"] - row["other"])
-    # Both models find the same images hard: the error of the difference is less than of two that
-    # know nothing of each other.
+    # Both models find the same images hard, so the error of the difference is smaller than that of
+    # independent measurements.
     row = comparison["nats"]["nll"]
     assert row["difference_se"] < np.hypot(row["version_se"], row["other_se"])
     _, turned = command("compare", f"name={registered}", "version=1", "against=2")
@@ -143,7 +140,7 @@ def test_models_are_compared_image_by_image(command: Command, root: str, registe
     assert itself["nats"]["nll"]["difference"] == itself["nats"]["nll"]["difference_se"] == 0
 
 
-def test_a_better_model_is_promoted_a_worse_one_only_on_demand_and_both_are_rolled_back(
+def test_only_a_better_model_is_promoted_without_yes_and_promotions_are_rolled_back(
     command: Command, registered: str
 ) -> None:
     printed, result = command("promote", f"name={registered}")
@@ -155,7 +152,7 @@ def test_a_better_model_is_promoted_a_worse_one_only_on_demand_and_both_are_roll
     assert (
         error
         == f"error: version 1 of {registered} is not better than the champion, version 2: nothing"
-        " is changed; promote it all the same with --yes"
+        " was changed; to promote it anyway, add --yes"
     )
     assert aliases(command, registered) == {"champion": 2}
     for word in ("--yes", "yes=true"):
@@ -177,13 +174,13 @@ def test_a_better_model_is_promoted_a_worse_one_only_on_demand_and_both_are_roll
     assert "champions: promoted 1 on " in printed
 
 
-def test_other_aliases_are_given_without_a_comparison(command: Command, registered: str) -> None:
+def test_other_aliases_need_no_comparison(command: Command, registered: str) -> None:
     _, result = command("promote", f"name={registered}", "version=1", "alias=blessed")
     assert result["comparison"] is None
     assert aliases(command, registered) == {"champion": 1, "challenger": 2, "blessed": 1}
 
 
-def test_what_cannot_be_compared_or_is_not_there_is_refused(
+def test_missing_and_incomparable_models_are_rejected(
     command: Command, root: str, registered: str
 ) -> None:
     for words, said in (
@@ -285,7 +282,7 @@ def test_samples_and_reconstructions_are_drawn_from_a_version_or_a_run(
 
 
 class Exploit:
-    """What runs a command when it is unpickled."""
+    """Executes code when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -320,7 +317,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_replaced_file_of_a_version_is_refused_by_its_name(
+def test_a_replaced_file_of_a_version_is_rejected_by_name(
     attack: str, uri: str, tmp_path: Path
 ) -> None:
     file, change = ATTACKS[attack]
@@ -337,7 +334,7 @@ def test_a_replaced_file_of_a_version_is_refused_by_its_name(
         open_model(reference, options, sections.StorageOptions())
     assert "\n" not in str(raised.value)
 
-    # Whoever can change what the registry says of it, too, is refused by what reads it.
+    # If the checksum in the registry was changed as well, loading rejects the file.
     kept.client.set_model_version_tag(
         name, "1", f"sha256.{file}", hashlib.sha256(path.read_bytes()).hexdigest()
     )
@@ -347,7 +344,7 @@ def test_a_replaced_file_of_a_version_is_refused_by_its_name(
     assert not mark.exists()
 
 
-def test_a_version_that_names_files_elsewhere_or_lacks_some_is_refused(
+def test_a_version_with_files_elsewhere_or_without_some_is_rejected(
     uri: str, tmp_path: Path
 ) -> None:
     options = sections.RegistryOptions(uri=uri, artifacts=str(tmp_path / "registry"))

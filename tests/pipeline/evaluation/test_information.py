@@ -1,6 +1,4 @@
-"""The accounting does not depend on how images are batched, keeps no more than it must, and puts no
-NaN into a file.
-"""
+"""The report does not depend on the batches, memory stays bounded, and JSON contains no NaN."""
 
 import json
 import math
@@ -37,9 +35,7 @@ NOISE = torch.randn(NUM_IMAGES, LATENTS, generator=GENERATOR)
 def account(
     ends: Sequence[int], groups: int = 1, rate_splits: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The report on the images above up to the last of ``ends``, in batches that end there: of all
-    latents, and of each.
-    """
+    """The report on the images above in batches that end at ``ends``: the whole and the latents."""
     information = Information(groups)
     for start, stop in zip([0, *ends], ends, strict=False):
         part = slice(start, stop)
@@ -54,7 +50,7 @@ def account(
 
 
 def kept(num_images: int) -> tuple[Tensor, Tensor]:
-    """Information and rate of the first images, as they must be."""
+    """The expected information and rate of the first images."""
     first = slice(num_images)
     values = mutual_information(DiagonalGaussian(MEAN[first], LOG_SCALE[first]), NOISE[first])
     return values, RATES[first].double().sum(1)
@@ -62,7 +58,7 @@ def kept(num_images: int) -> tuple[Tensor, Tensor]:
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, NUM_IMAGES - 1), max_size=8, unique=True))
-def test_batches_do_not_matter(ends: list[int]) -> None:
+def test_the_report_does_not_depend_on_the_batches(ends: list[int]) -> None:
     whole, of_latents = account([NUM_IMAGES])
     values, lists = account([*sorted(ends), NUM_IMAGES])
     assert values == pytest.approx(whole, rel=1e-11, abs=1e-11)
@@ -120,7 +116,7 @@ def test_the_rate_of_a_group_is_that_of_its_neighbouring_latents(groups: int) ->
     assert sum(latents["group_rate_nats"]) == pytest.approx(sum(latents["rate_nats"]))
 
 
-def test_of_an_iaf_posterior_the_figures_are_those_that_can_be_known() -> None:
+def test_an_iaf_posterior_has_no_figures_that_need_its_density() -> None:
     torch.manual_seed(0)
     flow = AutoregressiveFlow(LATENTS, 2, hidden=16)
     with torch.no_grad():
@@ -139,7 +135,7 @@ def test_of_an_iaf_posterior_the_figures_are_those_that_can_be_known() -> None:
     assert values == {"active_units": int((variance > 0.01).sum()), "latents": {}}
 
 
-def test_a_rate_that_does_not_split_is_not_split() -> None:
+def test_a_rate_that_does_not_split_over_latents_has_no_rate_per_latent() -> None:
     whole, parts = account([NUM_IMAGES], rate_splits=False)
     assert not [name for name in parts if "rate" in name]
     assert whole == account([NUM_IMAGES])[0]
@@ -148,7 +144,7 @@ def test_a_rate_that_does_not_split_is_not_split() -> None:
 @pytest.mark.parametrize(
     "ends", [[NUM_IMAGES], [5, 12, NUM_IMAGES], [12, NUM_IMAGES], [*range(1, NUM_IMAGES + 1)]]
 )
-def test_images_are_compared_up_to_a_number_of_them(
+def test_only_the_first_images_are_compared_with_each_other(
     ends: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(information, "MAX_IMAGES", 12)
@@ -162,7 +158,7 @@ def test_images_are_compared_up_to_a_number_of_them(
     )
 
 
-def test_of_a_single_image_no_error_is_known_and_nothing_can_be_told() -> None:
+def test_a_single_image_has_no_errors_and_no_information() -> None:
     values, latents = account([1], groups=2)
     json.dumps([values, latents], allow_nan=False)
     assert values["mutual_information_nats"] == pytest.approx(0, abs=1e-12)

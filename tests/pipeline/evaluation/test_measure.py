@@ -1,6 +1,4 @@
-"""Measuring on several threads, in any batches, on any number of ranks, gives one result: that of
-each image by itself.
-"""
+"""Threads, batches and ranks do not change a measurement: it is that of each image by itself."""
 
 import math
 
@@ -33,9 +31,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 
 @pytest.fixture(scope="module")
 def model() -> vlae.VLAE:
-    """A model whose every weight is random: a fresh one says nothing about the image.
+    """A model with random weights everywhere, since a fresh one ignores its input.
 
-    They are small enough for exp(elbo) to be a number: the bound is compared with its definition.
+    The weights are small enough for exp(elbo) not to overflow: the bound is compared with its
+    definition.
     """
     model = vlae.build(
         image_shape=(1, strokes.SIZE, strokes.SIZE),
@@ -143,9 +142,7 @@ def figures(
     return report(moments, model, samples)
 
 
-def test_the_same_seed_gives_the_same_figures_and_another_gives_others(
-    model: vlae.VLAE, data: DataSet
-) -> None:
+def test_the_seed_determines_the_figures(model: vlae.VLAE, data: DataSet) -> None:
     assert figures(model, data, 1) == figures(model, data, 1)
     assert figures(model, data, 1)["elbo_nats"] != figures(model, data, 2)["elbo_nats"]
 
@@ -165,7 +162,7 @@ def test_the_report_is_of_the_images_that_were_measured(model: vlae.VLAE, data: 
     assert not [name for name in figures(model, data, 1, samples=1) if "iwae" in name]
 
 
-def test_damage_found_on_the_way_ends_the_measuring(
+def test_damaged_data_ends_the_measurement(
     model: vlae.VLAE, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     storage = open_storage(str(tmp_path_factory.mktemp("damaged")))

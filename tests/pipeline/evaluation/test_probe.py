@@ -1,4 +1,4 @@
-"""Probes find what is in the codes, and nothing that is not."""
+"""Probes predict what the codes contain, and nothing else."""
 
 from collections.abc import Callable
 
@@ -26,14 +26,14 @@ ALL, HALF, QUARTER = (0.99, 1.0), (0.3, 0.7), (0.15, 0.35)
 
 
 def clusters(num_images: int, seed: int) -> tuple[Floats, Integers]:
-    """Three classes far apart, in order of the numbers 2, 5 and 7, of which 5 is half of all."""
+    """Three well-separated classes, labelled 2, 5 and 7 in this order; half of the labels are 5."""
     random = np.random.default_rng(seed)
     labels = random.choice([2, 5, 7], num_images, p=[0.25, 0.5, 0.25])
     return labels[:, None] + 0.2 * random.standard_normal((num_images, LATENTS)), labels
 
 
 def corners(num_images: int, seed: int) -> tuple[Floats, Integers]:
-    """Two classes that are each two opposite corners of a square: no line parts them."""
+    """Two classes, each at two opposite corners of a square: no line separates them."""
     random = np.random.default_rng(seed)
     signs = random.choice([-1.0, 1.0], (num_images, LATENTS))
     labels = (signs[:, 0] * signs[:, 1] > 0).astype(np.int64)
@@ -41,13 +41,13 @@ def corners(num_images: int, seed: int) -> tuple[Floats, Integers]:
 
 
 def chance(num_images: int, seed: int) -> tuple[Floats, Integers]:
-    """Labels that have nothing to do with the codes."""
+    """Labels that are independent of the codes."""
     random = np.random.default_rng(seed)
     return random.standard_normal((num_images, LATENTS)), random.integers(0, 4, num_images)
 
 
 def drawn(draw: Draw, num_images: int, seed: int, noise: float = 0.0, factor: float = 1.0) -> Codes:
-    """Codes and, with so much noise, samples of images."""
+    """Codes of images, and samples of them with this much noise."""
     code, labels = draw(num_images, seed)
     sample = code + noise * np.random.default_rng(seed + 100).standard_normal(code.shape)
     return Codes(factor * code, factor * sample, labels)
@@ -67,7 +67,7 @@ def accuracies(probes: Probes, codes: Codes) -> dict[str, float]:
     ("draw", "linear", "two_layer", "majority"),
     [(clusters, ALL, ALL, HALF), (corners, HALF, ALL, HALF), (chance, QUARTER, QUARTER, QUARTER)],
 )
-def test_a_probe_tells_what_its_kind_can_tell(
+def test_each_probe_predicts_what_its_kind_of_classifier_can(
     draw: Draw, linear: Range, two_layer: Range, majority: Range
 ) -> None:
     found = accuracies(fitted(draw), drawn(draw, 500, 2))
@@ -82,24 +82,24 @@ def test_a_probe_tells_what_its_kind_can_tell(
         assert low <= found[name] <= high, name
 
 
-def test_what_drowns_in_the_noise_is_told_from_the_code_but_not_from_a_sample() -> None:
+def test_a_signal_below_the_noise_is_found_in_the_code_but_not_in_a_sample() -> None:
     found = accuracies(fitted(clusters, noise=1000), drawn(clusters, 500, 2, noise=1000))
     assert found["linear"] > 0.99
     assert found["linear_of_sample"] < 0.6
 
 
-def test_the_majority_is_that_of_the_training_codes() -> None:
+def test_the_most_frequent_class_is_that_of_the_training_codes() -> None:
     others = np.array([5, 2, 5, 7, 2, 2])
     zeros = np.zeros((6, LATENTS))
     right = fitted(clusters).correct(Codes(zeros, zeros, others))["majority"]
     assert right.tolist() == [True, False, True, False, False, False]
 
 
-def test_the_strength_is_chosen_by_the_validation_codes_and_of_equals_the_strongest() -> None:
+def test_regularisation_is_chosen_on_the_validation_codes_and_the_strongest_wins_ties() -> None:
     chosen = fitted(clusters).chosen
     assert chosen["linear"] == {"C": 0.01, "valid_accuracy": 1.0}
     assert chosen["two_layer"] == {"alpha": 1.0, "valid_accuracy": 1.0}
-    # A class that few training images have is found only where the fit is free to follow them.
+    # A class with few training images is only found with weak regularisation.
     train = drawn(clusters, 1000, 0)
     some = train.labels != 7
     some[np.flatnonzero(~some)[:3]] = True
@@ -112,7 +112,7 @@ def test_the_strength_is_chosen_by_the_validation_codes_and_of_equals_the_strong
     assert weaker["linear"]["valid_accuracy"] == 1.0
 
 
-def test_the_same_codes_give_the_same_probes_and_their_unit_does_not_matter() -> None:
+def test_probes_are_deterministic_and_do_not_depend_on_the_scale_of_the_codes() -> None:
     test = drawn(corners, 200, 2, noise=1.0)
     first, second = (
         fitted(corners, noise=1.0, num_images=300),
@@ -131,7 +131,7 @@ def test_the_same_codes_give_the_same_probes_and_their_unit_does_not_matter() ->
         )
 
 
-def test_images_can_be_asked_about_in_any_batches() -> None:
+def test_predictions_do_not_depend_on_the_batches() -> None:
     probes, test = fitted(corners, noise=1.0, num_images=300), drawn(corners, 90, 2, noise=1.0)
     parts = []
     for start in range(0, 90, 7):
@@ -141,7 +141,7 @@ def test_images_can_be_asked_about_in_any_batches() -> None:
         assert torch.cat([part[name] for part in parts]).tolist() == right.tolist()
 
 
-def test_a_latent_that_says_nothing_at_all_does_no_harm() -> None:
+def test_a_constant_latent_does_no_harm() -> None:
     def dead(seed: int) -> Codes:
         codes = drawn(clusters, 300, seed)
         codes.code[:, 1] = codes.sample[:, 1] = 3.0
@@ -151,7 +151,7 @@ def test_a_latent_that_says_nothing_at_all_does_no_harm() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 300])
-def test_codes_that_no_probe_can_learn_from_are_refused(count: int) -> None:
+def test_codes_that_no_probe_can_learn_from_are_rejected(count: int) -> None:
     train, valid = drawn(clusters, 300, 0), drawn(clusters, 300 - count, 1)
     one_class = Codes(
         train.code, train.sample, np.zeros_like(train.labels) if count == 0 else train.labels
@@ -162,7 +162,7 @@ def test_codes_that_no_probe_can_learn_from_are_refused(count: int) -> None:
         Probes(one_class, valid)
 
 
-def test_codes_are_those_of_the_labelled_images_in_order_whatever_the_batches(
+def test_codes_are_those_of_the_labelled_images_in_order_for_any_batches(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     data = strokes.write(open_storage(str(tmp_path_factory.mktemp("strokes"))))

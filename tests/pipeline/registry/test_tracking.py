@@ -1,4 +1,4 @@
-"""Runs in MLflow: one for each, whatever is killed or away, and never at the run's cost."""
+"""Tracking: each run has one copy in MLflow, whatever is killed or down, and is never delayed."""
 
 import logging
 import subprocess
@@ -9,24 +9,25 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Run as MlflowRun
 
 from pipeline import commands
-from pipeline.config import options, sections
+from pipeline.config import sections
+from pipeline.config.options import to_dict
 from pipeline.errors import Interrupted
 from pipeline.registry import tracking
 from pipeline.registry.tracking import Connection, TrackedRun, Tracking, training_run
-from pipeline.runs import read_rows
+from pipeline.runs import Run
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.training.metrics import MetricLog
 
-SETTINGS = options.to_dict(commands.load("train", ["model=tiny"]))
+SETTINGS = to_dict(commands.load("train", ["model=tiny"]))
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> sections.RegistryOptions:
-    """A registry for all tests here, since making its tables takes seconds."""
+    """A registry for all tests of this file, since creating its tables takes seconds."""
     folder = tmp_path_factory.mktemp("registry")
     options = sections.RegistryOptions(
         uri=f"sqlite:///{folder / 'registry.db'}", artifacts=str(folder / "artifacts")
@@ -46,11 +47,13 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_run(folder: Storage, **model: int) -> TrackedRun:
-    return training_run(folder, {**SETTINGS, "model": {**SETTINGS["model"], **model}}, "d" * 64)
+    return training_run(
+        Run(folder), {**SETTINGS, "model": {**SETTINGS["model"], **model}}, "d" * 64
+    )
 
 
 def log(folder: Storage, steps: range) -> None:
-    """Rows as training logs them, added to what is there."""
+    """Log rows as training does, after those in the log."""
     with MetricLog(folder, steps.start - 1, writes=True) as metrics:
         for step in steps:
             metrics.add(step, {"images": 8 * step, "train/code_length": 100.0 - step})
@@ -66,12 +69,12 @@ def log(folder: Storage, steps: range) -> None:
         metrics.flush()
 
 
-def copies(client: MlflowClient, folder: Storage) -> list[Run]:
+def copies(client: MlflowClient, folder: Storage) -> list[MlflowRun]:
     experiment = client.get_experiment_by_name("mnist")
     return list(client.search_runs([experiment.experiment_id], f"tags.run = '{folder.url}'"))
 
 
-def history(client: MlflowClient, run: Run, name: str) -> list[tuple[int, float]]:
+def history(client: MlflowClient, run: MlflowRun, name: str) -> list[tuple[int, float]]:
     return [
         (metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)
     ]
@@ -96,7 +99,7 @@ def test_a_run_has_its_parameters_manifest_code_version_and_every_row_of_its_met
     assert history(client, run, "valid/elbo_nats") == [(2, 88.0), (4, 86.0)]
 
 
-def test_a_resumed_run_goes_on_in_its_mlflow_run_without_a_row_twice(
+def test_a_resumed_run_continues_in_its_mlflow_run_without_duplicate_rows(
     options: sections.RegistryOptions, client: MlflowClient, tmp_path: Path
 ) -> None:
     folder = open_storage(str(tmp_path))
@@ -137,7 +140,7 @@ def test_trials_are_children_of_their_search(
         tracked.follow(search)
         for number, status in enumerate(("FINISHED", "KILLED", "FAILED")):
             child = folder.child(f"trial-{number}")
-            trial = training_run(child, SETTINGS, "d" * 64, search)
+            trial = training_run(Run(child), SETTINGS, "d" * 64, search)
             tracked.follow(trial)
             log(child, range(1, 3))
             tracked.end(trial, status)
@@ -152,16 +155,16 @@ def test_trials_are_children_of_their_search(
 
 KILLED = """
 import os, signal, sys, time
-from pipeline.commands import load
+from pipeline import commands
 from pipeline.config.options import to_dict
 from pipeline.config.sections import RegistryOptions
-from pipeline.registry import tracking
-from pipeline.storage import open_storage
+from pipeline.registry.tracking import Tracking, training_run
+from pipeline.runs import Run
 
 uri, artifacts, folder = sys.argv[1:]
-settings = to_dict(load("train", ["model=tiny"]))
-with tracking.Tracking(RegistryOptions(uri=uri, artifacts=artifacts)) as tracked:
-    run = tracking.training_run(open_storage(folder), settings, "d" * 64)
+settings = to_dict(commands.load("train", ["model=tiny"]))
+with Tracking(RegistryOptions(uri=uri, artifacts=artifacts)) as tracked:
+    run = training_run(Run.at(folder), settings, "d" * 64)
     tracked.follow(run)
     while not run.logged:
         time.sleep(0.01)
@@ -169,7 +172,7 @@ with tracking.Tracking(RegistryOptions(uri=uri, artifacts=artifacts)) as tracked
 """
 
 
-def test_a_killed_driver_leaves_no_run_running_for_ever(
+def test_the_run_of_a_killed_driver_does_not_stay_running(
     options: sections.RegistryOptions,
     client: MlflowClient,
     tmp_path: Path,
@@ -195,7 +198,7 @@ def test_a_killed_driver_leaves_no_run_running_for_ever(
     assert history(client, run, "images") == [(step, 8.0 * step) for step in range(1, 5)]
 
 
-def test_a_registry_that_is_not_there_costs_a_warning_and_is_caught_up_with(
+def test_while_the_registry_is_unavailable_there_is_a_warning_and_rows_are_sent_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, blocked = open_storage(str(tmp_path / "run")), tmp_path / "file"
@@ -210,7 +213,7 @@ def test_a_registry_that_is_not_there_costs_a_warning_and_is_caught_up_with(
             time.sleep(0.01)
         blocked.unlink()
     first, *others = caplog.messages
-    assert first.startswith(f"MLflow at {options.uri} is not told of run for now: ")
+    assert first.startswith(f"MLflow at {options.uri} does not accept updates of run at present: ")
     assert not others
     (run,) = copies(MlflowClient(options.uri, options.uri), folder)
     assert run.info.status == "FINISHED"
@@ -219,22 +222,22 @@ def test_a_registry_that_is_not_there_costs_a_warning_and_is_caught_up_with(
         (2, 16.0),
         (3, 24.0),
     ]
-    assert read_rows(folder)
+    assert Run(folder).rows()
 
 
 CREATE = """
 import sys
 from pipeline.config.sections import RegistryOptions
-from pipeline.registry import tracking
+from pipeline.registry.tracking import Connection
 
 print("ready", flush=True)
 sys.stdin.readline()
-connection = tracking.Connection(RegistryOptions(uri=sys.argv[1], artifacts="."))
+connection = Connection(RegistryOptions(uri=sys.argv[1], artifacts="."))
 connection.client.create_experiment(sys.argv[2])
 """
 
 
-def test_two_processes_make_a_fresh_database_at_once(tmp_path: Path) -> None:
+def test_two_processes_can_create_the_database_at_once(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'fresh.db'}"
     processes = [
         subprocess.Popen(

@@ -1,5 +1,7 @@
-"""The registry, on a real MLflow: it keeps what it is given, refuses in one sentence what it cannot
-do, mends what an interrupted registration left, and unpickles nothing.
+"""The registry on a real MLflow.
+
+It returns what it was given, rejects mistakes in one sentence, recovers from interrupted
+registrations, and unpickles nothing.
 """
 
 import json
@@ -18,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.registry import tracking
 from pipeline.registry.tracking import TrackedRun, Tracking, training_run
 from pipeline.registry.versions import Registry
+from pipeline.runs import Run
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from tests.pipeline.models import FIGURES, MODEL, prepare_run
@@ -25,8 +28,9 @@ from tests.pipeline.models import FIGURES, MODEL, prepare_run
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An MLflow database: one for all tests here, since making its tables takes seconds. Each uses
-    models of its own.
+    """An MLflow database for all tests of this file, since creating its tables takes seconds.
+
+    Each test uses models of its own.
     """
     return f"sqlite:///{tmp_path_factory.mktemp('database') / 'registry.db'}"
 
@@ -44,7 +48,7 @@ def local(database: str, tmp_path: Path) -> Registry:
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
-    """A model of this test's own."""
+    """The name of a model that only this test uses."""
     return request.node.name.replace("[", "-").replace("]", "")
 
 
@@ -75,7 +79,7 @@ def test_a_version_holds_weights_records_pictures_and_a_card_none_of_them_a_pick
         "samples.png",
     }
     for file in ("model.safetensors", "model.json", "training.json"):
-        assert kept[file] == run.read(f"model/{file}")
+        assert kept[file] == run.storage.read(f"model/{file}")
     assert all(json.loads(kept[file]) for file in records)
     assert json.loads(
         kept["model.safetensors"][8 : 8 + int.from_bytes(kept["model.safetensors"][:8], "little")]
@@ -89,24 +93,19 @@ def test_a_version_holds_weights_records_pictures_and_a_card_none_of_them_a_pick
     assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
 
 
-def test_a_version_tells_what_it_was_trained_with_and_how_well(
+def test_a_version_has_the_options_of_its_training_and_its_figures(
     models: Registry, storage: Storage, name: str, tmp_path: Path
 ) -> None:
     run = prepare_run(storage, 0)
     models.register(name, run)
     (row,) = models.versions(name)
-    assert (row["name"], row["version"], row["aliases"], row["run"]) == (
-        name,
-        1,
-        ["champion"],
-        run.url,
-    )
+    assert (row.name, row.number, row.aliases, row.run) == (name, 1, ["champion"], run.url)
     for key, value in MODEL.items():
-        assert row["parameters"][f"model.{key}"] == str(value)
-    assert row["parameters"]["manifest"] == row["tags"]["manifest"] == "0" * 64
-    assert row["parameters"]["train.seed"] == "0"
-    assert row["tags"]["code_version"] == tracking.code_version()
-    assert row["metrics"] == {f"valid/{key}": value for key, value in FIGURES.items()}
+        assert row.parameters[f"model.{key}"] == str(value)
+    assert row.parameters["manifest"] == row.tags["manifest"] == "0" * 64
+    assert row.parameters["train.seed"] == "0"
+    assert row.tags["code_version"] == tracking.code_version()
+    assert row.metrics == {f"valid/{key}": value for key, value in FIGURES.items()}
     card = (models.download(name, 1, tmp_path) / "README.md").read_text()
     for said in (
         name,
@@ -121,7 +120,7 @@ def test_a_version_tells_what_it_was_trained_with_and_how_well(
     ):
         assert said in card
     models.log_evaluation(name, 1, "test", {"iwae_nats": 84.5})
-    assert models.versions(name)[0]["metrics"] == row["metrics"] | {"test/iwae_nats": 84.5}
+    assert models.versions(name)[0].metrics == row.metrics | {"test/iwae_nats": 84.5}
 
 
 def test_a_tracked_trial_is_registered_with_its_mlflow_run_and_its_search(
@@ -132,19 +131,23 @@ def test_a_tracked_trial_is_registered_with_its_mlflow_run_and_its_search(
     search = TrackedRun(folder.child("search"), "a search", "mnist", {})
     with Tracking(local.config) as tracked:
         tracked.follow(
-            training_run(run, run.read_json("model/training.json")["config"], "0" * 64, search)
+            training_run(
+                run, run.storage.read_json("model/training.json")["config"], "0" * 64, search
+            )
         )
     local.register(name, run)
     (row,) = local.versions(name)
     experiments = [experiment.experiment_id for experiment in local.client.search_experiments()]
     (kept,) = local.client.search_runs(experiments, f"tags.run = '{run.url}'")
-    assert row["tags"]["run_id"] == kept.info.run_id
-    assert row["tags"]["search_name"] == "a search"
-    assert row["tags"]["search"] == kept.data.tags["mlflow.parentRunId"]
+    assert row.tags["run_id"] == kept.info.run_id
+    assert row.tags["search_name"] == "a search"
+    assert row.tags["search"] == kept.data.tags["mlflow.parentRunId"]
     assert "a search" in (local.download(name, 1, tmp_path / "there") / "README.md").read_text()
 
 
-def test_of_an_evaluation_all_numbers_are_kept(local: Registry, tmp_path: Path, name: str) -> None:
+def test_all_numbers_of_an_evaluation_are_recorded(
+    local: Registry, tmp_path: Path, name: str
+) -> None:
     local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
     probe = {"linear": {"accuracy": 0.9, "accuracy_se": None}}
     local.log_evaluation(
@@ -158,18 +161,18 @@ def test_of_an_evaluation_all_numbers_are_kept(local: Registry, tmp_path: Path, 
             "latents": {"rate_nats": [1.0, 2.0]},
         },
     )
-    metrics = local.versions(name)[0]["metrics"]
+    metrics = local.versions(name)[0].metrics
     assert {key: metrics[key] for key in metrics if key.startswith("test/")} == {
         "test/num_images": 1.0,
         "test/probe/linear/accuracy": 0.9,
     }
 
 
-def test_the_latest_evaluation_counts(local: Registry, tmp_path: Path, name: str) -> None:
+def test_the_latest_evaluation_is_shown(local: Registry, tmp_path: Path, name: str) -> None:
     local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
     local.log_evaluation(name, 1, "test", {"iwae_nats": 85.0, "iwae_samples": 16})
     local.log_evaluation(name, 1, "test", {"iwae_nats": 84.5, "iwae_samples": 64})
-    metrics = local.versions(name)[0]["metrics"]
+    metrics = local.versions(name)[0].metrics
     assert (metrics["test/iwae_nats"], metrics["test/iwae_samples"]) == (84.5, 64)
 
 
@@ -178,27 +181,26 @@ def test_aliases_move_and_the_newest_version_comes_first(
 ) -> None:
     storage = open_storage(str(tmp_path))
     for seed in range(3):
-        assert local.register(name, prepare_run(storage, seed)) == {
-            "name": name,
-            "version": seed + 1,
-        }
-    assert [(row["version"], row["aliases"]) for row in local.versions(name)] == [
+        assert local.register(name, prepare_run(storage, seed)) == seed + 1
+    assert [(row.number, row.aliases) for row in local.versions(name)] == [
         (3, ["challenger"]),
         (2, []),
         (1, ["champion"]),
     ]
     local.set_alias(name, 3, "champion")
-    assert [row["aliases"] for row in local.versions(name)] == [["champion"], [], []]
+    assert [row.aliases for row in local.versions(name)] == [["champion"], [], []]
     local.set_alias(name, 1, "blessed")
-    assert local.resolve(f"models:/{name}@blessed")["version"] == 1
-    assert local.register(name, prepare_run(storage, 1)) == {"name": name, "version": 2}
+    assert local.resolve(f"models:/{name}@blessed").number == 1
+    assert local.register(name, prepare_run(storage, 1)) == 2
     assert len(local.versions(name)) == 3
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- what is rejected ---------------------------------------------------------------------------
 
 
-def test_what_is_not_there_is_said_with_what_is(local: Registry, tmp_path: Path, name: str) -> None:
+def test_an_error_about_a_missing_version_lists_what_exists(
+    local: Registry, tmp_path: Path, name: str
+) -> None:
     local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
     with pytest.raises(UserError, match=r"holds no model named absent; it holds .*") as raised:
         local.versions("absent")
@@ -218,28 +220,28 @@ def test_what_is_not_there_is_said_with_what_is(local: Registry, tmp_path: Path,
         sentence_of(raised)
     with pytest.raises(UserError, match=f"^{name} has no version 2; it has 1$"):
         local.set_alias(name, 2, "champion")
-    assert local.versions(name)[0]["aliases"] == ["champion"]
+    assert local.versions(name)[0].aliases == ["champion"]
 
 
-def test_a_run_without_a_model_or_its_evaluation_is_refused_and_leaves_no_version(
+def test_a_run_without_a_model_or_an_evaluation_is_rejected_and_leaves_no_version(
     local: Registry, tmp_path: Path, name: str
 ) -> None:
     with pytest.raises(UserError, match=r"there is no .*/nothing/model/model\.json") as raised:
-        local.register(name, open_storage(str(tmp_path / "nothing")))
+        local.register(name, Run.at(str(tmp_path / "nothing")))
     sentence_of(raised)
     run, other = (prepare_run(open_storage(str(tmp_path)), seed) for seed in range(2))
-    evaluation = run.read_json("evaluation/result.json")
+    evaluation = run.storage.read_json("evaluation/result.json")
     for changes in (
-        {"weights": other.read_json("evaluation/result.json")["weights"]},
+        {"weights": other.storage.read_json("evaluation/result.json")["weights"]},
         {"pictures": []},
     ):
-        run.write_json("evaluation/result.json", evaluation | changes)
+        run.storage.write_json("evaluation/result.json", evaluation | changes)
         with pytest.raises(
             UserError, match=rf"{run.url} has not been evaluated; `vlae registry register "
         ) as raised:
             local.register(name, run)
         sentence_of(raised)
-    run.delete(["evaluation/result.json"])
+    run.storage.delete(["evaluation/result.json"])
     with pytest.raises(UserError, match="has not been evaluated"):
         local.register(name, run)
     with pytest.raises(UserError, match="holds no model named"):
@@ -247,15 +249,13 @@ def test_a_run_without_a_model_or_its_evaluation_is_refused_and_leaves_no_versio
 
 
 @pytest.mark.usefixtures("object_store")
-def test_files_that_cannot_be_stored_are_said_in_a_sentence_and_leave_no_version(
+def test_files_that_cannot_be_stored_end_in_a_sentence_and_leave_no_version(
     database: str, tmp_path: Path, name: str
 ) -> None:
     nowhere = Registry(
         sections.RegistryOptions(uri=database, artifacts="s3://there-is-no-such-bucket/registry")
     )
-    with pytest.raises(
-        UserError, match=r"did not do as asked: .*there-is-no-such-bucket"
-    ) as raised:
+    with pytest.raises(UserError, match=r"reported an error: .*there-is-no-such-bucket") as raised:
         nowhere.register(name, prepare_run(open_storage(str(tmp_path)), 0))
     sentence_of(raised)
     with pytest.raises(UserError, match="holds no model named"):
@@ -263,23 +263,23 @@ def test_files_that_cannot_be_stored_are_said_in_a_sentence_and_leave_no_version
 
 
 @pytest.mark.parametrize("odd", ["it's", "a/b", "a:b", "", 'a "good" one', "ü z%"])
-def test_a_name_of_odd_characters_is_taken_or_refused_in_one_sentence(
+def test_a_name_with_odd_characters_is_accepted_or_rejected_in_one_sentence(
     odd: str, local: Registry, tmp_path: Path
 ) -> None:
     run = prepare_run(open_storage(str(tmp_path)), 0)
     try:
         made = local.register(odd, run)
     except UserError as error:
-        made = {}
+        made = 0
         check_sentence(str(error))
     if made:
-        assert made == {"name": odd, "version": 1}
-        assert local.resolve(f"models:/{odd}@champion")["version"] == 1
+        assert made == 1
+        assert local.resolve(f"models:/{odd}@champion").number == 1
         assert vlae.load(local.download(odd, 1, tmp_path / "there")).latents == 4
 
 
 @pytest.mark.parametrize("alias", ["v1", "latest", "two words", ""])
-def test_an_alias_that_cannot_be_given_is_refused_in_one_sentence(
+def test_an_impossible_alias_is_rejected_in_one_sentence(
     alias: str, local: Registry, tmp_path: Path, name: str
 ) -> None:
     local.register(name, prepare_run(open_storage(str(tmp_path)), 0))
@@ -288,7 +288,7 @@ def test_an_alias_that_cannot_be_given_is_refused_in_one_sentence(
     sentence_of(raised)
 
 
-def test_a_registry_that_is_none_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_an_address_that_is_no_registry_is_rejected_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"the registry at ftp://x does not answer: .*; check registry\.uri"
     ) as raised:
@@ -298,7 +298,7 @@ def test_a_registry_that_is_none_is_refused_in_one_sentence(tmp_path: Path) -> N
 
 @pytest.mark.timeout(60)  # MLflow's client by itself would try for minutes
 @pytest.mark.parametrize("listening", [False, True], ids=["nobody listens", "nobody answers"])
-def test_a_server_that_does_not_answer_is_given_up_on(
+def test_a_server_that_does_not_answer_ends_in_an_error_within_seconds(
     listening: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
@@ -317,7 +317,7 @@ def test_a_server_that_does_not_answer_is_given_up_on(
 
 
 @pytest.mark.parametrize("path", ["file/registry.db", "file"])
-def test_a_database_that_cannot_be_opened_is_refused_in_one_sentence(
+def test_a_database_that_cannot_be_opened_is_rejected_in_one_sentence(
     path: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("no database" * 100)
@@ -328,24 +328,21 @@ def test_a_database_that_cannot_be_opened_is_refused_in_one_sentence(
     sentence_of(raised)
 
 
-# --- what others leave and do ---------------------------------------------------------------------
+# --- interruptions and concurrency --------------------------------------------------------------
 
 
-def test_a_registration_that_was_cut_off_before_its_version_can_be_done_again(
+def test_a_registration_that_was_interrupted_before_its_version_can_be_repeated(
     local: Registry, tmp_path: Path, name: str
 ) -> None:
     local.client.create_registered_model(name)
-    assert local.register(name, prepare_run(open_storage(str(tmp_path)), 0)) == {
-        "name": name,
-        "version": 1,
-    }
+    assert local.register(name, prepare_run(open_storage(str(tmp_path)), 0)) == 1
 
 
 def test_every_model_is_listed(local: Registry) -> None:
     names = [f"one-of-many-{number:03d}" for number in range(101)]
     for each in names:
         local.client.create_registered_model(each)
-    listed = {row["name"] for row in local.models()}
+    listed = {model.name for model in local.models()}
     for each in names:
         local.client.delete_registered_model(each)
     assert set(names) <= listed
@@ -355,13 +352,13 @@ REGISTER = """
 import json, sys
 from pipeline.config.sections import RegistryOptions
 from pipeline.registry.versions import Registry
-from pipeline.storage import open_storage
+from pipeline.runs import Run
 
 uri, artifacts, name, *runs = sys.argv[1:]
 registry = Registry(RegistryOptions(uri=uri, artifacts=artifacts))
 print("ready", flush=True)
 sys.stdin.readline()
-print(json.dumps([registry.register(name, open_storage(run))["version"] for run in runs]))
+print(json.dumps([registry.register(name, Run.at(run)) for run in runs]))
 """
 
 
@@ -392,7 +389,7 @@ def test_two_processes_that_register_a_new_model_at_once_lose_nothing(
     assert [process.returncode for process in processes] == [0, 0], printed
     versions = [version for out, _ in printed for version in json.loads(out)]
     assert sorted(versions) == list(range(1, 7))
-    rows = {row["version"]: row["run"] for row in local.versions(name)}
+    rows = {row.number: row.run for row in local.versions(name)}
     assert [rows[version] for version in versions] == runs
-    aliases = [alias for row in local.versions(name) for alias in row["aliases"]]
+    aliases = [alias for row in local.versions(name) for alias in row.aliases]
     assert sorted(aliases) == ["challenger", "champion"]

@@ -13,8 +13,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from pipeline import commands, runs
+from pipeline import commands
 from pipeline.config import compose, options, run, search
+from pipeline.runs import Run
 from pipeline.search import report, trials
 from pipeline.search.trial import Status, Trial
 from pipeline.storage import open_storage
@@ -88,7 +89,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Storage:
                 options.to_dict(strokes.train_config(root)),
                 {**row.point, "name": row.run},
             )
-            runs.publish(runs.run_storage(trial), trial.build(shape), {})
+            Run.of(trial).publish(trial.build(shape), {})
     output = open_storage(f"{root}/searches/mine")
     report.write(loaded, output, trials.table(loaded, made()), made())
     return output

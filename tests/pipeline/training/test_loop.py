@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 import vlae
-from pipeline import runs
 from pipeline.config.run import TrainConfig
 from pipeline.config.sections import Binarization
 from pipeline.data import DataSet
@@ -33,7 +32,7 @@ from pipeline.data.batch import Batch, binarize
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import UserError
 from pipeline.evaluation.measure import measure, report
-from pipeline.runs import read_rows
+from pipeline.runs import Run
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.training import checkpoint, learner, loop
@@ -61,7 +60,7 @@ def whole(root: str) -> Storage:
     """An uninterrupted run of 30 steps."""
     config = configure(root, "whole")
     loop.fit(config)
-    return runs.run_storage(config)
+    return Run.of(config).storage
 
 
 class Interrupted(Exception):
@@ -82,7 +81,7 @@ def interrupt(config: TrainConfig, validation: int) -> None:
 
 
 def rows_of(run: Storage, kind: str) -> list[dict[str, float]]:
-    return [row for row in read_rows(run) if f"{kind}/rate" in row or f"{kind}/rate_nats" in row]
+    return [row for row in Run(run).rows() if f"{kind}/rate" in row or f"{kind}/rate_nats" in row]
 
 
 def steps_of(run: Storage, kind: str) -> list[float]:
@@ -110,7 +109,7 @@ def test_a_run_leaves_its_model_its_log_and_its_newest_checkpoints(
 def test_the_log_has_every_step_once_with_its_learning_rate(whole: Storage) -> None:
     rows = rows_of(whole, "train")
     assert [row["step"] for row in rows] == list(range(10, 31))
-    assert all(row["images"] == 8 * row["step"] for row in read_rows(whole) if "images" in row)
+    assert all(row["images"] == 8 * row["step"] for row in Run(whole).rows() if "images" in row)
     assert all(
         row["train/code_length"] == row["train/distortion"] + row["train/rate"] for row in rows
     )
@@ -142,7 +141,7 @@ def test_the_published_model_is_the_average_and_has_the_last_validation(
     )
     training = whole.read_json("model/training.json")
     assert {"images": 240, **report(moments, model, 1)} == training["valid"]
-    assert read_rows(whole)[-1]["valid/elbo_nats"] == training["valid"]["elbo_nats"]
+    assert Run(whole).rows()[-1]["valid/elbo_nats"] == training["valid"]["elbo_nats"]
 
 
 @pytest.mark.parametrize("validation", [1, 2, 3])
@@ -151,7 +150,7 @@ def test_a_run_interrupted_at_a_validation_ends_with_the_same_weights(
 ) -> None:
     config = configure(root, f"cut-{validation}")
     interrupt(config, validation)
-    run = runs.run_storage(config)
+    run = Run.of(config).storage
     assert not run.exists(WEIGHTS)
     valid = loop.fit(config)
     assert run.read(WEIGHTS) == whole.read(WEIGHTS)
@@ -174,14 +173,14 @@ def test_a_run_interrupted_at_a_validation_has_it_in_its_log(whole: Storage, roo
     interrupt(config, 1)
     reported: list[int] = []
     loop.fit(config, on_validation=lambda metrics: reported.append(metrics["step"]))
-    assert steps_of(runs.run_storage(config), "valid") == steps_of(whole, "valid")
+    assert steps_of(Run.of(config).storage, "valid") == steps_of(whole, "valid")
 
 
 def test_the_log_up_to_a_checkpoint_is_written_before_the_checkpoint(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure(root, "log-first", "train.report_seconds=3600")
-    run, save = runs.run_storage(config), checkpoint.save
+    run, save = Run.of(config).storage, checkpoint.save
     logged: dict[int, list[float]] = {}
 
     def look_and_save(storage: Storage, step: int, *arguments: Any) -> None:
@@ -207,15 +206,15 @@ def test_training_continues_while_a_checkpoint_is_written(
     monkeypatch.setattr(checkpoint, "save", wait_and_save)
     loop.fit(config, on_report=lambda row: is_far.set() if row["images"] >= 25 * 8 else None)
     assert waited[0], "15 steps after the first checkpoint waited for it"
-    assert runs.run_storage(config).list("checkpoints/")
+    assert Run.of(config).storage.list("checkpoints/")
 
 
 def test_a_run_without_checkpoints_starts_over_with_a_new_log(whole: Storage, root: str) -> None:
     config = configure(root, "fresh")
     interrupt(config, 3)
-    run = runs.run_storage(config)
+    run = Run.of(config).storage
     run.delete(run.list("checkpoints/"))
-    assert read_rows(run)
+    assert Run(run).rows()
     loop.fit(config)
     assert run.read(WEIGHTS) == whole.read(WEIGHTS)
     assert steps_of(run, "train") == steps_of(whole, "train")
@@ -225,10 +224,10 @@ def test_a_run_without_checkpoints_starts_over_with_a_new_log(whole: Storage, ro
 def test_a_finished_run_that_is_run_again_keeps_its_log(root: str) -> None:
     config = configure(root, "twice")
     loop.fit(config)
-    run = runs.run_storage(config)
-    before = read_rows(run)
+    run = Run.of(config).storage
+    before = Run(run).rows()
     loop.fit(config)
-    assert read_rows(run) == before
+    assert Run(run).rows() == before
 
 
 @pytest.mark.parametrize(
@@ -238,7 +237,7 @@ def test_a_finished_run_that_is_run_again_keeps_its_log(root: str) -> None:
 def test_another_option_gives_other_weights(override: str, whole: Storage, root: str) -> None:
     config = configure(root, override.replace("=", "-"), override)
     loop.fit(config)
-    assert runs.run_storage(config).read(WEIGHTS) != whole.read(WEIGHTS)
+    assert Run.of(config).storage.read(WEIGHTS) != whole.read(WEIGHTS)
 
 
 def test_weights_do_not_depend_on_the_frequency_of_reports_and_validations(
@@ -247,7 +246,7 @@ def test_weights_do_not_depend_on_the_frequency_of_reports_and_validations(
     overrides = ["train.report_seconds=60", "train.checkpoint_seconds=60", "train.valid_every=1000"]
     config = configure(root, "quiet", *overrides)
     loop.fit(config)
-    assert runs.run_storage(config).read(WEIGHTS) == whole.read(WEIGHTS)
+    assert Run.of(config).storage.read(WEIGHTS) == whole.read(WEIGHTS)
 
 
 def test_it_learns(root: str) -> None:
@@ -281,7 +280,7 @@ def test_with_any_options_an_interrupted_run_ends_with_the_same_weights(
         if name == "cut":
             interrupt(config, 2)
         loop.fit(config)
-        ended.append(runs.run_storage(config))
+        ended.append(Run.of(config).storage)
     assert ended[0].read(WEIGHTS) == ended[1].read(WEIGHTS)
     assert (
         rows_of(ended[0], "train")[-1]["train/rate_weight"]
@@ -330,15 +329,15 @@ def test_a_bad_batch_is_skipped_and_counted_and_left_out_of_the_averages(
         if name == "faulty-cut":
             interrupt(config, 2)
         loop.fit(config)
-        run = runs.run_storage(config)
+        run = Run.of(config).storage
         ends.append(run.read(WEIGHTS))
         assert rows_of(run, "train")[-1]["train/skipped_steps"] == 3
     assert ends[0] == ends[1], "an interrupted run skips the same steps"
     assert ends[0] != whole.read(WEIGHTS)
-    run = runs.run_storage(configure(root, "faulty"))
+    run = Run.of(configure(root, "faulty")).storage
     skipped = {
         row["step"]: row["train/skipped_steps"]
-        for row in read_rows(run)
+        for row in Run(run).rows()
         if "train/skipped_steps" in row
     }
     assert [skipped[step] for step in (12, 13, 14, 21, 22, 30)] == [0, 1, 2, 2, 3, 3]
@@ -363,11 +362,11 @@ def test_after_many_skipped_steps_the_run_stops_at_its_last_good_state(
             ),
         ):
             loop.fit(config)
-    run = runs.run_storage(config)
+    run = Run.of(config).storage
     steps = [int(Path(key).name[:10]) for key in run.list("checkpoints/")]
     assert steps
     assert max(steps) <= 11
-    assert read_rows(run)[-1]["train/skipped_steps"] == 15, "the log shows what happened"
+    assert Run(run).rows()[-1]["train/skipped_steps"] == 15, "the log shows what happened"
     loop.fit(config)
     assert run.read(WEIGHTS) == whole.read(WEIGHTS)
 
@@ -389,8 +388,8 @@ def test_diverged_weights_end_the_run_before_a_checkpoint(root: str, optim: str)
         ),
     ):
         loop.fit(config)
-    assert runs.run_storage(config).list("checkpoints/") == []
-    assert runs.run_storage(config).list("model/") == []
+    assert Run.of(config).storage.list("checkpoints/") == []
+    assert Run.of(config).storage.list("model/") == []
 
 
 def test_missing_data_is_named(tmp_path: Path) -> None:
@@ -461,7 +460,7 @@ def on_one_rank(root: str) -> dict[str, Storage]:
     }
     for config in configs.values():
         loop.fit(config)
-    return {name: runs.run_storage(config) for name, config in configs.items()}
+    return {name: Run.of(config).storage for name, config in configs.items()}
 
 
 def assert_same_losses(run: Storage, whole: Storage, tolerance: float) -> None:
@@ -542,7 +541,7 @@ def test_the_size_of_micro_batches_does_not_change_the_weights(
             root, name, "train.precision=float64", f"train.micro_batch={size or 'null'}", *overrides
         )
         loop.fit(config)
-        weights.append(safetensors.torch.load(runs.run_storage(config).read(WEIGHTS)))
+        weights.append(safetensors.torch.load(Run.of(config).storage.read(WEIGHTS)))
     for name, value in weights[0].items():
         for other in weights[1:]:
             torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-9)
@@ -556,5 +555,5 @@ def test_bfloat16_matrix_products_train_as_float32_does(
     assert valid["elbo_nats"] == pytest.approx(
         rows_of(on_one_rank["float32"], "valid")[-1]["valid/elbo_nats"], rel=0.02
     )
-    weights = safetensors.torch.load(runs.run_storage(config).read(WEIGHTS))
+    weights = safetensors.torch.load(Run.of(config).storage.read(WEIGHTS))
     assert all(value.dtype == torch.float32 for value in weights.values())

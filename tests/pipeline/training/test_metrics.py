@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import spawn
 
 from pipeline.data.batch import Batch
 from pipeline.evaluation.moments import Moments, sum_over_ranks
-from pipeline.runs import METRICS, read_rows
+from pipeline.runs import METRICS, Run
 from pipeline.storage.base import Storage
 from pipeline.training.metrics import MetricLog, StepMeter
 
@@ -216,7 +216,7 @@ def test_a_resumed_log_drops_the_rows_that_are_about_to_be_logged_again(
         )  # what is none is left out
         assert (resumed.lowest("train/rate"), resumed.lowest("valid/rate")) == (10.0, math.inf)
         resumed.flush()
-    assert read_rows(storage) == [
+    assert Run(storage).rows() == [
         {"step": step, "train/rate": value} for step, value in [(10, 10.0), (20, 20.0), (25, 25.5)]
     ]
     # TensorBoard reads files in the order of their names, which tell seconds apart, but not two
@@ -239,14 +239,14 @@ def test_a_log_resumed_twice_has_every_step_once(storage: Storage) -> None:
         with MetricLog(storage, start, writes=True) as log:
             for step in range(start + 1, stop + 1):
                 log.add(step, {"x": float(start)})
-            assert len(read_rows(storage)) in (0, 7, 9), (
+            assert len(Run(storage).rows()) in (0, 7, 9), (
                 "nothing is in storage before it is flushed"
             )
             log.flush()
             before = storage.read(METRICS)
             log.flush()
             assert storage.read(METRICS) == before
-    rows = read_rows(storage)
+    rows = Run(storage).rows()
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["x"] for row in rows] == [0.0] * 3 + [3.0] * 6 + [9.0] * 3
 
@@ -262,7 +262,7 @@ def test_a_log_leaves_no_thread_or_folder_behind(storage: Storage) -> None:
     assert set(threading.enumerate()) <= threads
     assert not Path(finished.folder.name).exists()
     assert not Path(cut_off.folder.name).exists()
-    assert [row["step"] for row in read_rows(storage)] == [1], (
+    assert [row["step"] for row in Run(storage).rows()] == [1], (
         "what a failed run had not flushed may be what failed"
     )
 
@@ -272,4 +272,4 @@ def test_only_rank_0_writes(storage: Storage) -> None:
         log.add(1, {"train/rate": 1.0})
         log.flush()
     assert storage.list() == []
-    assert read_rows(storage) == []
+    assert Run(storage).rows() == []
