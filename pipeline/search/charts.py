@@ -21,6 +21,7 @@ from pipeline.data import DataSet
 from pipeline.data.batch import binarize
 from pipeline.data.loader import EvalLoader
 from pipeline.evaluation import pictures
+from pipeline.evaluation.style import FAINT, INK, RULE
 from pipeline.registry.models import open_model
 from pipeline.search.proposals import known
 from pipeline.search.trial import Status, Trial
@@ -32,25 +33,7 @@ MEASURES = {
     "nll": "NLL, nats per image",
     "probe_accuracy": "probe accuracy, %",
 }
-INK, FAINT, RULE = "#1b1f24", "#6b7280", "#e3e6ea"
 MARKERS, DASHES = "osD^vPX*", (0, (4, 3))
-STYLE = {
-    "font.size": 10,
-    "font.family": "sans-serif",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": RULE,
-    "axes.axisbelow": True,
-    "svg.fonttype": "none",
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
 TRADE_OFF = Goals.parse(["min rate_bits", "min distortion_nats"])
 MODELS, IMAGES = 6, 10
 """So many models are drawn side by side, with so many images each."""

@@ -19,9 +19,9 @@ import pyarrow.parquet
 from matplotlib.figure import Figure
 
 from pipeline.config.search import TuneConfig
+from pipeline.evaluation.style import STYLE
 from pipeline.search.charts import (
     MODELS,
-    STYLE,
     TRADE_OFF,
     Look,
     front,
