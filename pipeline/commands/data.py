@@ -20,7 +20,7 @@ class Action(Enum):
 
 @dataclass
 class DataConfig:
-    """Look at a data set (inspect), or re-read and check every byte of it (verify)."""
+    """Inspect a data set, or verify every byte of it."""
 
     action: Action = option("inspect or verify; the first word after the command")
     output: str = option("where the report goes", "outputs/data", path=True)
@@ -67,7 +67,7 @@ def _inspect(data: "DataSet", config: DataConfig) -> JsonObject:
 
 
 def format_result(config: DataConfig, result: JsonObject) -> str:
-    """What a person wants to know."""
+    """The sizes of the splits, their classes, and the damaged shards."""
     channels, height, width = result["image_shape"]
     lines = [
         f"{result['name']}: {width} x {height}, {channels} channels, {result['bytes'] / 1e6:,.1f}"

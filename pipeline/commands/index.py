@@ -1,4 +1,4 @@
-"""``vlae index``: a manifest for other people's WebDataset shards, where they lie."""
+"""``vlae index``: write a manifest for existing WebDataset shards, without copying them."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from pipeline.values import JsonObject
 
 @dataclass
 class IndexConfig:
-    """Make the manifest of WebDataset shards that someone else wrote, where they lie."""
+    """Write a manifest for existing WebDataset shards, without copying them."""
 
     storage: StorageOptions = section(StorageOptions, "where things are kept")
     dataset: DatasetOptions = section(DatasetOptions, "the data set that they become")
@@ -21,8 +21,8 @@ class IndexConfig:
 def run(config: IndexConfig) -> JsonObject:
     """Write the manifest, unless it exists. Returns a summary of the data set.
 
-    Raises UserError if a shard cannot be read or is not safe to, or the manifest exists but is of
-    other shards or options.
+    Raises UserError if a shard cannot be read or is unsafe, or the manifest exists but was made
+    from other shards or options.
     """
     from pipeline.data.indexing import write_manifest
 
@@ -30,7 +30,7 @@ def run(config: IndexConfig) -> JsonObject:
 
 
 def format_result(config: IndexConfig, result: JsonObject) -> str:
-    """How many images each split has."""
+    """The number of images of each split."""
     counts = ", ".join(f"{split['images']:,} {name}" for name, split in result["splits"].items())
     how = "was there already" if result["reused"] else "indexed"
     return f"data set {config.dataset.name} {how}: {counts} images"

@@ -1,4 +1,4 @@
-"""``vlae shard``: images to WebDataset shards with a manifest."""
+"""``vlae shard``: write images to WebDataset shards with a manifest."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from pipeline.values import JsonObject
 
 @dataclass
 class ShardConfig:
-    """Put images into WebDataset shards with a manifest."""
+    """Write images to WebDataset shards with a manifest."""
 
     storage: StorageOptions = section(StorageOptions, "where things are kept")
     dataset: DatasetOptions = section(DatasetOptions, "the images")
@@ -30,7 +30,7 @@ def run(config: ShardConfig) -> JsonObject:
 
 
 def format_result(config: ShardConfig, result: JsonObject) -> str:
-    """How many images each split has, and where the unreadable ones and duplicates are listed."""
+    """The number of images of each split, and where unreadable ones and duplicates are listed."""
     counts = ", ".join(f"{split['images']:,} {name}" for name, split in result["splits"].items())
     how = "was there already" if result["reused"] else "written"
     lines = [f"data set {config.dataset.name} {how}: {counts} images"]

@@ -49,6 +49,9 @@ from pipeline.values import JsonObject
 VERSION = 2
 ENCODINGS = ("npy", "image")
 MANIFEST_KEY = "manifest.json"
+REMEDY = (
+    "delete manifest.json there and run again the command that made it, vlae shard or vlae index"
+)
 PAGE = 10_000
 """Shards of a page; a split with more shards is stored in pages."""
 Integers = npt.NDArray[np.int64]
@@ -341,6 +344,5 @@ def read_verified(storage: Storage, key: str, sha256: str) -> bytes:
             return content
     raise UserError(
         f"{storage.url}/{key} is damaged: its sha256 is {actual}, the manifest says {sha256};"
-        f" delete {MANIFEST_KEY} there and run again the command that made it, vlae shard or vlae"
-        " index"
+        f" {REMEDY}"
     )

@@ -15,7 +15,7 @@ import torch
 from pipeline.data import images, tar
 from pipeline.data.cache import ShardCache
 from pipeline.data.dataset import DataSet
-from pipeline.data.manifest import Integers, Shard
+from pipeline.data.manifest import REMEDY, Integers, Shard
 from pipeline.data.records import Index, checksum
 from pipeline.errors import DamagedData, UserError
 from pipeline.storage.base import ObjectNotFound, ObjectTooShort, Storage
@@ -26,13 +26,9 @@ logger = logging.getLogger(__name__)
 Images = npt.NDArray[np.uint8]
 Booleans = npt.NDArray[np.bool_]
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 THREADS = 8
 """Concurrent reads: one connection to object storage has a tenth of a network card's bandwidth."""
-REMEDY = (
-    "delete manifest.json there and run again the command that made it, vlae shard or vlae index"
-)
 
 
 @dataclass(frozen=True)
@@ -56,14 +52,13 @@ class Rows:
         )
         labels = torch.empty(len(rows), dtype=torch.int64, pin_memory=pinned)
         for source, target in ((self.images, images), (self.labels, labels)):
-            np.take(
-                source, rows, axis=0, out=target.numpy(), mode="clip"
-            )  # "raise" would make one more copy
+            # The mode "raise" would make one more copy.
+            np.take(source, rows, axis=0, out=target.numpy(), mode="clip")
         return images, labels, self.samples[rows]
 
 
 @dataclass(frozen=True)
-class Run:
+class Span:
     """Consecutive samples of one shard, and the rows that they are put into."""
 
     shard: int
@@ -91,7 +86,7 @@ STRICT = ReadOptions()
 
 
 class Reader:
-    """Reads runs of samples of one split from its shards, and checks them. Thread-safe."""
+    """Reads spans of samples of one split from its shards, and checks them. Thread-safe."""
 
     def __init__(self, data: DataSet, split: str, options: ReadOptions = STRICT) -> None:
         storage, manifest = data.storage, data.manifest
@@ -118,26 +113,28 @@ class Reader:
         one ranged read, whatever the number of its records, which are decoded as they arrive;
         neighbours in a shard are read together.
         """
-        runs, row = list[Run](), 0
+        spans, row = list[Span](), 0
         for shard, start, stop in segments.tolist():
             # Not with max_skipped: a read that fails must miss the same samples, whatever else
             # this rank reads.
-            if runs and (runs[-1].shard, runs[-1].stop) == (shard, start) and not self._max_skipped:
-                runs[-1] = replace(runs[-1], stop=stop)
+            adjacent = bool(spans) and (spans[-1].shard, spans[-1].stop) == (shard, start)
+            if adjacent and not self._max_skipped:
+                spans[-1] = replace(spans[-1], stop=stop)
             else:
-                runs.append(Run(shard, start, stop, row))
+                spans.append(Span(shard, start, stop, row))
             row += stop - start
         present = np.ones(row, dtype=bool)
-        decoders = max(1, THREADS // len(runs)) if self._manifest.encoding == "image" else 1
+        decoders = max(1, THREADS // len(spans)) if self._manifest.encoding == "image" else 1
 
-        def read(run: Run) -> None:
-            rows.samples[run.rows] = self._first_samples[run.shard] + np.arange(run.start, run.stop)
-            shard = self.shards[run.shard]
+        def read(span: Span) -> None:
+            first = self._first_samples[span.shard]
+            rows.samples[span.rows] = first + np.arange(span.start, span.stop)
+            shard = self.shards[span.shard]
             try:
                 index = self._index(shard)
-                records = self._records(shard, index, run)
+                records = self._records(shard, index, span)
                 in_parallel(
-                    lambda record: self._unpack_record(shard, index, run, *record, rows, present),
+                    lambda record: self._unpack_record(shard, index, span, *record, rows, present),
                     records,
                     decoders,
                 )
@@ -146,11 +143,11 @@ class Reader:
                     f"{error}, though the manifest of {self._storage.url} lists it ({shard.size}"
                     f" bytes); {REMEDY}"
                 )
-                self._skip(ObjectNotFound(lost), rows, present, run.rows)
+                self._skip(ObjectNotFound(lost), rows, present, span.rows)
             except (ObjectTooShort, DamagedData) as error:
-                self._skip(error, rows, present, run.rows)
+                self._skip(error, rows, present, span.rows)
 
-        in_parallel(read, runs, min(THREADS, len(runs)))
+        in_parallel(read, spans, min(THREADS, len(spans)))
         return present
 
     def keys(self, samples: Integers) -> list[str] | None:
@@ -166,13 +163,13 @@ class Reader:
             found.append(keys[place])
         return found
 
-    def _records(self, shard: Shard, index: Index, run: Run) -> Iterator[tuple[int, bytes]]:
-        """The records of a run with their numbers, as they arrive in one read.
+    def _records(self, shard: Shard, index: Index, span: Span) -> Iterator[tuple[int, bytes]]:
+        """The records of a span with their numbers, as they arrive in one read.
 
         Bytes between records are read and thrown away.
         """
-        first = int(np.searchsorted(index.starts, run.start, side="right")) - 1
-        last = int(np.searchsorted(index.starts, run.stop, side="left"))
+        first = int(np.searchsorted(index.starts, span.start, side="right")) - 1
+        last = int(np.searchsorted(index.starts, span.stop, side="left"))
         storage, key = self.locate(shard)
         position = int(index.offset[first])
         length = int(index.offset[last - 1] + index.size[last - 1]) - position
@@ -192,17 +189,17 @@ class Reader:
         self,
         shard: Shard,
         index: Index,
-        run: Run,
+        span: Span,
         number: int,
         content: bytes,
         rows: Rows,
         present: Booleans,
     ) -> None:
-        """Check a record, and put those of its samples that belong to the run into their rows."""
+        """Check a record, and put those of its samples that belong to the span into their rows."""
         begin, end = int(index.starts[number]), int(index.starts[number + 1])
-        start, stop = max(run.start, begin), min(run.stop, end)
+        start, stop = max(span.start, begin), min(span.stop, end)
         to, part = (
-            slice(run.row + start - run.start, run.row + stop - run.start),
+            slice(span.row + start - span.start, span.row + stop - span.start),
             slice(start - begin, stop - begin),
         )
         try:

@@ -1,4 +1,4 @@
-"""A small data set whose images say which they are."""
+"""A small data set whose images show their numbers."""
 
 from typing import Any, ClassVar
 
@@ -16,9 +16,7 @@ BLOCK_SIZE = 4
 
 
 class NumberedImages(ImageSource):
-    """RGB images of 2 x 3 pixels; every sub-pixel of sample n is (n + its place) mod 256, its label
-    n mod 10.
-    """
+    """RGB images of 2 x 3 pixels: value i of image n is (n + i) mod 256, and its label n mod 10."""
 
     description: ClassVar[dict[str, Any]] = {"source": "numbered"}
     image_shape = (3, 2, 3)

@@ -1,6 +1,4 @@
-"""A data set of small pictures that a model can learn from in seconds, and the configuration of a
-run on it.
-"""
+"""A data set of small images that a model learns in seconds, and the options of a run on it."""
 
 from typing import Any, ClassVar
 
@@ -36,9 +34,7 @@ TINY = [
 
 
 class Strokes(ImageSource):
-    """Grey pictures of 8 x 8: a horizontal or a vertical bar (its label), somewhere, on a darker
-    ground.
-    """
+    """Grey images of 8 x 8 with a horizontal or vertical bar, which is the label."""
 
     description: ClassVar[dict[str, Any]] = {"source": "strokes"}
     image_shape = (1, SIZE, SIZE)
@@ -73,10 +69,10 @@ def write(storage: Storage) -> DataSet:
 
 
 def train_config(root: str, *overrides: str) -> run.TrainConfig:
-    """A run on the data set below ``root``, which need not be there."""
+    """The options of a run on the data set below ``root``, which need not exist yet."""
     return commands.load("train", [*TINY, f"storage.root={root}", *overrides])
 
 
 def data_storage(root: str) -> Storage:
-    """Where the runs of ``train_config`` look for the data set."""
+    """The storage of the data set of ``train_config``."""
     return open_storage(f"{root}/datasets/strokes")

@@ -25,16 +25,15 @@ from pipeline.values import JsonObject
 
 
 def _last_part(count: int, fraction: float) -> int:
-    """Where the last ``fraction`` of ``count`` images begins; both parts hold an image or more."""
+    """Where the last ``fraction`` of ``count`` images begins; neither part is empty."""
     return min(max(round(count * (1 - fraction)), 1), count - 1)
 
 
 class ArraySource(ImageSource):
-    """Images that are in memory: ``_arrays`` has images ``(n, height, width, channels)`` and labels
-    ``(n,)`` of each split.
-    """
+    """Images in memory."""
 
     _arrays: dict[str, tuple[Images, Labels]]
+    """By split: images ``(n, height, width, channels)`` and labels ``(n,)``."""
     _kind: str
 
     @cached_property
@@ -60,11 +59,10 @@ class ArraySource(ImageSource):
 
 
 class IdxSource(ArraySource):
-    """A folder with the four files that MNIST, Fashion-MNIST, KMNIST and others come as, plain or
-    gzipped.
+    """The four IDX files in which MNIST, Fashion-MNIST, KMNIST and others are published.
 
     ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte``,
-    ``t10k-labels-idx1-ubyte``, each perhaps with ``.gz``. The last ``valid_fraction`` of the
+    ``t10k-labels-idx1-ubyte``, plain or gzipped as ``.gz``. The last ``valid_fraction`` of the
     training file is the split ``valid``.
     """
 
@@ -115,8 +113,10 @@ def _read_idx_pair(folder: Path, part: str) -> tuple[Images, Labels]:
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> Images:
-    """One IDX file: two zero bytes, the type (8: bytes), the number of dimensions, 4 big-endian
-    bytes for each, the data.
+    """The array of one IDX file.
+
+    Its format: two zero bytes, the type (8: bytes), the number of dimensions, 4 big-endian bytes
+    for each dimension, the data.
     """
     path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
     if path is None:
@@ -143,8 +143,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> Images:
 
 
 class NpzSource(ArraySource):
-    """An ``.npz`` file of images and labels, split or not, under the names that such files usually
-    have.
+    """An ``.npz`` file of images and labels, under any of the usual names.
 
     ``images`` and ``labels``; ``x_train``, ``y_train``, ``x_test``, ``y_test`` (Keras);
     ``train_images``, ``train_labels``, ``val_images``, ... (MedMNIST). Images are bytes of shape n

@@ -20,16 +20,12 @@ SPLITS = ("train", "valid", "test")
 
 
 class ImageSource(ABC):
-    """Labelled images in three splits. Using any of it may raise ``UserError`` that names the file
-    at fault.
-    """
+    """Labelled images in three splits. Any method may raise ``UserError``, naming the file."""
 
     @property
     @abstractmethod
     def description(self) -> JsonObject:
-        """JSON values that are equal for equal images in equal splits, wherever they lie; cheap to
-        make.
-        """
+        """JSON values that are equal for equal images in equal splits, wherever they are stored."""
 
     @property
     @abstractmethod
@@ -39,7 +35,7 @@ class ImageSource(ABC):
     @property
     @abstractmethod
     def num_classes(self) -> int | None:
-        """None if there are no labels."""
+        """The number of classes; None if there are no labels."""
 
     @property
     @abstractmethod
@@ -47,14 +43,10 @@ class ImageSource(ABC):
         """The number of images of ``train``, ``valid`` and ``test``."""
 
     def prepare(self) -> None:  # noqa: B027  (most sources have nothing to prepare)
-        """Fetch and read, once, what all shards share, before the source is sent to the tasks that
-        write them.
-        """
+        """Fetch and read what all shards share, once, before the source is sent to tasks."""
 
     def part(self, split: str, start: int, stop: int) -> "ImageSource":
-        """A source that has these images at least, under the same numbers: what one task needs of
-        this one.
-        """
+        """A source with at least these images, under the same numbers, to send to one task."""
         return self
 
     @abstractmethod
@@ -64,22 +56,20 @@ class ImageSource(ABC):
         """
 
     def examine(self, split: str, start: int, stop: int) -> Iterator[tuple[Images | BadImage, int]]:
-        """One image after another: its pixels ``(height, width, channels)`` or why it cannot be
-        read, and its label.
-        """
+        """Each image in turn: pixels ``(height, width, channels)`` or its error, and its label."""
         images, labels = self.read(split, start, stop)
         yield from zip(images, labels.tolist(), strict=True)
 
     def key(self, split: str, number: int) -> str:
-        """What a person would call an image of a split."""
+        """The name of an image in messages and reports."""
         return f"{split}/{number}"
 
     def names(self, split: str, start: int, stop: int) -> list[str] | None:
-        """What images were called where they came from; None if they had no names there."""
+        """The names of images in the source; None if they have none."""
         return None
 
     def unreadable(self, split: str, number: int, reason: BadImage) -> UserError:
-        """What to say of an image that cannot be read."""
+        """The error for an image that cannot be read."""
         return UserError(f"cannot read {self.key(split, number)} ({reason}); mend or remove it")
 
 
@@ -107,5 +97,5 @@ def content_sha256(arrays: dict[str, tuple[Images, Labels]]) -> str:
 
 
 def hash_fraction(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone."""
+    """A hash of the key as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:6]) / 2**48

@@ -1,8 +1,7 @@
-"""Image files: a folder, a tar, WebDataset shards.
+"""Sources of image files: a folder, tars, WebDataset shards.
 
-A source knows its splits and reads any run of one. It is picklable, since workers read from it. A
-local path must be readable under the same name on every machine that shards from it; MNIST, IDX
-images and arrays travel with the source.
+A source is picklable, since Ray tasks read from it. A local path must be readable under the same
+name on every machine that writes shards; only MNIST, IDX files and arrays are sent to the tasks.
 """
 
 import copy
@@ -39,29 +38,27 @@ from pipeline.values import JsonObject
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An image file, and where it is: a file, or a place in one."""
+    """An image: a file, or a part of one."""
 
     key: str  # decides its split
-    file: str  # the storage's key
+    file: str  # the key of the file in storage
     label: int
-    offset: int = 0  # in bytes; in Parquet, the row
-    size: int = 0
+    offset: int = 0  # in the file, in bytes; in Parquet, the row
+    size: int = 0  # in bytes, if it is a part of a file
 
 
 class FileSource(ImageSource):
     """Image files that are fetched one by one, or a few at a time.
 
-    The sha256 of an image's key decides its split, so that images that are added later move none to
-    another. Colours become grey or RGB, transparent pixels white; with ``shard.image_size`` all are
-    brought to that size, without, all must be of one.
+    The sha256 of an image's key decides its split, so that images added later do not change the
+    split of the others. Colours become grey or RGB, transparent pixels white. With
+    ``shard.image_size`` all images are brought to that size; without, all must have the same size.
     """
 
     _kind: str
     _first = 0  # the number of the first item that is held of each split
     _mixed = True
-    """Whether the items' order is that of the hash too, so that classes are mixed, or the files'
-    own.
-    """
+    """Whether items are ordered by the hash, so that classes are mixed, or kept in file order."""
 
     @classmethod
     def open(
@@ -97,19 +94,20 @@ class FileSource(ImageSource):
 
     @abstractmethod
     def _list(self) -> Iterator[Item]:
-        """Every image, in an order that only depends on what is there."""
+        """All images, in an order that depends on the files alone."""
 
     @abstractmethod
     def _contents(self, items: list[Item]) -> Iterator[bytes]:
-        """The image files, in the order of ``items``."""
+        """The contents of image files, in the order of ``items``."""
 
     def _assigned(self, item: Item, split: str) -> str:
-        """The split of an item that the hash of its key would put into ``split``."""
+        """The split of an item; ``split`` is the one that the hash of its key gives."""
         return split
 
     def _locate(self, path: str, endpoint_url: str | None) -> tuple[Storage, list[str], str]:
-        """The storage at ``path`` and the keys of the files wanted in it; or, of one file, its
-        folder and its name.
+        """The storage of ``path``, the keys of the files to read in it, and the path itself.
+
+        If ``path`` is a single file, the storage is its folder.
         """
         if path.endswith(self._wanted):
             folder, _, name = path.rpartition("/")
@@ -124,8 +122,7 @@ class FileSource(ImageSource):
 
     @cached_property
     def description(self) -> JsonObject:
-        # Names and sizes, not contents: a look at every file's bytes would take as long as
-        # sharding.
+        # Names and sizes, not contents: reading every file would take as long as sharding.
         content, sizes = hashlib.sha256(), self._sizes()
         for split in SPLITS:
             for item in self._items[split]:
@@ -216,9 +213,7 @@ class FileSource(ImageSource):
 
 
 class FolderSource(FileSource):
-    """A folder of images; if it has sub-folders, each (with all below it) is a class, in the order
-    of their names.
-    """
+    """A folder of images. Each sub-folder, with all below it, is a class, in the order of names."""
 
     _kind = "folder"
     _wanted = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -251,9 +246,7 @@ class FolderSource(FileSource):
 
 
 def _classes(path: str, names: list[str]) -> dict[str, int]:
-    """The number of each first folder, in the order of their names; nothing if no image is in a
-    folder.
-    """
+    """The label of each top folder, in the order of names; empty if no image is in a folder."""
     inside = [name for name in names if "/" in name]
     if inside and len(inside) < len(names):
         loose = next(name for name in names if "/" not in name)
@@ -267,9 +260,7 @@ def _classes(path: str, names: list[str]) -> dict[str, int]:
 
 
 class TarSource(FileSource):
-    """Tars of a folder tree of images; the folders below what all have in common are the classes,
-    as in a folder.
-    """
+    """Tars of a folder tree of images. The folders below their common path are the classes."""
 
     _kind = "tar"
     _wanted = (".tar",)
@@ -291,7 +282,7 @@ class TarSource(FileSource):
                     f"{url} is not a whole tar archive: {error}; copy or write it anew"
                 ) from None
         folders = {tuple(name.split("/")[:-1]) for name, *_ in found}
-        common = 0  # folders that all images are in
+        common = 0  # the length of the common path
         while (
             len({folder[: common + 1] for folder in folders}) == 1
             and min(map(len, folders)) > common
@@ -307,8 +298,9 @@ class TarSource(FileSource):
 
 
 class WebDatasetSource(FileSource):
-    """WebDataset shards, to be written anew: with other splits, another size, or in blocks. They
-    keep their order.
+    """WebDataset shards, to be rewritten with other splits, at another size, or in blocks.
+
+    Samples keep their order.
     """
 
     _kind = "webdataset"
@@ -330,13 +322,13 @@ class WebDatasetSource(FileSource):
 
 
 GAP = 256 << 10
-"""Bytes that are rather read and thrown away than asked around."""
+"""Bytes between two images that are read and thrown away, rather than starting a new read."""
 RUN = 16 << 20
-"""Bytes that are read at once."""
+"""Bytes of the longest read."""
 
 
 def _ranges(storage: Storage, items: list[Item]) -> Iterator[bytes]:
-    """Parts of files; neighbours are read together."""
+    """The contents of items that are parts of files; neighbours are read together."""
     first = 0
     while first < len(items):
         last, begin = first + 1, items[first]

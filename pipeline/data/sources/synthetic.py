@@ -14,10 +14,9 @@ from vlae.synthetic import clouds
 
 
 class SyntheticSource(ImageSource):
-    """70,000 images of ``vlae.synthetic.clouds``, black and white, in the proportions of MNIST; an
-    image's class is its pattern's.
+    """70,000 black and white images of ``vlae.synthetic.clouds``, split as MNIST is.
 
-    Each image is a function of the seed and its place alone.
+    The class of an image is its pattern. Each image depends on the seed and its number alone.
     """
 
     @classmethod

@@ -1,6 +1,4 @@
-"""``vlae index`` and ``vlae data``: other people's shards where they lie, what is refused, and what
-has gone bad.
-"""
+"""``vlae index`` and ``vlae data``: existing shards are indexed, unsafe or damaged ones refused."""
 
 import hashlib
 import io
@@ -70,9 +68,7 @@ def shard(*samples: dict[str, Any]) -> bytes:
 
 
 def mixed(numbers: range) -> bytes:
-    """Images in every encoding, with labels in both ways, and members that are none of our
-    business.
-    """
+    """Images in every encoding, with both kinds of labels, and members that are ignored."""
     made = []
     for number in numbers:
         png, webp = encode(pixels(number), "png"), encode(pixels(number), "webp")

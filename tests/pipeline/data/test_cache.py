@@ -1,6 +1,4 @@
-"""The cache: bounded, shared by processes, harmless when there is no room; and damaged samples that
-may be skipped.
-"""
+"""The cache is bounded, shared by processes and harmless when full; damaged samples are skipped."""
 
 import hashlib
 import logging
@@ -106,8 +104,9 @@ def test_a_shard_that_is_not_the_manifests_is_never_kept(storage: Storage, tmp_p
 def read_all(
     root: Path, folder: Path, made: list[tuple[str, int, str]], turns: int, seed: int
 ) -> None:
-    """What each of several processes does at once; ends with code 1 if it ever reads something
-    else, or too much is kept.
+    """Read through the cache, as one of several processes.
+
+    Exits with code 1 if it ever reads wrong bytes, or the cache grows too large.
     """
     storage, cache = FolderStorage(root), ShardCache(folder, 3 * SIZE)
     random = np.random.default_rng(seed)
@@ -186,8 +185,8 @@ def test_the_configuration_names_a_cache(tmp_path: Path) -> None:
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> DataSet:
-    """The numbered images, of which records 1 of shard 1 (samples 11 to 14) and all of shard 2
-    (sample 19) are bad.
+    """The numbered images, with record 1 of shard 1 (samples 11 to 14) damaged, and shard 2 (sample
+    19) missing.
     """
     storage = FolderStorage(tmp_path / "storage")
     data = write(storage)

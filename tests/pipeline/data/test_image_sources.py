@@ -1,4 +1,4 @@
-"""Image files and arrays: tars, WebDataset shards, Parquet and .npz, whole and damaged."""
+"""Sources: tars, WebDataset shards, Parquet files and .npz arrays, intact and damaged."""
 
 import io
 import tarfile

@@ -1,5 +1,5 @@
-"""The loader: every sample once, the same batches for any number of ranks, entered at any step, and
-nothing damaged passes.
+"""The loader gives every sample once, the same batches for any number of ranks and from any step,
+and detects damage.
 """
 
 import gc

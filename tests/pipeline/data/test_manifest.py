@@ -1,4 +1,4 @@
-"""The manifest: what is written is read, and nothing else passes for it."""
+"""A manifest is read as it was written, and any damage to it is detected."""
 
 import hashlib
 import json

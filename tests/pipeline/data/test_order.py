@@ -1,4 +1,4 @@
-"""The order of training is a permutation, the same for all world sizes, entered anywhere."""
+"""The order of training is a permutation, the same for all world sizes and from any step."""
 
 import doctest
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Sources: real MNIST, IDX files and folders of images, whole and damaged."""
+"""Sources: real MNIST, IDX files and folders of images, intact and damaged."""
 
 import gzip
 import pickle
