@@ -64,16 +64,12 @@ def _run(name: str, words: list[str]) -> int:
         if not hasattr(config, "command"):
             raise UserError(f"vlae {name} takes no words after --")
         config = dataclasses.replace(config, command=rest)
-    endpoint_url = config.storage.endpoint_url if hasattr(config, "storage") else None
-    if endpoint_url:
-        # The one setting that every S3 client in here honours: boto3's, Arrow's and MLflow's.
-        os.environ["AWS_ENDPOINT_URL"] = endpoint_url
+    if hasattr(config, "storage"):
+        config.storage.export()
     result = command.run(config)
     if isinstance(result, int):
         return result
-    from pipeline.storage import (
-        open_storage,  # here, since it loads the SDK, which help does without
-    )
+    from pipeline.storage import open_storage
 
     folder = open_storage(command.folder(config))
     folder.write_json(RESULT, result)

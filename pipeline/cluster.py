@@ -22,12 +22,12 @@ IN_FLIGHT = 256
 def connect(cluster: ClusterOptions, storage: StorageOptions) -> None:
     """Connect this process to Ray, unless it is connected, and check that the cluster suffices.
 
-    Inside a job, or with ``cluster.address``, it joins the cluster that is there; else it starts
-    one on this machine that ends with this process. Ray's token authentication is used unless
-    RAY_AUTH_MODE says otherwise. A process that is connected, by an earlier call or by its user,
-    stays where it is. Raises UserError if the cluster does not answer, if it cannot hold the
-    workers asked for, or if it is connected already and its workers use another S3 server than
-    ``storage.endpoint_url``.
+    Inside a job, or with ``cluster.address``, it joins the running cluster. Otherwise it starts one
+    on this machine, which ends with this process. Ray's token authentication is used unless
+    RAY_AUTH_MODE says otherwise. A process that is already connected keeps its connection.
+
+    Raises UserError if the cluster does not answer or cannot hold the workers, or if the process
+    was connected before and the workers use another S3 server than ``storage.endpoint_url``.
     """
     is_connected = ray.is_initialized()
     if is_connected:
@@ -39,29 +39,23 @@ def connect(cluster: ClusterOptions, storage: StorageOptions) -> None:
 
 
 def _set_environment(storage: StorageOptions) -> None:
-    """The settings that Ray Train and this process's S3 clients read when they are used, not when
-    Ray is started.
-    """
-    # Ray Train's report() waits for the controller's next look at its workers: 2 s unless told
-    # otherwise.
+    """Set the variables that Ray Train and S3 clients read at each use, not when Ray starts."""
+    # Ray Train's report() waits for the controller's next poll of the workers: 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # A worker that does not answer for so long is lost, and the run restarted: its host may be cut
-    # off. Ray's own default is 10 minutes.
+    # A worker that does not answer for this long is lost, and the run is restarted: its host may be
+    # cut off. Ray's own default is 10 minutes.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "30")
-    # Ray warns at every start that a later version will not hide GPUs from tasks that asked for
-    # none.
+    # Otherwise Ray warns at every start that a later version will no longer hide GPUs from tasks
+    # that request none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if storage.endpoint_url:
-        os.environ["AWS_ENDPOINT_URL"] = storage.endpoint_url
+    storage.export()
 
 
 def _check_endpoint(storage: StorageOptions) -> None:
-    """Raise UserError if the workers of the present connection, whose environment is fixed, would
-    use another S3 server.
-    """
+    """Raise UserError if the workers, whose environment is fixed, would use another S3 server."""
     if storage.endpoint_url is None:
         return
-    # It needs no core, so that it does not wait for one.
+    # The task requests no core, so that it does not wait for one.
     task = ray.remote(num_cpus=0)(lambda: os.environ.get("AWS_ENDPOINT_URL"))
     if (found := ray.get(task.remote())) != storage.endpoint_url:
         raise UserError(
@@ -78,24 +72,24 @@ def _start(cluster: ClusterOptions) -> None:
     }
     if address:
         if _has_token():
-            # A cluster that Ray starts here makes and uses a token by itself; a driver that joins
-            # one has to be told to.
+            # Ray makes and uses a token for a cluster that it starts here. A driver that joins a
+            # cluster must be configured to use one.
             os.environ.setdefault("RAY_AUTH_MODE", "token")
     else:
-        # Ray Train frees the resources of a stopped trial by a helper that looks for its cluster by
-        # itself, and does not find it if another Ray runs on this machine: its trials would wait
-        # for cores forever. So every process is told the address.
+        # Ray Train frees the resources of a stopped trial in a helper process, which searches for
+        # its cluster, and finds the wrong one if another Ray runs on this machine. Trials would
+        # then wait for cores forever. So all processes get the address.
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         os.environ["RAY_GCS_SERVER_PORT"] = str(port)
-        # A process that looks for hosts about to be taken away has nothing to find here, and
-        # workers no core to spare for it.
+        # The watcher for hosts about to be preempted is useless here, and would cost the workers
+        # a core.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         env_vars["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        # A submitted job has an environment from `ray job submit`, and Ray refuses to be told a
-        # name twice.
+        # A submitted job has an environment from `ray job submit`, and Ray refuses variables that
+        # are set in both places.
         env_vars = {name: value for name, value in env_vars.items() if name not in os.environ}
     try:
         ray.init(

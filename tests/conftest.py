@@ -1,6 +1,4 @@
-"""What the tests share: one thread, the real S3 server, a storage on it and one in a folder, and a
-Ray cluster.
-"""
+"""Shared fixtures: the real object storage server, storages on it and in a folder, and Ray."""
 
 import os
 import secrets
@@ -66,9 +64,10 @@ def _is_connected() -> bool:
 
 
 @pytest.fixture(scope="session")
-def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStorageServer]:
-    """A running S3 server with the bucket ``tests``; the environment leads every client of this
-    session to it.
+def storage_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStorageServer]:
+    """A running object storage server with the bucket ``tests``.
+
+    Environment variables point every client of this session to it.
     """
     with (
         ObjectStorageServer(tmp_path_factory.mktemp("objects"), "tests") as server,
@@ -84,13 +83,13 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty storage: a test that asks for it runs on a folder and on S3."""
     if request.param == "folder":
         return open_storage(str(tmp_path / "storage"))
-    request.getfixturevalue("object_store")
+    request.getfixturevalue("storage_server")
     return open_storage(f"s3://tests/{uuid.uuid4().hex}")
 
 
 @pytest.fixture(scope="session")
 def ray_cluster(
-    object_store: ObjectStorageServer, tmp_path_factory: pytest.TempPathFactory
+    storage_server: ObjectStorageServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """A Ray cluster started with ``ray start --head``, with a token; gives the address for jobs.
 

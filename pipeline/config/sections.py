@@ -1,5 +1,6 @@
 """The sections of options that several commands share."""
 
+import os
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -18,6 +19,14 @@ class StorageOptions:
 
     def check(self) -> None:
         require(bool(self.root), "storage.root is empty; give a folder, or s3://bucket/prefix")
+
+    def export(self) -> None:
+        """Set AWS_ENDPOINT_URL to ``endpoint_url``, if there is one.
+
+        All S3 clients of this process read that variable: boto3's, Arrow's and MLflow's.
+        """
+        if self.endpoint_url:
+            os.environ["AWS_ENDPOINT_URL"] = self.endpoint_url
 
 
 class Source(Enum):

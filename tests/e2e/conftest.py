@@ -27,7 +27,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
-def root(object_store: ObjectStorageServer) -> str:
+def root(storage_server: ObjectStorageServer) -> str:
     """A storage root on the object storage server."""
     return f"s3://tests/{uuid.uuid4().hex}"
 

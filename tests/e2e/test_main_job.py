@@ -280,18 +280,18 @@ def submit(
 
 
 def test_a_job_is_submitted_to_a_running_cluster(
-    data: str, root: str, object_store: ObjectStorageServer, ray_cluster: str
+    data: str, root: str, storage_server: ObjectStorageServer, ray_cluster: str
 ) -> None:
-    printed = submit(ray_cluster, object_store, root, "job")
+    printed = submit(ray_cluster, storage_server, root, "job")
     assert f"result: {root}/runs/job/result.json" in printed
     assert "succeeded" in printed
     assert open_storage(f"{root}/runs/job").exists("result.json")
 
 
 def test_a_running_job_is_seen_at_rays_metrics_endpoint(
-    data: str, root: str, object_store: ObjectStorageServer, ray_cluster: str
+    data: str, root: str, storage_server: ObjectStorageServer, ray_cluster: str
 ) -> None:
-    submit(ray_cluster, object_store, root, "watched", "train.images=40_000_000", wait=False)
+    submit(ray_cluster, storage_server, root, "watched", "train.images=40_000_000", wait=False)
     connect(sections.ClusterOptions(), sections.StorageOptions())
     (port,) = {node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]}
     shown = dict[str, float]()

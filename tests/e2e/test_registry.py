@@ -30,7 +30,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[registry_faults.T
 def test_a_run_that_two_people_register_at_once_is_one_version(
     team: registry_faults.Team, tmp_path: Path
 ) -> None:
-    registry_faults.plays(registry_faults.at_once(0, 0), team, "at-once", tmp_path)
+    registry_faults.check(registry_faults.at_once(0, 0), team, "at-once", tmp_path)
 
 
 def test_only_the_server_reads_and_writes_files_in_s3(
@@ -42,7 +42,7 @@ def test_only_the_server_reads_and_writes_files_in_s3(
     assert version.source.startswith("mlflow-artifacts:/")
     folder = version.source.removeprefix("mlflow-artifacts:/").strip("/")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in team.store.environment().items():
+        for name, value in team.server.environment().items():
             patch.setenv(name, value)
         kept = {Path(key).name for key in team.objects.list(folder)}
     assert {"model.safetensors", "model.json", "README.md", "samples.png"} <= kept

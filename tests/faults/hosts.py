@@ -201,7 +201,7 @@ def stage() -> Iterator[Stage]:
     with (
         tempfile.TemporaryDirectory() as folder,
         namespaces.network(Path(folder), 2) as network,
-        namespaces.object_store(network, Path(folder, "objects")) as server,
+        namespaces.storage_server(network, Path(folder, "objects")) as server,
         mock.patch.dict("os.environ", server.environment()),
         namespaces.ray_up(network, Path(folder)) as laptop,
     ):

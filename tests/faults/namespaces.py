@@ -280,7 +280,7 @@ class Laptop:
 
 
 @contextmanager
-def object_store(network: Network, folder: Path) -> Iterator[ObjectStorageServer]:
+def storage_server(network: Network, folder: Path) -> Iterator[ObjectStorageServer]:
     """An object storage server that all hosts reach; its credentials are in each host's home."""
     with (
         mock.patch("pipeline.storage.server.HOST", network.address),

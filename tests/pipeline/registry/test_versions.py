@@ -248,7 +248,7 @@ def test_a_run_without_a_model_or_an_evaluation_is_rejected_and_leaves_no_versio
         local.versions(name)
 
 
-@pytest.mark.usefixtures("object_store")
+@pytest.mark.usefixtures("storage_server")
 def test_files_that_cannot_be_stored_end_in_a_sentence_and_leave_no_version(
     database: str, tmp_path: Path, name: str
 ) -> None:

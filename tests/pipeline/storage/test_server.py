@@ -69,14 +69,14 @@ def test_data_and_credentials_outlast_the_server(tmp_path: Path) -> None:
 
 
 def test_two_servers_run_at_once_and_the_death_of_one_is_noticed(
-    object_store: ObjectStorageServer, tmp_path: Path
+    storage_server: ObjectStorageServer, tmp_path: Path
 ) -> None:
     with ObjectStorageServer(tmp_path, "tests") as other:
-        client(object_store).put_object(Bucket="tests", Key="who", Body=b"one")
+        client(storage_server).put_object(Bucket="tests", Key="who", Body=b"one")
         client(other).put_object(Bucket="tests", Key="who", Body=b"other")
-        assert (get(object_store, "who"), get(other, "who")) == (b"one", b"other")
+        assert (get(storage_server, "who"), get(other, "who")) == (b"one", b"other")
         assert (
-            object_store.environment()["AWS_SECRET_ACCESS_KEY"]
+            storage_server.environment()["AWS_SECRET_ACCESS_KEY"]
             != other.environment()["AWS_SECRET_ACCESS_KEY"]
         )
         other._process.kill()
@@ -88,9 +88,9 @@ def test_two_servers_run_at_once_and_the_death_of_one_is_noticed(
             other.check()
 
 
-def test_it_is_for_this_machine_and_this_user_only(object_store: ObjectStorageServer) -> None:
+def test_it_is_for_this_machine_and_this_user_only(storage_server: ObjectStorageServer) -> None:
     for name in ("credentials.json", "env"):
-        assert stat.S_IMODE((object_store.folder / name).stat().st_mode) == 0o600
+        assert stat.S_IMODE((storage_server.folder / name).stat().st_mode) == 0o600
     ports = [
         line.split()[1]
         for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
@@ -99,20 +99,20 @@ def test_it_is_for_this_machine_and_this_user_only(object_store: ObjectStorageSe
     addresses = {
         address
         for address, port in (entry.split(":") for entry in ports)
-        if int(port, 16) == object_store.port
+        if int(port, 16) == storage_server.port
     }
     assert addresses == {"0100007F"}  # 127.0.0.1
 
 
-def test_the_shell_file_holds_the_environment(object_store: ObjectStorageServer) -> None:
+def test_the_shell_file_holds_the_environment(storage_server: ObjectStorageServer) -> None:
     shown = subprocess.run(
-        ["sh", "-c", '. "$0"; env', str(object_store.env_file)],
+        ["sh", "-c", '. "$0"; env', str(storage_server.env_file)],
         capture_output=True,
         text=True,
         check=True,
         env={},
     ).stdout.splitlines()
-    assert {f"{name}={value}" for name, value in object_store.environment().items()} <= set(shown)
+    assert {f"{name}={value}" for name, value in storage_server.environment().items()} <= set(shown)
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_deleting_the_last_object_removes_its_folder(tmp_path: Path) -> None:
 
 
 def test_more_objects_than_one_page_are_listed_and_deleted(
-    object_store: ObjectStorageServer,
+    storage_server: ObjectStorageServer,
 ) -> None:
     storage = open_storage("s3://tests/pages")
     keys = [f"{number:04d}" for number in range(1005)]  # a page and a batch hold 1000
@@ -157,17 +157,17 @@ def test_more_objects_than_one_page_are_listed_and_deleted(
     assert storage.list() == []
 
 
-def test_a_missing_bucket_is_named(object_store: ObjectStorageServer) -> None:
+def test_a_missing_bucket_is_named(storage_server: ObjectStorageServer) -> None:
     storage = open_storage("s3://no-such-bucket/prefix")
     for use in (lambda: storage.read("a"), lambda: storage.write("a", b""), storage.list):
         with pytest.raises(
-            UserError, match=f"no bucket 'no-such-bucket' at {object_store.endpoint_url}"
+            UserError, match=f"no bucket 'no-such-bucket' at {storage_server.endpoint_url}"
         ):
             use()
 
 
 def test_wrong_credentials_are_refused_with_what_to_do(
-    object_store: ObjectStorageServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    storage_server: ObjectStorageServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(b"1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
@@ -185,7 +185,7 @@ def test_wrong_credentials_are_refused_with_what_to_do(
     s3._client.cache_clear()
 
 
-def test_missing_credentials_are_named(object_store: ObjectStorageServer) -> None:
+def test_missing_credentials_are_named(storage_server: ObjectStorageServer) -> None:
     code = "from pipeline.storage import open_storage; open_storage('s3://tests/x').read('a')"
     hidden = {
         "HOME": "/nonexistent",
@@ -196,7 +196,7 @@ def test_missing_credentials_are_named(object_store: ObjectStorageServer) -> Non
     assert "UserError: no credentials for s3://tests/x/a" in done.stderr
 
 
-def test_an_endpoint_that_does_not_answer_is_named(object_store: ObjectStorageServer) -> None:
+def test_an_endpoint_that_does_not_answer_is_named(storage_server: ObjectStorageServer) -> None:
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))  # without listening
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -274,7 +274,7 @@ class BadConnection:
 
 
 @pytest.fixture
-def content(object_store: ObjectStorageServer) -> bytes:
+def content(storage_server: ObjectStorageServer) -> bytes:
     """The content of the object ``big`` in ``s3://tests/bad``."""
     content = os.urandom(1_000_000)
     open_storage("s3://tests/bad").write("big", content)
@@ -282,9 +282,9 @@ def content(object_store: ObjectStorageServer) -> bytes:
 
 
 def test_a_cut_body_resumes_at_the_byte_reached(
-    object_store: ObjectStorageServer, content: bytes
+    storage_server: ObjectStorageServer, content: bytes
 ) -> None:
-    with closing(BadConnection(object_store.port, [300_000, 200_000, 1_000])) as bad:
+    with closing(BadConnection(storage_server.port, [300_000, 200_000, 1_000])) as bad:
         assert open_storage("s3://tests/bad", bad.url).read("big") == content
         assert len(bad.requests) == 4
         ranges = [
@@ -302,45 +302,45 @@ def test_a_cut_body_resumes_at_the_byte_reached(
 
 
 def test_a_cut_range_resumes_at_the_byte_reached(
-    object_store: ObjectStorageServer, content: bytes, tmp_path: Path
+    storage_server: ObjectStorageServer, content: bytes, tmp_path: Path
 ) -> None:
-    with closing(BadConnection(object_store.port, [150_000])) as bad:
+    with closing(BadConnection(storage_server.port, [150_000])) as bad:
         assert (
             open_storage("s3://tests/bad", bad.url).read_range("big", 100_001, 500_000)
             == content[100_001:600_001]
         )
-    with closing(BadConnection(object_store.port, [150_000])) as bad:
+    with closing(BadConnection(storage_server.port, [150_000])) as bad:
         open_storage("s3://tests/bad", bad.url).download("big", tmp_path / "big")
         assert (tmp_path / "big").read_bytes() == content
 
 
 def test_a_stalled_body_resumes(
-    object_store: ObjectStorageServer, content: bytes, monkeypatch: pytest.MonkeyPatch
+    storage_server: ObjectStorageServer, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume, "READ_TIMEOUT", 0.5)
-    with closing(BadConnection(object_store.port, [300_000], stall=True)) as bad:
+    with closing(BadConnection(storage_server.port, [300_000], stall=True)) as bad:
         assert open_storage("s3://tests/bad", bad.url).read("big") == content
 
 
 def test_an_object_replaced_during_a_read_is_an_error(
-    object_store: ObjectStorageServer, content: bytes
+    storage_server: ObjectStorageServer, content: bytes
 ) -> None:
     def replace() -> None:
         open_storage("s3://tests/bad").write("big", content[::-1])
 
     with (
-        closing(BadConnection(object_store.port, [300_000], at_limit=replace)) as bad,
+        closing(BadConnection(storage_server.port, [300_000], at_limit=replace)) as bad,
         pytest.raises(UserError, match="s3://tests/bad/big was replaced while it was being read"),
     ):
         open_storage("s3://tests/bad", bad.url).read("big")
 
 
 def test_a_connection_that_always_breaks_is_an_error(
-    object_store: ObjectStorageServer, content: bytes, monkeypatch: pytest.MonkeyPatch
+    storage_server: ObjectStorageServer, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resume, "READ_ATTEMPTS", 3)
     with (
-        closing(BadConnection(object_store.port, [1_000] * 20)) as bad,
+        closing(BadConnection(storage_server.port, [1_000] * 20)) as bad,
         pytest.raises(
             UserError,
             match=(
