@@ -21,7 +21,7 @@ search-demo: install ## search for the trade-off of rate and distortion, in ./se
 	$(BIN)/vlae demo folder=search-demo search=map train=brief register_best=3 bounds.samples=16
 
 test: lint ## run lint and all tests
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: install ## break storage, kill servers, cut off hosts; check that nothing is lost
 	$(BIN)/python -m tests.faults

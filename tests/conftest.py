@@ -8,10 +8,11 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import pytest
 import torch
 
@@ -22,6 +23,15 @@ from pipeline.storage.server import ObjectStorageServer
 # Ray reads the token once, when a process first needs it: it has to be there before anything
 # imports Ray.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long tests of ``tests/e2e``, so that no core waits for the other in the end.
+
+    Otherwise the order remains the one that pytest-randomly chose.
+    """
+    items.sort(key=lambda item: "e2e" not in item.path.parts)
 
 
 def pytest_runtest_setup() -> None:
@@ -119,7 +129,7 @@ def ray_cluster(
         log.open("w") as file,
         TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
     ):
-        head = subprocess.Popen(
+        head = psutil.Popen(
             [*command, f"--temp-dir={folder}"], stdout=file, stderr=subprocess.STDOUT
         )
         try:
@@ -130,8 +140,11 @@ def ray_cluster(
             import ray
 
             ray.shutdown()
-            head.terminate()
-            head.wait(60)
+            # Told to end, it may wait half a minute for what still runs.
+            for process in [*head.children(recursive=True), head]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            head.wait()
 
 
 def free_ports(count: int) -> list[int]:

@@ -307,12 +307,9 @@ class Registry:
 
     def _log(self, run_id: str, split: str, values: Mapping[str, Any]) -> None:
         now = int(time.time() * 1000)  # MLflow shows the newest value of a metric
-        self.client.log_batch(
-            run_id,
-            metrics=[
-                Metric(key, value, now, 0) for key, value in _flatten(EVALUATED + split, values)
-            ],
-        )
+        figures = _flatten(EVALUATED + split, values)
+        metrics = [Metric(key, value, now, 0) for key, value in figures]
+        self.client.log_batch(run_id, metrics=metrics)
 
     def _all_models(self) -> list[RegisteredModel]:
         found, token = [], None

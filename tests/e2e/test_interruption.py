@@ -16,8 +16,8 @@ from tests.e2e.conftest import TINY, VLAE, Run
 def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
     run: Run, root: str, data: str, workplace: Path
 ) -> None:
-    options = [f"storage.root={root}", *TINY, "train.images=24000", "train.valid_every=24000"]
-    # The first checkpoint is that of step 10 of 1500, and the next follows within a second: there
+    options = [f"storage.root={root}", *TINY, "train.images=12000", "train.valid_every=12000"]
+    # The first checkpoint is that of step 10 of 750, and the next follows within a second: there
     # is most of the run to kill it in.
     options += ["train.report_seconds=0.5", "train.checkpoint_seconds=0"]
     storage = open_storage(f"{root}/runs/killed")
@@ -60,11 +60,11 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     assert (
-        f"run killed is stopped, its state saved after step {newest()} of 1500; the same command"
+        f"run killed is stopped, its state saved after step {newest()} of 750; the same command"
         " goes on" in log.read_text()
     )
 
-    run("train", "name=killed", *options, standalone=True)
+    run("train", "name=killed", *options)
     loop.fit(
         commands.load("train", ["name=whole", *options])
     )  # without Ray, which changes nothing and takes long to start
@@ -72,7 +72,7 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
     assert rows[: len(kept)] == kept, "the log starts afresh: the checkpoint was not used"
     steps = [row["step"] for row in rows if "train/code_length" in row]
     assert steps == sorted(set(steps))
-    assert steps[-1] == 1500
+    assert steps[-1] == 750
     whole = open_storage(f"{root}/runs/whole")
     assert storage.read("model/model.safetensors") == whole.read("model/model.safetensors")
 

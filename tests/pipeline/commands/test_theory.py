@@ -27,7 +27,7 @@ def done(
     """The folder of a finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("theory")
     command = [sys.executable, "-m", "pipeline", "theory", *SMALL, f"output={folder}"]
-    root = Path(theory.__file__).parents[1]
+    root = Path(theory.__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     return folder, subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=folder, check=False
