@@ -9,7 +9,6 @@ Tune runs the trials, and what it keeps of them is not used again.
 from typing import TYPE_CHECKING
 
 from pipeline.commands import Command
-from pipeline.config.goals import QUANTITIES
 from pipeline.config.search import TuneConfig
 from pipeline.errors import UserError
 from pipeline.values import JsonObject
@@ -98,14 +97,21 @@ def register(config: TuneConfig, registry: "Registry", rows: list[JsonObject]) -
     return [made[row["run"]] for row in chosen]
 
 
-FORMATS = {"images": ",.0f"} | {name: each.format for name, each in QUANTITIES.items()}
+COLUMNS = {
+    "images": ",.0f",
+    "nll": ".2f",
+    "rate_bits": ".1f",
+    "distortion_nats": ".2f",
+    "probe_accuracy": ".1%",
+    "images_per_s": ",.0f",
+}
 
 
 def format_table(config: TuneConfig, rows: list[JsonObject]) -> str:
     """The trials as text."""
-    lines = [[*(key.partition(".")[2] for key in config.search.axes), *FORMATS, "front", "status"]]
+    lines = [[*(key.partition(".")[2] for key in config.search.axes), *COLUMNS, "front", "status"]]
     for row in rows:
-        shown = [format(row[name], form) if name in row else "" for name, form in FORMATS.items()]
+        shown = [format(row[name], form) if name in row else "" for name, form in COLUMNS.items()]
         lines.append(
             [
                 *(str(row[key]) for key in config.search.axes),

@@ -8,38 +8,18 @@ from typing import Any, Self, TypeVar
 
 from pipeline.errors import UserError
 
-
-@dataclass(frozen=True)
-class Quantity:
-    """Something measured of a trial, which can be an objective or be constrained."""
-
-    meaning: str
-    """What it is, with its unit."""
-    title: str
-    """The heading of its column in the report."""
-    format: str
-    while_running: bool = False
-    """Whether validations tell it while a trial runs."""
-
-
 QUANTITIES = {
-    "nll": Quantity(
-        "NLL, nats per image: an upper bound on the negative log-likelihood; while a trial runs,"
-        " the code length",
-        "NLL, nats",
-        ".2f",
-        while_running=True,
-    ),
-    "rate_bits": Quantity("rate, bits per image", "rate, bits", ".1f", while_running=True),
-    "distortion_nats": Quantity(
-        "distortion, nats per image", "distortion, nats", ".2f", while_running=True
-    ),
-    "probe_accuracy": Quantity("probe accuracy of a linear probe, 0 to 1", "probe", ".1%"),
-    "images_per_s": Quantity("training speed, images per second", "images/s", ",.0f"),
+    "nll": "upper bound on the negative log-likelihood, nats per image",
+    "rate_bits": "rate, bits per image",
+    "distortion_nats": "distortion, nats per image",
+    "probe_accuracy": "accuracy of a linear probe of the codes, 0 to 1",
+    "images_per_s": "training speed, images per second",
 }
-"""What is measured of every finished trial, by name."""
+"""What is measured of every trial that runs to its end, and can be an objective or be constrained.
+"""
 
-WHILE_RUNNING = tuple(name for name, each in QUANTITIES.items() if each.while_running)
+ON_THE_WAY = ("nll", "rate_bits", "distortion_nats")
+"""What validations tell while a trial runs; there ``nll`` is the code length."""
 
 Values = Mapping[str, Any]
 Trial = TypeVar("Trial", bound=Values)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config.compose import reason_of, unknown_option
-from pipeline.config.goals import QUANTITIES, WHILE_RUNNING, Goals
+from pipeline.config.goals import ON_THE_WAY, QUANTITIES, Goals
 from pipeline.config.options import (
     check_all,
     describe,
@@ -104,9 +104,9 @@ class SearchOptions:
     def check(self) -> None:
         judged = self.goals.quantities
         require(
-            self.stopping is Stopping.none or bool(judged.intersection(WHILE_RUNNING)),
+            self.stopping is Stopping.none or bool(judged.intersection(ON_THE_WAY)),
             f"search.stopping={self.stopping.value} compares trials while they run, when only"
-            f" {', '.join(WHILE_RUNNING)} are known: make one of them an objective, or use"
+            f" {', '.join(ON_THE_WAY)} are known: make one of them an objective, or use"
             " search.stopping=none",
         )
         require(

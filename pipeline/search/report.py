@@ -18,7 +18,6 @@ import pyarrow
 import pyarrow.parquet
 from matplotlib.figure import Figure
 
-from pipeline.config.goals import QUANTITIES
 from pipeline.config.search import TuneConfig
 from pipeline.evaluation.style import STYLE
 from pipeline.search.charts import (
@@ -49,20 +48,28 @@ TITLES = {
     "importance": "What matters for what",
     "models": "Models side by side",
 }
-QUANTITY_COLUMNS = {name: each.title for name, each in QUANTITIES.items()}
 COLUMNS = {
-    **{name: name for name in ("number", "status", "front", "images")},
-    "nll": QUANTITY_COLUMNS["nll"],
+    "number": "trial",
+    "status": "status",
+    "front": "front",
+    "images": "images",
+    "nll": "NLL, nats",
     "nll_se": "+-",
-    **QUANTITY_COLUMNS,
+    "rate_bits": "rate, bits",
+    "distortion_nats": "distortion, nats",
+    "probe_accuracy": "probe",
+    "images_per_s": "images/s",
     "seconds": "seconds",
-} | {"number": "trial"}
-"""The columns of the table of trials with their headings, in order."""
+}
 FORMATS = {
     "images": ",.0f",
+    "nll": ".2f",
     "nll_se": ".2f",
+    "rate_bits": ".1f",
+    "distortion_nats": ".2f",
+    "probe_accuracy": ".1%",
+    "images_per_s": ",.0f",
     "seconds": ",.0f",
-    **{name: each.format for name, each in QUANTITIES.items()},
 }
 
 

@@ -21,7 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from pipeline.cluster import num_places, resources
 from pipeline.config.evaluation import BoundOptions
-from pipeline.config.goals import QUANTITIES, WHILE_RUNNING
+from pipeline.config.goals import ON_THE_WAY, QUANTITIES
 from pipeline.config.options import to_dict
 from pipeline.config.search import TuneConfig
 from pipeline.errors import UserError
@@ -211,9 +211,7 @@ class Halting(FIFOScheduler):
                 "nll": result["elbo_nats"],
                 "seconds": self.trials.seconds(),
             }
-            row.curve.append(
-                entry | {name: result[name] for name in WHILE_RUNNING if name in result}
-            )
+            row.curve.append(entry | {name: result[name] for name in ON_THE_WAY if name in result})
             row.images = result["images"]
             config = self.trials.config
             if lags(

@@ -34,7 +34,7 @@ class Trial:
     images: int = 0
     """Images seen at its last validation."""
     curve: list[dict[str, float]] = field(default_factory=list)
-    """Its validations so far: ``images``, ``seconds`` and what ``goals.WHILE_RUNNING`` names."""
+    """Its validations so far: ``images``, ``seconds`` and what ``goals.ON_THE_WAY`` names."""
     seconds: float = 0.0
     """How long it has run."""
     failures: int = 0
