@@ -1,14 +1,14 @@
-"""``vlae tune``: a search over the decoder's window, the latent size, the prior's depth and others;
-each trial is a ``train``.
+"""``vlae tune``: search over options of the model and its training; each trial is a ``train``.
 
-What is known of a search is kept as JSON in its folder: ``search.json`` says what it is,
-``trials/NNNN.json`` what each trial tries and what became of it. Nothing else is read back: Ray
-Tune runs the trials, and what it keeps of them is not used again.
+The state of a search is stored as JSON in its folder: ``search.json`` identifies the search, and
+``trials/NNNN.json`` has the point, status and results of a trial. A search resumes from these files
+alone: Ray Tune runs the trials, but its own state is not read back.
 """
 
 from typing import TYPE_CHECKING
 
 from pipeline.commands import Command
+from pipeline.config.goals import QUANTITIES
 from pipeline.config.search import TuneConfig
 from pipeline.errors import UserError
 from pipeline.values import JsonObject
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def run(config: TuneConfig) -> JsonObject:
-    """Search, then register the best models. Returns the table of trials and what was registered.
+    """Search, then register the best models; returns the table of trials and the versions.
 
-    A finished search is not run again; with a larger budget it goes on from the trials that it had.
-    One that was killed goes on with the same command: finished trials are taken as they are,
-    interrupted ones continue from their checkpoints.
+    A finished search is not run again; with a larger budget, it adds trials to those it has. A
+    killed search resumes with the same command: finished trials are reused, and interrupted ones
+    continue from their checkpoints.
     """
     from pipeline.cluster import connect
     from pipeline.registry.tracking import TrackedRun, Tracking
@@ -76,9 +76,9 @@ def run(config: TuneConfig) -> JsonObject:
 
 
 def register(config: TuneConfig, registry: "Registry", rows: list[JsonObject]) -> list[JsonObject]:
-    """Put the best finished trials that keep all constraints into the registry.
+    """Register the best finished trials that satisfy all constraints.
 
-    ``rows``: as ``table`` orders them. Returns name, version and run of each, the best first.
+    ``rows`` is ordered by ``table``. Returns name, version and run of each, the best first.
     """
     from pipeline.runs import Run
 
@@ -86,8 +86,8 @@ def register(config: TuneConfig, registry: "Registry", rows: list[JsonObject]) -
     if not candidates:
         return []
     chosen = candidates[: config.register_best]
-    # The first version of all becomes the champion, of others the newest becomes the challenger:
-    # this is to be the best.
+    # A new model's first version becomes its champion; later, the newest version becomes the
+    # challenger. So the best is registered first for a new model, and last for an existing one.
     is_new = config.model_name not in {model.name for model in registry.models()}
     made = {}
     for row in chosen if is_new else chosen[::-1]:
@@ -99,16 +99,13 @@ def register(config: TuneConfig, registry: "Registry", rows: list[JsonObject]) -
 
 COLUMNS = {
     "images": ",.0f",
-    "nll": ".2f",
-    "rate_bits": ".1f",
-    "distortion_nats": ".2f",
-    "probe_accuracy": ".1%",
-    "images_per_s": ",.0f",
+    **{name: quantity.format for name, quantity in QUANTITIES.items()},
 }
+"""The columns of the printed table, each with the format of its numbers."""
 
 
 def format_table(config: TuneConfig, rows: list[JsonObject]) -> str:
-    """The trials as text."""
+    """Format the trials as a table of text."""
     lines = [[*(key.partition(".")[2] for key in config.search.axes), *COLUMNS, "front", "status"]]
     for row in rows:
         shown = [format(row[name], form) if name in row else "" for name, form in COLUMNS.items()]
@@ -128,7 +125,7 @@ def format_table(config: TuneConfig, rows: list[JsonObject]) -> str:
 
 
 def format_result(config: TuneConfig, result: JsonObject) -> str:
-    """The table of trials, what was registered, and where the report is."""
+    """Format the table of trials, the registered versions and the URL of the report."""
     how = " was finished already" if result["reused"] else ""
     lines = [f"search {result['name']}{how}", format_table(config, result["trials"])]
     lines += [

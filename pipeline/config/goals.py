@@ -1,28 +1,130 @@
-"""What a search is after: objectives and constraints, and which of two trials is the better one."""
+"""What a search optimizes: quantities, objectives, constraints, and the order of trials."""
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 from pipeline.errors import UserError
 
-QUANTITIES = {
-    "nll": "upper bound on the negative log-likelihood, nats per image",
-    "rate_bits": "rate, bits per image",
-    "distortion_nats": "distortion, nats per image",
-    "probe_accuracy": "accuracy of a linear probe of the codes, 0 to 1",
-    "images_per_s": "training speed, images per second",
-}
-"""What is measured of every trial that runs to its end, and can be an objective or be constrained.
-"""
-
-ON_THE_WAY = ("nll", "rate_bits", "distortion_nats")
-"""What validations tell while a trial runs; there ``nll`` is the code length."""
-
 Values = Mapping[str, Any]
 Trial = TypeVar("Trial", bound=Values)
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What a quantity is computed from, once a trial's training run is complete."""
+
+    valid: Values
+    """The evaluation of its final model on validation images."""
+    samples: int
+    """The k of the bound: 1 is the code length."""
+    speeds: Sequence[float]
+    """Images per second, at every report of its training."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A quantity that can be an objective or be constrained."""
+
+    meaning: str
+    """What it is, with its unit."""
+    measure: Callable[[Measurements], Values]
+    """Gives its value by its name, and the figures that are recorded beside it. Empty where it
+    cannot be measured.
+    """
+    title: str
+    """The head of its column in the report."""
+    format: str
+    """How its values are printed, as a format specification."""
+    shows_error: bool = False
+    """Whether the report has a column of its standard error, ``NAME_se``."""
+    chart: str | None = None
+    """Its title in charts; a quantity without one is not drawn."""
+    chart_place: int = 0
+    """Its place among the panels of a chart, from the left."""
+    chart_factor: float = 1
+    """What charts multiply its values by."""
+    during_training: bool = False
+    """Whether validations report it while a trial runs."""
+
+
+def _nll(found: Measurements) -> Values:
+    bound = "iwae_nats" if found.samples > 1 else "elbo_nats"
+    return {
+        "nll": found.valid[bound],
+        "nll_se": found.valid[f"{bound}_se"],
+        "code_length_nats": found.valid["elbo_nats"],
+    }
+
+
+def _copied(*names: str) -> Callable[[Measurements], Values]:
+    """Figures that stand in the evaluation under the same names."""
+    return lambda found: {name: found.valid[name] for name in names}
+
+
+def _probe_accuracy(found: Measurements) -> Values:
+    if "probe" not in found.valid:
+        return {}
+    probe = found.valid["probe"]["linear"]
+    return {"probe_accuracy": probe["accuracy"], "probe_accuracy_se": probe["accuracy_se"]}
+
+
+def _images_per_s(found: Measurements) -> Values:
+    # `samples` stands here because records and tables keep this order of columns.
+    return {"samples": found.samples, "images_per_s": statistics.median(found.speeds)}
+
+
+QUANTITIES = {
+    "nll": Quantity(
+        "upper bound on the negative log-likelihood, nats per image",
+        _nll,
+        title="NLL, nats",
+        format=".2f",
+        shows_error=True,
+        chart="NLL, nats per image",
+        chart_place=1,
+        during_training=True,
+    ),
+    "rate_bits": Quantity(
+        "rate, bits per image",
+        _copied("rate_bits", "rate_nats"),
+        title="rate, bits",
+        format=".1f",
+        chart="rate, bits per image",
+        chart_place=0,
+        during_training=True,
+    ),
+    "distortion_nats": Quantity(
+        "distortion, nats per image",
+        _copied("distortion_nats", "distortion_nats_se", "num_images"),
+        title="distortion, nats",
+        format=".2f",
+        during_training=True,
+    ),
+    "probe_accuracy": Quantity(
+        "accuracy of a linear probe of the codes, 0 to 1",
+        _probe_accuracy,
+        title="probe",
+        format=".1%",
+        chart="probe accuracy, %",
+        chart_place=2,
+        chart_factor=100,
+    ),
+    "images_per_s": Quantity(
+        "training speed, images per second",
+        _images_per_s,
+        title="images/s",
+        format=",.0f",
+    ),
+}
+"""What is measured of every trial that finishes. A new objective is a new row."""
+
+ON_THE_WAY = tuple(name for name, each in QUANTITIES.items() if each.during_training)
+"""The quantities that validations report while a trial runs; there ``nll`` is the code length."""
+
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 AT_LEAST = re.compile(rf"(?:({NUMBER})\s*<=\s*)?(\w+)(?:\s*<=\s*({NUMBER}))?")
 AT_MOST = re.compile(rf"(?:({NUMBER})\s*>=\s*)?(\w+)(?:\s*>=\s*({NUMBER}))?")
@@ -30,7 +132,7 @@ AT_MOST = re.compile(rf"(?:({NUMBER})\s*>=\s*)?(\w+)(?:\s*>=\s*({NUMBER}))?")
 
 @dataclass(frozen=True)
 class Objective:
-    """A quantity that is to be as small, or as large, as possible."""
+    """A quantity to minimize or to maximize."""
 
     name: str
     maximize: bool
@@ -56,7 +158,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Constraint:
-    """Bounds that a quantity has to keep."""
+    """Bounds that a quantity must satisfy."""
 
     name: str
     low: float
@@ -85,13 +187,13 @@ class Constraint:
         )
         if low > high:
             raise UserError(
-                f"search.constraints: nothing keeps {text!r}, whose lower bound is above the"
-                " upper one"
+                f"search.constraints: {text!r} cannot be met: its lower bound is above its upper"
+                " bound"
             )
         return cls(name, low, high)
 
     def violation(self, values: Values) -> float:
-        """How far a value lies outside, relative to the bound that it breaks; at most 0 inside."""
+        """How far the value lies outside, relative to the violated bound; at most 0 inside."""
         value = values[self.name]
         return max(
             (self.low - value) / max(1.0, abs(self.low)) if math.isfinite(self.low) else -math.inf,
@@ -103,8 +205,9 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Goals:
-    """Objectives and constraints. Quantities that a trial does not have, or not yet, are left out
-    of every comparison.
+    """Objectives and constraints.
+
+    Quantities that a trial does not have yet are left out of every comparison.
     """
 
     objectives: tuple[Objective, ...]
@@ -129,7 +232,7 @@ class Goals:
         return {each.name for each in self.objectives} | {each.name for each in self.constraints}
 
     def violation(self, values: Values) -> float:
-        """0 where all constraints are kept; else by how much they are broken, together."""
+        """The sum of all violations; 0 if every constraint is satisfied."""
         return sum(
             max(0.0, each.violation(values))
             for each in self.constraints
@@ -137,8 +240,10 @@ class Goals:
         )
 
     def beats(self, one: Values, other: Values) -> bool:
-        """Whether ``one`` is better: it breaks the constraints less, or it is better in an
-        objective and worse in none.
+        """Whether ``one`` dominates ``other``.
+
+        It violates the constraints less, or as much and is better in one objective and worse in
+        none.
 
         Constrained dominance (Deb et al., 2002); with one objective and no constraint, a smaller
         loss.
@@ -155,11 +260,13 @@ class Goals:
         return all(a <= b for a, b in losses) and any(a < b for a, b in losses)
 
     def ranked(self, trials: Sequence[Trial]) -> list[list[Trial]]:
-        """Trials that have all objectives, in fronts: nobody beats those of the first, only these
-        those of the second, and so on.
+        """Sort the trials that have all objectives into Pareto fronts.
 
-        Within a front the best compromise is first: the smallest distance to the point that has
-        every objective's best value, each scaled to its range over all ``trials``.
+        No trial beats one of the first front; only trials of the first beat one of the second; and
+        so on.
+
+        Within a front, trials are ordered by their distance to the ideal point, which has the best
+        value of every objective; each objective is scaled to its range over all ``trials``.
         """
         left = [
             values

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 import vlae
-from pipeline.config.goals import Goals
+from pipeline.config.goals import QUANTITIES, Goals
 from pipeline.config.search import TuneConfig
 from pipeline.data import DataSet
 from pipeline.data.batch import binarize
@@ -28,21 +28,20 @@ from pipeline.search.trial import Status, Trial
 from pipeline.search.trials import Row, is_finished
 from pipeline.storage import open_storage
 
-MEASURES = {
-    "rate_bits": "rate, bits per image",
-    "nll": "NLL, nats per image",
-    "probe_accuracy": "probe accuracy, %",
+CHARTED = {
+    name: quantity
+    for name, quantity in sorted(QUANTITIES.items(), key=lambda item: item[1].chart_place)
+    if quantity.chart
 }
+"""The quantities that the map and the chart of importance show, in the order of their panels."""
 MARKERS, DASHES = "osD^vPX*", (0, (4, 3))
 TRADE_OFF = Goals.parse(["min rate_bits", "min distortion_nats"])
 MODELS, IMAGES = 6, 10
-"""So many models are drawn side by side, with so many images each."""
+"""Models on the comparison sheet, and images per model."""
 
 
 class Look:
-    """Which of the searched options is told by colour, which lies along the other side of the map,
-    and the words for a trial.
-    """
+    """How charts show the searched options: by colour and marker, and along the map's x axis."""
 
     def __init__(self, config: TuneConfig) -> None:
         self.axes = config.search.axes
@@ -67,11 +66,11 @@ class Look:
         return self.markers[row[self.color_key]]
 
     def words(self, row: Row) -> str:
-        """A trial's point: ``window 5x2, latents 16``."""
+        """Format a trial's point: ``window 5x2, latents 16``."""
         return ", ".join(f"{name_of(key)} {row[key]}" for key in self.axes)
 
     def legend(self, axes: Axes, more: Sequence[Line2D] = ()) -> None:
-        """What the colours and other marks stand for, on the right of the chart."""
+        """Draw the legend of colours and marks, on the right of the chart."""
         handles = [
             Line2D([], [], color=color, marker=self.markers[value], linestyle="", label=str(value))
             for value, color in self.colors.items()
@@ -93,8 +92,9 @@ def name_of(key: str) -> str:
 
 
 def front(look: Look, rows: Sequence[Row], along: Sequence[Row]) -> Figure | None:
-    """Rate against distortion of every trial; those ``along`` the front are joined. Diagonals are
-    equal code lengths.
+    """Plot rate against distortion of every trial, and join those ``along`` the front.
+
+    Diagonals are lines of equal code length.
     """
     placed = [row for row in rows if "distortion_nats" in row]
     if not placed:
@@ -153,7 +153,7 @@ def front(look: Look, rows: Sequence[Row], along: Sequence[Row]) -> Figure | Non
 
 
 def _fit(axes: Axes, rows: Sequence[Row]) -> None:
-    """Have the axes hold the finished trials; those that were stopped early may lie outside."""
+    """Fit the axes to the finished trials; trials that were stopped early may lie outside."""
     for key, limits in (("rate_bits", axes.set_xlim), ("distortion_nats", axes.set_ylim)):
         values = [row[key] for row in rows]
         margin = 0.12 * (max(values) - min(values)) or 1.0
@@ -161,7 +161,7 @@ def _fit(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _code_lengths(axes: Axes) -> None:
-    """Lines of equal code length, distortion + rate ln 2, labelled at their upper end."""
+    """Draw lines of equal code length, distortion + rate ln 2, labelled at their upper end."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     lowest, highest = bottom + left * math.log(2), top + right * math.log(2)
     step = next(
@@ -196,10 +196,10 @@ def _code_lengths(axes: Axes) -> None:
 
 
 def heat_map(look: Look, rows: Sequence[Row]) -> Figure | None:
-    """Rate, NLL and probe accuracy over the two main options: in each cell, of the finished trials
-    there, that of the least NLL.
+    """Map rate, NLL and probe accuracy over the two main options.
 
-    A cell where none finished has what the last validation of its furthest trial said, in pale.
+    A cell shows its finished trial with the lowest NLL. If none finished, it shows, in pale, the
+    last validation of the trial that saw the most images.
     """
     across = look.across
     ys, xs = look.axes[look.color_key], look.axes[across] if across else [""]
@@ -211,14 +211,14 @@ def heat_map(look: Look, rows: Sequence[Row]) -> Figure | None:
         if place not in cells or _counts_more(row, cells[place]):
             cells[place] = row
     finished = [row for row in cells.values() if is_finished(row)]
-    measures = [key for key in MEASURES if any(key in row for row in finished)]
+    measures = [key for key in CHARTED if any(key in row for row in finished)]
     if not measures:
         return None
     figure = Figure(figsize=(3.2 * len(measures) + 0.8, 0.55 * len(ys) + 1.5))
     for axes, key in zip(
         figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True
     ):
-        factor = 100 if key == "probe_accuracy" else 1
+        factor = CHARTED[key].chart_factor
         values = [factor * row[key] for row in finished if key in row]
         low, span = min(values), max(values) - min(values) or 1.0
         scale = matplotlib.colormaps["cividis"]
@@ -247,7 +247,7 @@ def heat_map(look: Look, rows: Sequence[Row]) -> Figure | None:
                 color="white" if dark else INK if sure else FAINT,
                 fontsize=9,
             )
-        axes.set(xlim=(-0.5, len(xs) - 0.5), ylim=(len(ys) - 0.5, -0.5), title=MEASURES[key])
+        axes.set(xlim=(-0.5, len(xs) - 0.5), ylim=(len(ys) - 0.5, -0.5), title=CHARTED[key].chart)
         axes.title.set_size(10)
         axes.set_xticks(range(len(xs)), [str(x) for x in xs])
         axes.set_yticks(range(len(ys)), [str(y) for y in ys])
@@ -260,7 +260,7 @@ def heat_map(look: Look, rows: Sequence[Row]) -> Figure | None:
 
 
 def _counts_more(row: Row, other: Row) -> bool:
-    """Whether ``row`` is to stand for its cell of the map rather than ``other``."""
+    """Whether ``row`` rather than ``other`` represents their cell of the map."""
     return (is_finished(row), row["images"], -row["nll"]) > (
         is_finished(other),
         other["images"],
@@ -271,7 +271,7 @@ def _counts_more(row: Row, other: Row) -> bool:
 def learning_curves(
     look: Look, rows: Sequence[Row], curves: Mapping[int, Sequence[Row]]
 ) -> Figure | None:
-    """Code length on validation images against images seen."""
+    """Plot code length on validation images against images seen."""
     drawn = [row for row in rows if curves.get(row["number"])]
     if not drawn:
         return None
@@ -308,12 +308,13 @@ def learning_curves(
 
 
 def importance(config: TuneConfig, trials: Sequence[Trial]) -> Figure | None:
-    """The share of each option in the variance of each quantity, by fANOVA (Hutter et al., 2014)
-    over the finished trials.
+    """Plot each option's share in the variance of each quantity over the finished trials.
+
+    By fANOVA (Hutter et al., 2014).
     """
     finished = [trial for trial in trials if trial.status is Status.finished]
     shares = {}
-    for key in MEASURES:
+    for key in CHARTED:
         measured = [trial.values[key] for trial in finished if trial.values and key in trial.values]
         if len(measured) >= 4 and len(set(measured)) > 1:
             study = known(config.search, Goals.parse([f"min {key}"]), finished)
@@ -334,7 +335,7 @@ def importance(config: TuneConfig, trials: Sequence[Trial]) -> Figure | None:
             [values.get(name, 0.0) for name in names],
             height * 0.9,
             color=color,
-            label=MEASURES[key].partition(",")[0],
+            label=str(CHARTED[key].chart).partition(",")[0],
         )
     axes.set_yticks(range(len(names)), [name_of(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -347,9 +348,7 @@ def importance(config: TuneConfig, trials: Sequence[Trial]) -> Figure | None:
 
 
 def side_by_side(config: TuneConfig, rows: Sequence[Row], look: Look) -> bytes:
-    """What some models make of the same validation images, and what they draw by themselves, as
-    PNG.
-    """
+    """Draw reconstructions of the same images by several models, and their samples, as PNG."""
     data = DataSet.load(open_storage(config.dataset.url, config.storage.endpoint_url))
     batch = next(iter(EvalLoader(data, split="valid", batch_size=IMAGES, num_images=IMAGES)))
     originals = binarize(batch, config.dataset.binarization, config.train.seed)
@@ -368,7 +367,7 @@ def side_by_side(config: TuneConfig, rows: Sequence[Row], look: Look) -> bytes:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """A chart as SVG to stand in a page; the ids of its parts are its own."""
+    """Render a chart as SVG for an HTML page; ids are unique across charts."""
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata={"Date": None})

@@ -1,5 +1,6 @@
-"""How a search goes on: which point it tries next, and which trials it ends early. Pure functions
-of what is known of its trials.
+"""Which point a search tries next, and which trials it stops early.
+
+Pure functions of the search's trials so far.
 """
 
 import math
@@ -16,18 +17,16 @@ from pipeline.config.search import Sampler, SearchOptions, Stopping
 from pipeline.search.trial import Point, Status, Trial
 
 ATTEMPTS = 32
-"""How often the sampler may propose what was tried already, before an untried point is drawn at
-random.
-"""
+"""Proposals asked of the sampler before an untried point is drawn at random."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def propose(search: SearchOptions, seed: int, rows: Sequence[Trial]) -> Point | None:
-    """The point of the space to try next, or none if all were tried: a repeat would teach nothing,
-    since trials are deterministic.
+    """The point of the space to try next, or None if every point has been tried.
 
-    The same rows lead to the same point.
+    No point is tried twice, since trials are deterministic. The same seed and trials give the same
+    point.
     """
     tried = [row.point for row in rows]
     untried = [point for point in search.points() if point not in tried]
@@ -50,7 +49,7 @@ def propose(search: SearchOptions, seed: int, rows: Sequence[Trial]) -> Point | 
 def known(
     search: SearchOptions, goals: Goals, rows: Iterable[Trial], seed: int = 0
 ) -> optuna.Study:
-    """Optuna's view of the trials, judged by ``goals``."""
+    """An Optuna study of the trials, with the objectives of ``goals``."""
     study = optuna.create_study(
         directions=["maximize" if each.maximize else "minimize" for each in goals.objectives],
         sampler=optuna.samplers.TPESampler(
@@ -62,8 +61,9 @@ def known(
 
 
 def _as_optuna_sees(search: SearchOptions, goals: Goals, row: Trial) -> FrozenTrial:
-    """A trial that finished is complete; one that was stopped is pruned, and compared with others
-    at the same number of images.
+    """The Optuna trial: finished ones are complete, stopped ones pruned, others failed.
+
+    Pruned trials are compared at equal numbers of images.
     """
     values = row.values or {}
     complete = all(each.name in values for each in goals.objectives)
@@ -88,14 +88,15 @@ def _as_optuna_sees(search: SearchOptions, goals: Goals, row: Trial) -> FrozenTr
 
 
 def lags(search: SearchOptions, budget: int, row: Trial, rows: Iterable[Trial]) -> bool:
-    """Whether a trial is to be stopped at its newest validation, of a run of ``budget`` images.
+    """Whether to stop a trial at its newest validation; its full run has ``budget`` images.
 
-    ``asha`` (asynchronous successive halving, Li et al., 2018) looks at rungs, each at
-    ``reduction`` times the images of the one before: a trial goes on unless more than one in
-    ``reduction`` of those that came by the rung before it, whatever became of them, were better
-    there; the first ``reduction - 1`` go on. ``median`` looks at every validation, and stops a
-    trial if more than half were better. All are compared at the same number of images, and better
-    is what ``Goals.beats`` says: with several objectives, better in everything.
+    ``asha`` (asynchronous successive halving, Li et al., 2018) compares trials at rungs, each at
+    ``reduction`` times the images of the one before. A trial continues at a rung if at most one in
+    ``reduction`` of the other trials that have reached it, whatever their status, was better there;
+    the first ``reduction - 1`` always continue. ``median`` compares at every validation after the
+    grace period, and stops a trial if more than half of the others were better. All are compared at
+    the same number of images by ``Goals.beats``: with several objectives, a trial is better only if
+    it is no worse in any of them.
     """
     images = row.curve[-1]["images"]
     before = row.curve[-2]["images"] if len(row.curve) > 1 else 0
@@ -112,7 +113,7 @@ def lags(search: SearchOptions, budget: int, row: Trial, rows: Iterable[Trial]) 
 
 
 def _rungs(search: SearchOptions, budget: int, images: float) -> list[float]:
-    """The numbers of images, the newest validation's the last, at which trials are compared."""
+    """The numbers of images, up to the newest validation's, at which trials are compared."""
     grace = search.grace_fraction * budget
     if search.stopping is Stopping.median:
         return [images] if images >= grace else []
@@ -121,5 +122,5 @@ def _rungs(search: SearchOptions, budget: int, images: float) -> list[float]:
 
 
 def _at(row: Trial, images: float) -> Mapping[str, Any] | None:
-    """A trial's first validation after so many images."""
+    """A trial's first validation at or after this number of images."""
     return next((entry for entry in row.curve if entry["images"] >= images), None)

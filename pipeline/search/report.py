@@ -1,7 +1,7 @@
-"""The report of a search: the trade-off that it found, drawn so that a person can choose.
+"""The report of a search: charts of the trade-off between its trials, and a table.
 
-``search.html`` needs nothing but itself: its charts are the PNGs' own drawings, as SVG, whose
-points tell their trial under the mouse.
+``search.html`` is a single file without external resources. Its charts are the same figures as the
+PNGs, as inline SVG; hovering over a point shows its trial.
 """
 
 import html
@@ -18,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 from matplotlib.figure import Figure
 
+from pipeline.config.goals import QUANTITIES
 from pipeline.config.search import TuneConfig
 from pipeline.evaluation.style import STYLE
 from pipeline.search.charts import (
@@ -39,7 +40,7 @@ from pipeline.storage.base import Storage
 
 PAGE, TABLE = "search.html", "trials.parquet"
 PICTURES = ("front.png", "map.png", "curves.png", "importance.png", "models.png")
-"""What is written, the pictures as far as there is something to draw."""
+"""The files that are written; a picture without data is left out."""
 
 TITLES = {
     "front": "Rate against distortion",
@@ -53,31 +54,33 @@ COLUMNS = {
     "status": "status",
     "front": "front",
     "images": "images",
-    "nll": "NLL, nats",
-    "nll_se": "+-",
-    "rate_bits": "rate, bits",
-    "distortion_nats": "distortion, nats",
-    "probe_accuracy": "probe",
-    "images_per_s": "images/s",
+    **{
+        column: title
+        for name, quantity in QUANTITIES.items()
+        for column, title in ((name, quantity.title), (f"{name}_se", "+-"))
+        if column == name or quantity.shows_error
+    },
     "seconds": "seconds",
 }
+"""The columns of the page's table, each with its head."""
+
 FORMATS = {
     "images": ",.0f",
-    "nll": ".2f",
-    "nll_se": ".2f",
-    "rate_bits": ".1f",
-    "distortion_nats": ".2f",
-    "probe_accuracy": ".1%",
-    "images_per_s": ",.0f",
+    **{
+        column: quantity.format
+        for name, quantity in QUANTITIES.items()
+        for column in (name, f"{name}_se")
+        if column == name or quantity.shows_error
+    },
     "seconds": ",.0f",
 }
+"""How the numbers of a column are printed, as format specifications."""
 
 
 def write(config: TuneConfig, output: Storage, rows: Sequence[Row], trials: Sequence[Trial]) -> str:
-    """Write the report of a search into its folder; returns the page's address.
+    """Write the report of a search into its folder, and return the URL of the page.
 
-    ``rows``: the trials as ``tune.table`` orders them; ``trials``: all that is known of them, see
-    ``pipeline.search``.
+    ``rows``: the table of the trials, from ``trials.table``; ``trials``: the trials themselves.
     """
     columns = {key: None for row in rows for key in row}
     table = pyarrow.Table.from_pylist([{key: row.get(key) for key in columns} for row in rows])
@@ -101,9 +104,8 @@ def write(config: TuneConfig, output: Storage, rows: Sequence[Row], trials: Sequ
             if figure:
                 output.write(f"{name}.png", png(figure))
     if fronts:
-        shown = list(chain(*fronts))[
-            :MODELS
-        ]  # the front's first, and if these are few, those behind it
+        # The first front, and if it has too few models, those of the next fronts
+        shown = list(chain(*fronts))[:MODELS]
         sheet = side_by_side(config, sorted(shown, key=lambda row: row["rate_bits"]), look)
         output.write("models.png", sheet)
         charts["models"] = (
@@ -117,7 +119,7 @@ def write(config: TuneConfig, output: Storage, rows: Sequence[Row], trials: Sequ
 def page(
     config: TuneConfig, name: str, rows: Sequence[Row], charts: Mapping[str, str], look: Look
 ) -> str:
-    """The HTML page."""
+    """Fill in the template of the HTML page."""
     search = config.search
     counts = {
         status: sum(row["status"] == status for row in rows)
@@ -202,7 +204,7 @@ def _shown(row: Row, key: str) -> str:
 
 
 def _cell(look: Look, row: Row, key: str) -> str:
-    """A cell of the table; ``data-value`` is what it is sorted by."""
+    """A cell of the table; ``data-value`` is its sort key."""
     value = look.axes[key].index(row[key]) if key in look.axes else row.get(key)
     sorted_by = "" if value is None else f' data-value="{html.escape(str(value))}"'
     dot = f'<i style="background:{look.color(row)}"></i>' if key == look.color_key else ""

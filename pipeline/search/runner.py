@@ -1,8 +1,7 @@
-"""Running a search on Ray Tune: what a trial does, and the adapters to Tune's interfaces."""
+"""Run a search on Ray Tune: the function of a trial, and adapters to Tune's interfaces."""
 
 import logging
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from pipeline.cluster import num_places, resources
 from pipeline.config.evaluation import BoundOptions
-from pipeline.config.goals import ON_THE_WAY, QUANTITIES
+from pipeline.config.goals import ON_THE_WAY, QUANTITIES, Measurements
 from pipeline.config.options import to_dict
 from pipeline.config.search import TuneConfig
 from pipeline.errors import UserError
@@ -41,18 +40,18 @@ from pipeline.training import launch
 
 
 def search(config: TuneConfig, trials: Trials, tracking: Tracking, parent: TrackedRun) -> None:
-    """Run trials until nothing is left to try, or the budget is used up."""
-    # Ray's newer console prints a table for every trial, its loggers write files for each:
-    # `Recorder` says and keeps what there is. And a search that is interrupted ends as every
-    # command does.
+    """Run trials until every point has been tried or the budget is used up."""
+    # Ray's newer console prints a table for every trial, and its loggers write files for each;
+    # `Recorder` prints and stores the results instead. Ray's SIGINT handler is off so that Ctrl-C
+    # ends a search as it ends every other command.
     os.environ |= {
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
     }
     workers = config.cluster
-    # A trial of several workers only waits for them, and Ray Train starts all of them or none: were
-    # it to hold a core itself, trials could starve their own workers.
+    # A trial with several workers only waits for them, and Ray Train starts all of them or none. If
+    # the trial held a core itself, trials could starve their own workers.
     needed = resources(workers) if workers.max_workers == 1 else {"memory": 1 << 20}
     room = max(1, num_places(workers) // workers.max_workers)
     concurrent = min(config.search.max_concurrent or room, room)
@@ -64,7 +63,7 @@ def search(config: TuneConfig, trials: Trials, tracking: Tracking, parent: Track
             scheduler=Halting(trials),
             num_samples=-1,
             max_concurrent_trials=concurrent,
-            # To start a process and import PyTorch takes longer than a short trial can spare
+            # Starting a process and importing PyTorch can take longer than a short trial.
             reuse_actors=True,
         ),
         run_config=ray.tune.RunConfig(
@@ -83,12 +82,11 @@ def search(config: TuneConfig, trials: Trials, tracking: Tracking, parent: Track
 
 
 def trial(row: dict[str, Any], config: TuneConfig) -> None:
-    """What Ray Tune runs for each trial: a training run that reports its validations to the search,
-    and is measured at its end.
+    """Train and measure one trial; Ray Tune calls this, and gets the validations as reports.
 
-    A run of one worker trains in this process, which Ray Tune uses again for the next trial;
-    several are started by Ray Train. A user's mistake is reported, since no retry would mend it;
-    other errors are raised, so that the trial is tried again.
+    A single worker trains in this process, which Ray Tune reuses for the next trial; several
+    workers are started by Ray Train. A UserError is reported, since a retry would fail again; other
+    errors are raised, so that Ray Tune retries the trial.
     """
     typed = trial_config(config, row["point"])
     run = Run.of(typed)
@@ -107,8 +105,8 @@ def trial(row: dict[str, Any], config: TuneConfig) -> None:
             values = measure(config, row["point"], run)
         else:
             held = resources(typed.cluster)
-            # "DEFAULT" is anywhere: without it, Ray would look for these in what this trial holds,
-            # which is no core.
+            # "DEFAULT" allows any node. Without it, Ray would place the task in this trial's own
+            # placement group, which has no core.
             task = ray.remote(
                 num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), scheduling_strategy="DEFAULT"
             )(measure)
@@ -122,31 +120,20 @@ def trial(row: dict[str, Any], config: TuneConfig) -> None:
 
 
 def measure(config: TuneConfig, point: Point, run: Run) -> dict[str, float | None]:
-    """What ``goals.QUANTITIES`` names, of a run's final model on validation images; measured once,
-    and kept with it.
+    """Measure ``goals.QUANTITIES`` of a run's final model on validation images.
 
-    TensorBoard is told, too, as hyperparameters.
+    The evaluation is stored with the run, and so are the figures as TensorBoard hyperparameters.
     """
     search = config.search
     bounds = BoundOptions(
         samples=search.samples, num_images=search.num_images, pictures=10, seed=config.train.seed
     )
     measured = evaluation.evaluate_run(run, bounds, config.storage, search.probe_images)["valid"]
-    bound = "iwae_nats" if search.samples > 1 else "elbo_nats"
-    values = {
-        "nll": measured[bound],
-        "nll_se": measured[f"{bound}_se"],
-        "code_length_nats": measured["elbo_nats"],
-    }
-    values |= {
-        key: measured[key]
-        for key in ("rate_bits", "rate_nats", "distortion_nats", "distortion_nats_se", "num_images")
-    }
-    if "probe" in measured:
-        probe = measured["probe"]["linear"]
-        values |= {"probe_accuracy": probe["accuracy"], "probe_accuracy_se": probe["accuracy_se"]}
     speeds = [row["train/images_per_s"] for row in run.rows() if "train/images_per_s" in row]
-    values |= {"samples": search.samples, "images_per_s": statistics.median(speeds)}
+    found = Measurements(measured, search.samples, speeds)
+    values: dict[str, float | None] = {}
+    for quantity in QUANTITIES.values():
+        values |= quantity.measure(found)
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
             measures = {f"trial/{name}": values[name] for name in QUANTITIES if name in values}
@@ -160,7 +147,7 @@ def measure(config: TuneConfig, point: Point, run: Run) -> dict[str, float | Non
 
 
 class Proposer(Searcher):
-    """Gives Ray Tune the trials to run."""
+    """Tells Ray Tune which trial to run next."""
 
     def __init__(self, trials: Trials) -> None:
         super().__init__()
@@ -182,11 +169,11 @@ class Proposer(Searcher):
         open(checkpoint_path, "wb").close()
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a search is continued from its own record")
+        raise NotImplementedError("a search resumes from its own records")
 
 
 class Halting(FIFOScheduler):
-    """Takes in what trials report, and stops those that lag behind."""
+    """Records what trials report, and stops those that perform worse than the others."""
 
     def __init__(self, trials: Trials) -> None:
         super().__init__()
@@ -226,7 +213,7 @@ class Halting(FIFOScheduler):
 
 
 class Budget(Stopper):
-    """Ends a search whose hours or core-hours are used up."""
+    """Ends a search when its hours or core-hours are used up."""
 
     def __init__(self, trials: Trials) -> None:
         self.trials = trials
@@ -239,9 +226,7 @@ class Budget(Stopper):
 
 
 class Recorder(Callback):
-    """Prints one line for each thing that happens to a trial, keeps how it ended, and has it
-    tracked as a part of the search.
-    """
+    """Prints a line for every event of a trial, records how it ended, and tracks it in MLflow."""
 
     def __init__(self, trials: Trials, tracking: Tracking, parent: TrackedRun) -> None:
         self.trials, self.tracking, self.parent = trials, tracking, parent
@@ -249,8 +234,9 @@ class Recorder(Callback):
         self.tracked: dict[int, TrackedRun] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Ray Tune keeps a pickle of what it is given, which nobody reads back, and a
-        thread is no part of that.
+        """An empty state: Ray Tune pickles its callbacks, but a tracking thread has no pickle.
+
+        The pickle is never read back.
         """
         return {}
 

@@ -9,11 +9,11 @@ from typing import Any, Self, TypeAlias
 from pipeline.values import JsonObject
 
 Point: TypeAlias = dict[str, Any]
-"""The options that a trial tries, by their dotted keys."""
+"""The values of the searched options in one trial, by dotted key."""
 
 
 class Status(Enum):
-    """What became of a trial; the values stand in its record and in tables."""
+    """The state of a trial; the values are stored in its record and shown in tables."""
 
     running = "unfinished"
     finished = "finished"
@@ -23,7 +23,7 @@ class Status(Enum):
 
 @dataclass
 class Trial:
-    """What is known of a trial."""
+    """A trial: one point of the space, its training run and its results so far."""
 
     number: int
     """Counts from 1."""
@@ -34,25 +34,25 @@ class Trial:
     images: int = 0
     """Images seen at its last validation."""
     curve: list[dict[str, float]] = field(default_factory=list)
-    """Its validations so far: ``images``, ``seconds`` and what ``goals.ON_THE_WAY`` names."""
+    """Its validations: ``images``, ``seconds`` and the quantities of ``goals.ON_THE_WAY``."""
     seconds: float = 0.0
-    """How long it has run."""
+    """How long it has run, over all attempts."""
     failures: int = 0
-    """How often it was lost and started again."""
+    """How often its process was lost and restarted."""
     search_seconds: float = 0.0
-    """How long the search had run when this was written."""
+    """How long the search had run when this record was written."""
     values: Mapping[str, Any] | None = None
-    """Of a finished trial, what was measured, by the names of ``goals.QUANTITIES``."""
+    """The measurements of a finished trial, see ``goals.QUANTITIES``."""
     error: str | None = None
-    """Of a failed trial, why."""
+    """Why a failed trial failed."""
 
     @classmethod
     def from_json(cls, record: JsonObject) -> Self:
-        """A trial from its record."""
+        """Read a trial from its record."""
         return cls(**{**record, "status": Status(record["status"])})
 
     def to_json(self) -> JsonObject:
-        """Its record; what is not known is left out."""
+        """Its record, without the fields that are None."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         known = {name: value for name, value in values.items() if value is not None}
         return {**known, "status": self.status.value}

@@ -1,4 +1,4 @@
-"""The trials of a search: their records in storage, and the table made of them."""
+"""The trials of a search: their records in storage, and the table of results."""
 
 import re
 import time
@@ -41,8 +41,9 @@ def check(config: TuneConfig, storage: Storage) -> None:
 
 
 def trial_config(config: TuneConfig, point: Point) -> TrainConfig:
-    """The training run that tries ``point``: dotted options on top of the search's own. It is named
-    after them.
+    """The training run of ``point``, whose options override the search's own.
+
+    The run's name is made of the search's name and the point's values.
     """
     values = to_dict(config)
     base = {item.name: values[item.name] for item in fields(TrainConfig)}
@@ -54,19 +55,17 @@ def trial_config(config: TuneConfig, point: Point) -> TrainConfig:
 
 @dataclass
 class Trials:
-    """What is known of a search's trials: a row for each (see ``pipeline.search``), every one kept
-    as an object of its own.
-    """
+    """All trials of a search and the time they took. Each trial has its own object in storage."""
 
     config: TuneConfig
     storage: Storage
     rows: list[Trial]
     interrupted: list[Trial] = field(init=False)
-    """Those that an earlier attempt began, which come first."""
+    """Unfinished trials of an earlier attempt, which run first."""
 
     @classmethod
     def load(cls, config: TuneConfig, storage: Storage) -> Self:
-        """All that were begun before."""
+        """Load the trials of earlier attempts."""
         return cls(
             config,
             storage,
@@ -80,8 +79,9 @@ class Trials:
         self.clocks: dict[int, float] = {}
 
     def next(self) -> Trial | None:
-        """The row of the trial to run next; none if all was tried or the budget is used up.
-        ``begin`` begins it.
+        """The trial to run next, to be passed to ``begin``.
+
+        None if every point has been tried or the budget is used up.
         """
         if self.exhausted():
             return None
@@ -100,11 +100,11 @@ class Trials:
         return Trial(number, point, name)
 
     def numbered(self, number: int) -> Trial:
-        """The trial of a number."""
+        """The trial with this number."""
         return next(row for row in self.rows if row.number == number)
 
     def begin(self, row: Trial) -> None:
-        """Take in a row that ``next`` gave."""
+        """Begin a trial that ``next`` returned, and write its record."""
         if self.interrupted:
             self.interrupted.remove(row)
         else:
@@ -112,7 +112,7 @@ class Trials:
         self.save(row)
 
     def save(self, row: Trial) -> None:
-        """Keep what is known of a trial by now."""
+        """Update a trial's times and write its record."""
         now = time.monotonic()
         row.search_seconds = self.seconds()
         row.seconds += now - self.clocks.get(row.number, now)
@@ -120,11 +120,11 @@ class Trials:
         self.storage.write_json(f"trials/{row.number:04d}.json", row.to_json())
 
     def seconds(self) -> float:
-        """How long this search has gone on, its earlier attempts included."""
+        """How long this search has run, including its earlier attempts."""
         return self.spent + time.monotonic() - self.began
 
     def exhausted(self) -> bool:
-        """Whether the hours or core-hours are used up."""
+        """Whether the hours or core-hours of the search are used up."""
         search, workers = self.config.search, self.config.cluster
         hours = self.seconds() / 3600
         core_hours = (
@@ -139,17 +139,17 @@ class Trials:
 
 
 def describe(point: Point) -> str:
-    """A point of the space in words: ``window 5x2, latents 16, flow_depth 2``."""
+    """Format a point of the space: ``window 5x2, latents 16, flow_depth 2``."""
     return ", ".join(f"{key.partition('.')[2]} {value}" for key, value in point.items())
 
 
 def table(config: TuneConfig, rows: Sequence[Trial]) -> list[JsonObject]:
-    """A flat row for each trial, the best first, behind the finished ones those that were stopped
-    early, interrupted or failed.
+    """A flat row for each trial, the best first.
 
-    What was measured of a finished trial is in its row by the names of ``goals.QUANTITIES``; of
-    another, what its last validation said. ``front`` counts from 1, the front of those that nobody
-    beats; ``feasible`` says whether all constraints are kept.
+    Finished trials come first, then those stopped early, unfinished and failed. A finished trial's
+    row has its measurements; any other row has the figures of its last validation. ``front`` is the
+    number of the Pareto front, from 1 for the best; ``feasible`` says whether all constraints are
+    satisfied.
     """
     goals = config.search.goals
 
@@ -173,5 +173,5 @@ def table(config: TuneConfig, rows: Sequence[Trial]) -> list[JsonObject]:
 
 
 def is_finished(row: Row) -> bool:
-    """Whether a row of the table is a finished trial's."""
+    """Whether a row of the table belongs to a finished trial."""
     return bool(row["status"] == Status.finished.value)

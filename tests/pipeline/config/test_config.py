@@ -353,7 +353,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     (
         "tune",
         ["search.constraints=['60 <= rate_bits <= 20']"],
-        "search.constraints: nothing keeps '60 <= rate_bits <= 20', whose lower",
+        "search.constraints: '60 <= rate_bits <= 20' cannot be met: its lower",
     ),
     (
         "tune",
