@@ -25,7 +25,7 @@ class DataConfig:
     action: Action = option("inspect or verify; the first word after the command")
     output: str = option("where the report goes", "outputs/data", path=True)
     pictures: int = option("how many images of each split the contact sheet shows", 50, at_least=1)
-    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    storage: StorageOptions = section(StorageOptions, "where data is stored")
     dataset: DatasetOptions = section(DatasetOptions, "the data set")
     cluster: ClusterOptions = section(ClusterOptions, "where it runs")
 

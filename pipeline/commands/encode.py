@@ -24,7 +24,7 @@ class EncodeConfig:
         "the most images in one Parquet file; one task encodes it", 10_000, at_least=1
     )
     seed: int = option("the seed of binarization and of the sample that measures the rate", 0)
-    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    storage: StorageOptions = section(StorageOptions, "where data is stored")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
     cluster: ClusterOptions = section(ClusterOptions, "where it runs")
 

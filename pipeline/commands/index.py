@@ -12,7 +12,7 @@ from pipeline.values import JsonObject
 class IndexConfig:
     """Write a manifest for existing WebDataset shards, without copying them."""
 
-    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    storage: StorageOptions = section(StorageOptions, "where data is stored")
     dataset: DatasetOptions = section(DatasetOptions, "the data set that they become")
     index: IndexOptions = section(IndexOptions, "the shards, and how they are read")
     cluster: ClusterOptions = section(ClusterOptions, "where it runs")

@@ -19,7 +19,7 @@ class ReconstructConfig:
     num_images: int = option("the number of images, the first ones", 40, at_least=1)
     seed: int = option("the seed of binarization and all noise", 0)
     output: str = option("where the picture goes", "outputs/reconstruct", path=True)
-    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    storage: StorageOptions = section(StorageOptions, "where data is stored")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
 
 

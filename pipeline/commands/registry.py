@@ -54,7 +54,7 @@ class RegistryConfig:
     )
     output: str = option("where the result goes", "outputs/registry", path=True)
     bounds: BoundOptions = section(BoundOptions, "how models are evaluated")
-    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    storage: StorageOptions = section(StorageOptions, "where data is stored")
     registry: RegistryOptions = section(RegistryOptions, "which registry")
 
 

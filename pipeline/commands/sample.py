@@ -17,7 +17,7 @@ class SampleConfig:
     num_images: int = option("the number of images", 40, at_least=1)
     seed: int = option("the seed of all random numbers", 0)
     output: str = option("where the picture goes", "outputs/sample", path=True)
-    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    storage: StorageOptions = section(StorageOptions, "where data is stored")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
 
 

@@ -12,7 +12,7 @@ from pipeline.values import JsonObject
 class ShardConfig:
     """Write images to WebDataset shards with a manifest."""
 
-    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    storage: StorageOptions = section(StorageOptions, "where data is stored")
     dataset: DatasetOptions = section(DatasetOptions, "the images")
     shard: ShardOptions = section(ShardOptions, "how they are written")
     cluster: ClusterOptions = section(ClusterOptions, "where it runs")

@@ -47,7 +47,7 @@ def run(config: TrainConfig) -> JsonObject:
             raise Interrupted(
                 f"run {config.run_name} is stopped, its state saved after step"
                 f" {retry(partial(checkpoint.newest_step, run.storage))} of"
-                f" {config.train.num_steps}; the same command goes on from there",
+                f" {config.train.num_steps}; the same command resumes it",
                 stopped_by,
             )
         return {**retry(run.result), "reused": False}

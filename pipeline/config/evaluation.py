@@ -10,10 +10,10 @@ from pipeline.config.sections import RegistryOptions, StorageOptions
 class BoundOptions:
     samples: int = option("k, the number of importance samples of the IWAE bound", 64, at_least=1)
     num_images: int | None = option(
-        "evaluate only the first so many images; none is all", None, at_least=2
+        "evaluate only the first images of the split; none is all", None, at_least=2
     )
-    pictures: int = option("how many images the pictures show", 40, at_least=1)
-    seed: int = option("decides binarization and all noise", 0)
+    pictures: int = option("images in each picture", 40, at_least=1)
+    seed: int = option("the seed of binarization and all noise", 0)
 
 
 A_MODEL = "a run's folder, or models:/NAME@ALIAS or models:/NAME/VERSION from the registry"
@@ -29,11 +29,11 @@ class EvaluateConfig:
     dataset_url: str | None = option(ANOTHER_DATA_SET, None, path=True)
     output: str = option("where the report goes", "outputs/evaluate", path=True)
     probe_images: int = option(
-        "training images that the probes of labelled data are fitted on, and as many validation"
-        " images choose; 0 for no probe",
+        "training images that the probes of labelled data are fitted on, and validation images that"
+        " choose among them; 0 is no probe",
         10_000,
         at_least=0,
     )
     bounds: BoundOptions = section(BoundOptions, "what is measured")
-    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    storage: StorageOptions = section(StorageOptions, "where data is stored")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")

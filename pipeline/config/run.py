@@ -37,7 +37,7 @@ class ModelOptions:
     window: str = option(f"the decoder's receptive field: {NOTATION}")
     latents: int = option("size of the code z, or how many maps it has", at_least=1)
     code: Code = option(
-        "vector, or maps: z keeps the place of things, at the size at which the encoder ends",
+        "vector, or maps: z keeps positions, at the size at which the encoder ends",
         Code.vector,
     )
     flow_depth: int = option(
@@ -129,9 +129,9 @@ class Algorithm(Enum):
 @dataclass
 class OptimOptions:
     algorithm: Algorithm = option(
-        "adam, or adamax, which is Adam with the largest recent gradient for a scale"
+        "adam, or adamax, which scales steps by the largest recent gradient"
     )
-    learning_rate: float = option("the step size at its highest", above=0, below=math.inf)
+    learning_rate: float = option("the highest step size", above=0, below=math.inf)
     warmup_steps: int = option("steps over which it rises from zero", at_least=0)
     decay_fraction: float = option(
         "the last part of the run over which it falls linearly to zero", at_least=0, at_most=1
@@ -159,36 +159,36 @@ class FreeBits(Enum):
 @dataclass
 class TrainOptions:
     images: int = option(
-        "how many images the run sees in all, repeats included", at_least=1, shared=True
+        "images that the run sees in all, repeats included", at_least=1, shared=True
     )
     global_batch: int = option("images of one step, over all workers", at_least=1, shared=True)
     num_streams: int = option(
-        "canonical streams the data is dealt to; any number of workers up to it gives the same run",
+        "canonical streams of the data; any number of workers up to this gives the same run",
         at_least=1,
         shared=True,
     )
     precision: Precision = option(
-        "bfloat16 has matrix products in it and all else in float32; auto does so on GPUs that can,"
-        " and is float32 elsewhere; float64 is for checks",
+        "bfloat16 computes matrix products in bfloat16 and all else in float32; auto is bfloat16 on"
+        " GPUs that support it and float32 elsewhere; float64 is for checks",
         Precision.auto,
     )
     micro_batch: int | None = option(
-        "images that a worker holds in memory at once; the gradients of several are added up, to"
-        " the same result, but slower",
+        "images that a worker processes at once; gradients are accumulated to the same result, but"
+        " slower",
         None,
         at_least=1,
         identity=False,
     )
     seed: int = option(
-        "decides the weights' start, the order of the data and all noise",
+        "the seed of the initial weights, the order of the data and all noise",
         0,
         at_least=0,
         below=1 << 63,
     )
     free_bits: FreeBits = option(
-        "how free_nats is used, so that the decoder does not learn to do without z. hard: a floor"
-        " early in the run, below which the rate costs nothing; soft: a target for the rate in the"
-        " whole run, which the rate's weight, at most 1, is steered to",
+        "how free_nats keeps the decoder from ignoring z. hard: a floor early in the run, below"
+        " which the rate costs nothing; soft: a target that the rate's weight, at most 1, steers"
+        " the rate to throughout the run",
         FreeBits.hard,
     )
     free_nats: float = option(
@@ -213,7 +213,7 @@ class TrainOptions:
         at_most=1,
     )
     valid_images: int = option(
-        "validation images that progress is judged by (all of them if there are fewer)",
+        "validation images that measure progress (all of them if there are fewer)",
         at_least=1,
         identity=False,
         shared=True,
@@ -277,7 +277,7 @@ class TrainConfig:
         None,
         identity=False,
     )
-    storage: StorageOptions = section(StorageOptions, "where things are kept")
+    storage: StorageOptions = section(StorageOptions, "where data is stored")
     dataset: DatasetOptions = section(DatasetOptions, "the images", identity=True)
     model: ModelOptions = section(ModelOptions, "the VLAE", identity=True)
     optim: OptimOptions = section(OptimOptions, "how its weights are moved", identity=True)

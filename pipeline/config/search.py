@@ -43,60 +43,57 @@ class Stopping(Enum):
 @dataclass
 class SearchOptions:
     space: dict[str, Any] = option(
-        "what is tried: options of model, optim and train, each with its values, as"
+        "what is tried: options of model, optim and train with their values, as"
         " search.space.model.window=[3x1,5x2]",
         {},
     )
     objectives: list[str] = option(
         f"min or max, and one of {', '.join(QUANTITIES)}; several are traded off", ["min nll"]
     )
-    constraints: list[str] = option(
-        "bounds of the same quantities, as ['20 <= rate_bits <= 60']", []
-    )
+    constraints: list[str] = option("bounds on these quantities, as ['20 <= rate_bits <= 60']", [])
     sampler: Sampler = option(
-        "how the next trial is chosen: by Optuna's TPE, at random, or all in turn", Sampler.tpe
+        "how the next trial is chosen: by Optuna's TPE, at random, or every point in turn",
+        Sampler.tpe,
     )
     stopping: Stopping = option(
-        "which trials end early. asha: those that lag behind at a few numbers of images; median:"
-        " those worse than most at any validation",
+        "which trials stop early. asha: those outside the top 1/reduction at a rung; median: those"
+        " worse than the median at any validation",
         Stopping.asha,
     )
-    num_trials: int = option("how many models are trained, at most", at_least=1, identity=False)
+    num_trials: int = option("the most models that are trained", at_least=1, identity=False)
     hours: float | None = option(
-        "how long the search may take; what runs then is interrupted, and goes on if there is more"
-        " time",
+        "the longest that the search may take; trials running then are interrupted, and resumed if"
+        " it gets more time",
         None,
         above=0,
         identity=False,
     )
     core_hours: float | None = option(
-        "how many core-hours its trials may take together", None, above=0, identity=False
+        "the most core-hours that its trials may take together", None, above=0, identity=False
     )
     max_concurrent: int = option(
-        "trials that run at once, at most; 0 is as many as the cluster has room for",
+        "the most trials that run at once; 0 is as many as fit in the cluster",
         0,
         at_least=0,
         identity=False,
     )
     grace_fraction: float = option(
-        "the part of a run that every trial is given before it may be stopped early",
+        "the fraction of a run before which no trial is stopped early",
         0.25,
         above=0,
         at_most=1,
     )
-    reduction: int = option(
-        "asha: of the trials at each rung, one in this many goes on", 3, at_least=2
-    )
+    reduction: int = option("asha: one in this many trials continues at each rung", 3, at_least=2)
     samples: int = option(
         "k of the bound that finished trials are measured with; 1 is the code length", 8, at_least=1
     )
     num_images: int = option(
-        "validation images that they are measured on (all of them if there are fewer)",
+        "validation images that finished trials are measured on (all of them if there are fewer)",
         1000,
         at_least=2,
     )
     probe_images: int = option(
-        "training images that their probes are fitted on, where there are labels; 0 for no probe",
+        "training images that the probes of labelled data are fitted on; 0 is no probe",
         2000,
         at_least=0,
     )
@@ -147,7 +144,7 @@ class TuneConfig(TrainConfig):
 
     search: SearchOptions = section(SearchOptions, "what is searched, and how")
     register_best: int = option(
-        "how many of the best models are registered", 1, at_least=1, identity=False
+        "the number of best models to register", 1, at_least=1, identity=False
     )
     model_name: str = option("their name in the registry", "vlae-${dataset.name}", identity=False)
 

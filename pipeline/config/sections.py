@@ -11,7 +11,7 @@ from pipeline.config.options import option, require
 @dataclass
 class StorageOptions:
     root: str = option(
-        "where everything is kept: a folder, or s3://bucket/prefix", "vlae-store", path=True
+        "where all data is stored: a folder, or s3://bucket/prefix", "vlae-store", path=True
     )
     endpoint_url: str | None = option(
         "the S3 server's address, if not Amazon's; AWS_ENDPOINT_URL does the same", None
@@ -81,27 +81,27 @@ class DatasetOptions:
         path=True,
     )
     binarization: Binarization = option(
-        "dynamic: every pixel is drawn black or white anew each time it is seen; static: drawn once"
-        " for each image; none: images keep their 256 values, and the likelihood is one of these",
+        "how pixels become black or white. dynamic: drawn anew each time an image is seen; static:"
+        " drawn once per image; none: images keep their 256 values, and so does the likelihood",
         Binarization.dynamic,
     )
     cache: str | None = option(
-        "a folder of each machine where training keeps the shards that it has read; none keeps"
-        " none",
+        "a folder on each machine in which training caches the shards that it reads; none is no"
+        " cache",
         None,
         path=True,
         identity=False,
     )
     cache_gb: float = option(
-        "how many gigabytes it may take; what was used longest ago makes way",
+        "the size limit of the cache, in gigabytes; the least recently used shards are evicted",
         20.0,
         above=0,
         below=1 << 30,
         identity=False,
     )
     max_skipped: int = option(
-        "how many damaged or missing images a worker may replace by others, with a warning, before"
-        " it gives up",
+        "damaged or missing images that a worker may replace by others, with a warning, before it"
+        " fails",
         0,
         at_least=0,
         identity=False,
@@ -111,17 +111,18 @@ class DatasetOptions:
 @dataclass
 class ClusterOptions:
     address: str | None = option(
-        "a running Ray cluster's address, auto for one on this machine; none starts one", None
+        "the address of a running Ray cluster; auto finds one on this machine, none starts one",
+        None,
     )
     num_workers: Any = option(
-        "workers of one training run; [MIN,MAX] goes on with what is there of them, as hosts go and"
-        " come",
+        "workers of one training run; [MIN,MAX] is elastic: the run continues while hosts leave and"
+        " join",
         1,
     )
     cpus_per_worker: int = option("CPU cores of each worker", 1, at_least=1)
     use_gpu: bool = option("give each worker a GPU", False)
     max_failures: int = option(
-        "how many times in a row a run is restarted without having got any further", 3, at_least=0
+        "how many times in a row a run is restarted without making progress", 3, at_least=0
     )
 
     @property
@@ -151,8 +152,8 @@ class RegistryOptions:
         "sqlite:///vlae-registry.db",
     )
     artifacts: str = option(
-        "where a SQLite file's registry keeps the files of model versions; a server has a place of"
-        " its own",
+        "where the files of model versions are stored, if the registry is a SQLite file; a server"
+        " decides for itself",
         "${storage.root}/registry",
         path=True,
     )
@@ -163,7 +164,7 @@ class ShardOptions:
     samples_per_shard: int = option("images in one tar", 5000, at_least=1)
     block_size: int = option("images in one record of a tar", 250, at_least=1)
     encoding: Encoding = option(
-        "npy keeps blocks of small images; png and webp (without loss) keep each large one; auto"
+        "npy stores small images in blocks; png and webp (lossless) store large ones singly; auto"
         " chooses by size",
         Encoding.auto,
     )
@@ -180,19 +181,21 @@ class ShardOptions:
         below=1,
     )
     image_size: int | None = option(
-        "image files are resized to this many pixels square; none keeps their size",
+        "resize image files to this many pixels square; none keeps their size",
         None,
         at_least=1,
     )
     fit: Fit = option(
-        "how: crop keeps the middle square, pad the whole on white, stretch the whole", Fit.crop
+        "how images are resized: crop keeps the middle square, pad the whole on white, stretch the"
+        " whole",
+        Fit.crop,
     )
     channels: int = option("1 is grey, 3 is RGB; for image files", 1)
     max_megapixels: float = option(
-        "image files with more pixels than this are not unpacked", 64.0, above=0, below=1e6
+        "image files with more megapixels than this are not decoded", 64.0, above=0, below=1e6
     )
     max_unreadable: int = option(
-        "image files that may be left out because they cannot be read; report.json lists them",
+        "unreadable image files that may be left out; report.json lists them",
         0,
         at_least=0,
     )
@@ -200,7 +203,7 @@ class ShardOptions:
     label_column: str = option(
         "the column of Parquet files, or the key of a sample's .json, that holds labels", "label"
     )
-    seed: int = option("decides the images of a synthetic data set", 0, at_least=0, below=1 << 63)
+    seed: int = option("the seed of a synthetic data set's images", 0, at_least=0, below=1 << 63)
 
     def check(self) -> None:
         require(
@@ -215,8 +218,8 @@ class IndexOptions:
         "the shards: s3://bucket/{000000..000123}.tar, https:// or local ones likewise, or a folder"
         " of tars"
     )
-    valid: str | None = option("those for validation; without, some of train's", None)
-    test: str | None = option("those for the test; without, some of train's", None)
+    valid: str | None = option("the validation shards; by default some of train's", None)
+    test: str | None = option("the test shards; by default some of train's", None)
     valid_fraction: float = option(
         "part of train's shards kept for validation, if it has none of its own",
         1 / 20,
@@ -230,19 +233,22 @@ class IndexOptions:
         below=1,
     )
     image_size: int | None = option(
-        "images become this many pixels square as they are read; none: all must be of one size",
+        "resize images to this many pixels square when they are read; none requires all to be of"
+        " one size",
         None,
         at_least=1,
     )
     fit: Fit = option(
-        "how: crop keeps the middle square, pad the whole on white, stretch the whole", Fit.crop
+        "how images are resized: crop keeps the middle square, pad the whole on white, stretch the"
+        " whole",
+        Fit.crop,
     )
     channels: int = option("1 is grey, 3 is RGB", 3)
     label_key: str = option(
         "the key of a sample's .json that holds its label, if it has no .cls", "label"
     )
     max_megapixels: float = option(
-        "images with more pixels than this are refused", 64.0, above=0, below=1e6
+        "images with more megapixels than this are refused", 64.0, above=0, below=1e6
     )
 
     def check(self) -> None:

@@ -252,7 +252,7 @@ class Recorder(Callback):
     ) -> None:
         row = self.trials.numbered(trial.config["number"])
         self.trials.clocks[row.number] = time.monotonic()
-        self._say(row, f"goes on behind {row.images:,} images" if row.images else "started")
+        self._say(row, f"resumed after {row.images:,} images" if row.images else "started")
         config = trial_config(self.trials.config, row.point)
         self.tracked[row.number] = training_run(
             Run.of(config), to_dict(config), self.manifest, self.parent
