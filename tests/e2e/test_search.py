@@ -83,7 +83,7 @@ def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_o
     wait_until(kept, process, log)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C: all that a terminal started
     assert process.wait() == 130
-    assert log.read_text().endswith("\ninterrupted; the same command goes on from here\n")
+    assert log.read_text().endswith("\ninterrupted; the same command continues from here\n")
     assert "Traceback" not in log.read_text()
 
     rows_before = kept()
