@@ -200,7 +200,7 @@ sys.modules["ray"] = None  # importing it fails
 import pickle, torch
 def refuse(*arguments, **options): raise AssertionError("something is unpickled")
 from pipeline.cli import main
-import pipeline.evaluate, mlflow
+import pipeline.evaluation.evaluation, pipeline.registry.models, mlflow
 sys.addaudithook(lambda event, arguments: refuse() if event == "pickle.find_class" else None)
 main(["evaluate", *sys.argv[1:]])
 """
