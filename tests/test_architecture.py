@@ -10,7 +10,6 @@ USES_RAY = {
     "data/sharding.py",
     "evaluation/encoding.py",
     "search/runner.py",
-    "search/trials.py",
     "training/launch.py",
     "training/restarts.py",
 }

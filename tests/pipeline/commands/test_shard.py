@@ -108,7 +108,7 @@ def test_other_options_or_images_are_refused_with_what_to_do(
     for path, options, differing in (
         ("idx", {"block_size": 9}, "block_size"),
         ("idx", {"samples_per_shard": 10}, "samples_per_shard"),
-        ("idx", {"valid_fraction": 0.5}, "images, sha256"),
+        ("idx", {"valid_fraction": 0.5}, "images.train, images.valid, sha256"),
         ("other", {}, "sha256"),
     ):
         message = (
