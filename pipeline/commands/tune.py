@@ -33,9 +33,7 @@ def run(config: TuneConfig) -> JsonObject:
     from pipeline.search.trials import Trials, check, table
     from pipeline.storage import open_storage
 
-    storage = open_storage(
-        f"{config.storage.root}/searches/{config.search_name}", config.storage.endpoint_url
-    )
+    storage = open_storage(_folder(config), config.storage.endpoint_url)
     check(config, storage)
     registry = Registry(config.registry)
     trials = Trials.load(config, storage)
