@@ -27,6 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config.options import Config, check_all, describe, to_dict
 from pipeline.errors import UserError
 
+SQLITE = "sqlite:///"
+"""What the address of a SQLite file begins with; its path follows, relative or absolute."""
+
 
 @functools.cache
 def compose(command: str, *chosen: str) -> tuple[DictConfig, Mapping[str, str | None]]:
@@ -135,14 +138,20 @@ def build(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:
         for key in [key for key, item in known.items() if item.metadata["path"]]:
             # A folder means the same to every process, whatever its working directory.
             path = OmegaConf.select(config, key)
-            if path and "://" not in path:
-                OmegaConf.update(config, key, str(Path(path).expanduser().absolute()))
+            if path:
+                OmegaConf.update(config, key, absolute(path))
         built = typing.cast(Config, OmegaConf.to_object(config))
         check_all(built)
         to_dict(built)  # so that what is left to resolve is resolved now or never
     except (OmegaConfBaseException, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{getattr(error, 'full_key', None) or key}: {reason_of(error)}") from None
     return built
+
+
+def absolute(address: str) -> str:
+    """The address with an absolute path, if it is a local folder or a SQLite file."""
+    scheme, path = SQLITE if address.startswith(SQLITE) else "", address.removeprefix(SQLITE)
+    return address if "://" in path else f"{scheme}{Path(path).expanduser().absolute()}"
 
 
 def unknown_option(key: str, known: Iterable[str]) -> str:

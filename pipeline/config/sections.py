@@ -150,6 +150,7 @@ class RegistryOptions:
     uri: str = option(
         "MLflow's server, or a SQLite file, for runs and registered models",
         "sqlite:///vlae-registry.db",
+        path=True,
     )
     artifacts: str = option(
         "where the files of model versions are stored, if the registry is a SQLite file; a server"

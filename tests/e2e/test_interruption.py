@@ -61,7 +61,7 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
     assert process.wait() == 128 + signal.SIGTERM
     assert (
         f"run killed is stopped, its state saved after step {newest()} of 750; the same command"
-        " goes on" in log.read_text()
+        " resumes it" in log.read_text()
     )
 
     run("train", "name=killed", *options)

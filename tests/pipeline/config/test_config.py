@@ -692,6 +692,8 @@ def test_a_local_folder_is_absolute_whatever_the_working_directory(
     assert load("serve-store", ["folder=objects"]).folder == str(tmp_path / "objects")
     assert load("demo", []).folder == str(tmp_path / "demo")
     assert load("demo", []).registry.uri == f"sqlite:///{tmp_path}/demo/registry.db"
+    assert load("tune", []).registry.uri == f"sqlite:///{tmp_path}/vlae-registry.db"
+    assert load("tune", ["registry.uri=http://server"]).registry.uri == "http://server"
 
 
 @pytest.mark.parametrize("key", ["dataset.url", "registry.artifacts", "dataset_url"])
