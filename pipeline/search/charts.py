@@ -40,7 +40,7 @@ MODELS, IMAGES = 6, 10
 """Models on the comparison sheet, and images per model."""
 
 
-class Look:
+class ChartStyle:
     """How charts show the searched options: by colour and marker, and along the map's x axis."""
 
     def __init__(self, config: TuneConfig) -> None:
@@ -91,7 +91,7 @@ def name_of(key: str) -> str:
     return key.partition(".")[2].replace("_", " ")
 
 
-def front(look: Look, rows: Sequence[Row], along: Sequence[Row]) -> Figure | None:
+def front(style: ChartStyle, rows: Sequence[Row], along: Sequence[Row]) -> Figure | None:
     """Plot rate against distortion of every trial, and join those ``along`` the front.
 
     Diagonals are lines of equal code length.
@@ -106,13 +106,13 @@ def front(look: Look, rows: Sequence[Row], along: Sequence[Row]) -> Figure | Non
         axes.plot(*zip(*joined, strict=True), color=INK, linewidth=1, zorder=1)
     for row in reversed(placed):
         finished = is_finished(row)
-        face = look.color(row) if finished else "white"
+        face = style.color(row) if finished else "white"
         size = 9 if finished else 5
-        edge = INK if row.get("front") == 1 else look.color(row)
+        edge = INK if row.get("front") == 1 else style.color(row)
         axes.plot(
             row["rate_bits"],
             row["distortion_nats"],
-            look.marker(row),
+            style.marker(row),
             markersize=size,
             markerfacecolor=face,
             markeredgecolor=edge,
@@ -148,7 +148,7 @@ def front(look: Look, rows: Sequence[Row], along: Sequence[Row]) -> Figure | Non
         ),
         Line2D([], [], color=FAINT, linewidth=1, linestyle=DASHES, label="equal code length, nats"),
     ]
-    look.legend(axes, more)
+    style.legend(axes, more)
     return figure
 
 
@@ -195,19 +195,19 @@ def _code_lengths(axes: Axes) -> None:
     axes.grid(visible=False)
 
 
-def heat_map(look: Look, rows: Sequence[Row]) -> Figure | None:
+def heat_map(style: ChartStyle, rows: Sequence[Row]) -> Figure | None:
     """Map rate, NLL and probe accuracy over the two main options.
 
     A cell shows its finished trial with the lowest NLL. If none finished, it shows, in pale, the
     last validation of the trial that saw the most images.
     """
-    across = look.across
-    ys, xs = look.axes[look.color_key], look.axes[across] if across else [""]
+    across = style.across
+    ys, xs = style.axes[style.color_key], style.axes[across] if across else [""]
     cells: dict[tuple[int, int], Row] = {}
     for row in rows:
         if "nll" not in row:
             continue
-        place = ys.index(row[look.color_key]), xs.index(row[across]) if across else 0
+        place = ys.index(row[style.color_key]), xs.index(row[across]) if across else 0
         if place not in cells or _counts_more(row, cells[place]):
             cells[place] = row
     finished = [row for row in cells.values() if is_finished(row)]
@@ -252,7 +252,7 @@ def heat_map(look: Look, rows: Sequence[Row]) -> Figure | None:
         axes.set_xticks(range(len(xs)), [str(x) for x in xs])
         axes.set_yticks(range(len(ys)), [str(y) for y in ys])
         axes.set_xlabel(name_of(across) if across else "")
-        axes.set_ylabel(name_of(look.color_key) if key == measures[0] else "")
+        axes.set_ylabel(name_of(style.color_key) if key == measures[0] else "")
         axes.grid(visible=False)
         axes.tick_params(length=0)
         axes.spines[["left", "bottom"]].set_visible(False)
@@ -269,7 +269,7 @@ def _counts_more(row: Row, other: Row) -> bool:
 
 
 def learning_curves(
-    look: Look, rows: Sequence[Row], curves: Mapping[int, Sequence[Row]]
+    style: ChartStyle, rows: Sequence[Row], curves: Mapping[int, Sequence[Row]]
 ) -> Figure | None:
     """Plot code length on validation images against images seen."""
     drawn = [row for row in rows if curves.get(row["number"])]
@@ -282,7 +282,7 @@ def learning_curves(
         axes.plot(
             [entry["images"] for entry in curve],
             [entry["nll"] for entry in curve],
-            color=look.color(row),
+            color=style.color(row),
             linewidth=1.8 if finished else 1.1,
             alpha=1 if finished else 0.8,
             gid=f"trial{row['number']}.curve",
@@ -290,10 +290,10 @@ def learning_curves(
         axes.plot(
             curve[-1]["images"],
             curve[-1]["nll"],
-            look.marker(row),
-            color=look.color(row),
+            style.marker(row),
+            color=style.color(row),
             markersize=5,
-            markerfacecolor=look.color(row) if finished else "white",
+            markerfacecolor=style.color(row) if finished else "white",
             gid=f"trial{row['number']}.end",
         )
     lengths = sorted(entry["nll"] for row in drawn for entry in curves[row["number"]])
@@ -303,7 +303,7 @@ def learning_curves(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: f"{images:,.0f}"))
     axes.set_xlabel("images seen")
     axes.set_ylabel("code length on validation images, nats")
-    look.legend(axes)
+    style.legend(axes)
     return figure
 
 
@@ -347,7 +347,7 @@ def importance(config: TuneConfig, trials: Sequence[Trial]) -> Figure | None:
     return figure
 
 
-def side_by_side(config: TuneConfig, rows: Sequence[Row], look: Look) -> bytes:
+def side_by_side(config: TuneConfig, rows: Sequence[Row], style: ChartStyle) -> bytes:
     """Draw reconstructions of the same images by several models, and their samples, as PNG."""
     data = DataSet.load(open_storage(config.dataset.url, config.storage.endpoint_url))
     batch = next(iter(EvalLoader(data, split="valid", batch_size=IMAGES, num_images=IMAGES)))
@@ -359,7 +359,7 @@ def side_by_side(config: TuneConfig, rows: Sequence[Row], look: Look) -> bytes:
             f"{config.storage.root}/runs/{row['run']}", config.registry, config.storage
         ).network
         told = f"rate {row['rate_bits']:.1f} bits, NLL {row['nll']:.2f} nats"
-        drawn[look.words(row), told] = (
+        drawn[style.words(row), told] = (
             vlae.reconstruct(model, originals, generator),
             vlae.sample(model, IMAGES, generator),
         )

@@ -87,7 +87,7 @@ def _as_optuna_sees(search: SearchOptions, goals: Goals, row: Trial) -> FrozenTr
     )
 
 
-def lags(search: SearchOptions, budget: int, row: Trial, rows: Iterable[Trial]) -> bool:
+def is_outperformed(search: SearchOptions, budget: int, row: Trial, rows: Iterable[Trial]) -> bool:
     """Whether to stop a trial at its newest validation; its full run has ``budget`` images.
 
     ``asha`` (asynchronous successive halving, Li et al., 2018) compares trials at rungs, each at

@@ -24,7 +24,7 @@ from pipeline.evaluation.style import STYLE
 from pipeline.search.charts import (
     MODELS,
     TRADE_OFF,
-    Look,
+    ChartStyle,
     front,
     heat_map,
     importance,
@@ -88,15 +88,15 @@ def write(config: TuneConfig, output: Storage, rows: Sequence[Row], trials: Sequ
     pyarrow.parquet.write_table(table, file)
     output.write(TABLE, file.getvalue())
 
-    look = Look(config)
+    style = ChartStyle(config)
     finished = [row for row in rows if is_finished(row)]
     fronts = TRADE_OFF.ranked(finished)
     drawings: dict[str, Figure | None] = {}
     with matplotlib.rc_context(STYLE):
-        drawings["front"] = front(look, rows, fronts[0] if fronts else [])
-        drawings["map"] = heat_map(look, rows)
+        drawings["front"] = front(style, rows, fronts[0] if fronts else [])
+        drawings["map"] = heat_map(style, rows)
         drawings["curves"] = learning_curves(
-            look, rows, {trial.number: trial.curve for trial in trials}
+            style, rows, {trial.number: trial.curve for trial in trials}
         )
         drawings["importance"] = importance(config, trials)
         charts = {name: svg(figure, name) for name, figure in drawings.items() if figure}
@@ -106,18 +106,18 @@ def write(config: TuneConfig, output: Storage, rows: Sequence[Row], trials: Sequ
     if fronts:
         # The first front, and if it has too few models, those of the next fronts
         shown = list(chain(*fronts))[:MODELS]
-        sheet = side_by_side(config, sorted(shown, key=lambda row: row["rate_bits"]), look)
+        sheet = side_by_side(config, sorted(shown, key=lambda row: row["rate_bits"]), style)
         output.write("models.png", sheet)
         charts["models"] = (
             f'<img alt="{TITLES["models"]}"'
             f' src="data:image/png;base64,{b64encode(sheet).decode()}">'
         )
-    output.write(PAGE, page(config, output.url.rpartition("/")[2], rows, charts, look).encode())
+    output.write(PAGE, page(config, output.url.rpartition("/")[2], rows, charts, style).encode())
     return f"{output.url}/{PAGE}"
 
 
 def page(
-    config: TuneConfig, name: str, rows: Sequence[Row], charts: Mapping[str, str], look: Look
+    config: TuneConfig, name: str, rows: Sequence[Row], charts: Mapping[str, str], style: ChartStyle
 ) -> str:
     """Fill in the template of the HTML page."""
     search = config.search
@@ -134,7 +134,7 @@ def page(
         "Budget of a trial": f"{config.train.images:,} images",
         "NLL": f"{bound}, an upper bound, on {search.num_images:,} validation images",
     }
-    columns = {**{key: name_of(key) for key in look.axes}, **COLUMNS}
+    columns = {**{key: name_of(key) for key in style.axes}, **COLUMNS}
     columns = {
         key: title
         for key, title in columns.items()
@@ -146,7 +146,7 @@ def page(
         for key in order
     )
     body = "".join(
-        f'<tr id="row{row["number"]}">{"".join(_cell(look, row, key) for key in order)}</tr>\n'
+        f'<tr id="row{row["number"]}">{"".join(_cell(style, row, key) for key in order)}</tr>\n'
         for row in rows
     )
     sections = "".join(
@@ -157,7 +157,7 @@ def page(
     )
     told = {
         row["number"]: [
-            look.words(row),
+            style.words(row),
             *(
                 f"{columns[key]}: {_shown(row, key)}"
                 for key in COLUMNS
@@ -203,9 +203,9 @@ def _shown(row: Row, key: str) -> str:
     return "" if value is None else format(value, FORMATS[key]) if key in FORMATS else str(value)
 
 
-def _cell(look: Look, row: Row, key: str) -> str:
+def _cell(style: ChartStyle, row: Row, key: str) -> str:
     """A cell of the table; ``data-value`` is its sort key."""
-    value = look.axes[key].index(row[key]) if key in look.axes else row.get(key)
+    value = style.axes[key].index(row[key]) if key in style.axes else row.get(key)
     sorted_by = "" if value is None else f' data-value="{html.escape(str(value))}"'
-    dot = f'<i style="background:{look.color(row)}"></i>' if key == look.color_key else ""
+    dot = f'<i style="background:{style.color(row)}"></i>' if key == style.color_key else ""
     return f"<td{sorted_by}>{dot}{html.escape(_shown(row, key))}</td>"

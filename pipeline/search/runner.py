@@ -28,7 +28,7 @@ from pipeline.evaluation import evaluation
 from pipeline.registry import tracking
 from pipeline.registry.tracking import TrackedRun, Tracking, training_run
 from pipeline.runs import TENSORBOARD, Run
-from pipeline.search.proposals import lags
+from pipeline.search.proposals import is_outperformed
 from pipeline.search.trial import Point, Status, Trial
 from pipeline.search.trials import (
     RECORD,
@@ -201,7 +201,7 @@ class Halting(FIFOScheduler):
             row.curve.append(entry | {name: result[name] for name in ON_THE_WAY if name in result})
             row.images = result["images"]
             config = self.trials.config
-            if lags(
+            if is_outperformed(
                 config.search,
                 config.train.num_steps * config.train.global_batch,
                 row,
@@ -299,7 +299,7 @@ class Recorder(Callback):
         row = self.trials.numbered(trial.config["number"])
         row.failures += 1
         self.trials.save(row)
-        self._say(row, f"lost; it is tried again, for the {_ordinal(row.failures)} time")
+        self._say(row, f"its process was lost; retry {row.failures}")
 
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
@@ -313,7 +313,3 @@ class Recorder(Callback):
         self.trials.save(row)
         self.tracking.end(self.tracked[row.number], "FAILED")
         self._say(row, f"failed: {row.error}")
-
-
-def _ordinal(number: int) -> str:
-    return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")

@@ -19,7 +19,7 @@ from pipeline.commands.tune import format_result, format_table, register
 from pipeline.config.compose import build
 from pipeline.config.options import to_dict
 from pipeline.config.search import Sampler, SearchOptions, Stopping, TuneConfig
-from pipeline.search.proposals import known, lags, propose
+from pipeline.search.proposals import is_outperformed, known, propose
 from pipeline.search.trial import Point, Status, Trial
 from pipeline.search.trials import Trials, table, trial_config
 from pipeline.storage import open_storage
@@ -232,7 +232,7 @@ def trial(*losses: float, every: int = 100, **values: Sequence[float]) -> Trial:
 
 
 def stopped(search: SearchOptions, row: Trial, others: list[Trial]) -> bool:
-    return lags(search, BUDGET, row, [*others, row])
+    return is_outperformed(search, BUDGET, row, [*others, row])
 
 
 def test_halving_lets_one_in_three_go_on_at_its_rungs_and_looks_at_no_other_validation() -> None:
@@ -321,7 +321,7 @@ def test_halving_finds_the_best_of_many_curves_with_less_than_half_of_the_images
                     "nll": final + 100 * math.exp(-images / 200) + draw.gauss(0, 0.5),
                 }
             )
-            if lags(search, BUDGET, row, rows):
+            if is_outperformed(search, BUDGET, row, rows):
                 break
     seen = sum(row.curve[-1]["images"] for row in rows)
     runs = zip(finals, rows, strict=True)
