@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from pipeline.config import compose
+from pipeline.errors import UserError
 from pipeline.values import JsonObject
 
 Config = TypeVar("Config")
@@ -58,6 +59,8 @@ class Command(Generic[Config]):
     """The words of which one has to come first: the value of the option ``action``."""
     flags: Mapping[str, str] = field(default_factory=dict)
     """Words that stand for options: ``{"--yes": "yes=true"}``."""
+    follows: bool = False
+    """Whether its model and its pixels follow the manifest of its data set."""
 
 
 def find(name: str) -> Command[Any]:
@@ -68,7 +71,39 @@ def find(name: str) -> Command[Any]:
 
 
 def load(name: str, overrides: list[str]) -> Any:
-    """The checked options of a command, from its YAML and ``key=value`` overrides. Raises
+    """The checked options of a command, from its YAML and ``key=value`` overrides.
+
+    If the command trains a model, ``model=auto`` and ``dataset.binarization=auto`` become what the
+    data set's manifest asks for; they stay as they are if there is none to be read. Raises
     UserError.
     """
-    return compose.load(name, find(name).config, overrides)
+    command = find(name)
+    config = compose.load(name, command.config, overrides)
+    if not command.follows:
+        return config
+    return compose.load(name, command.config, [*overrides, *_followed(config, overrides)])
+
+
+def _followed(config: Any, overrides: list[str]) -> list[str]:
+    """The overrides that a data set's manifest adds to those of the user."""
+    from pipeline.config.run import preset_for
+    from pipeline.config.sections import Binarization
+    from pipeline.data import manifest
+    from pipeline.storage import open_storage
+
+    binarization = config.dataset.binarization
+    is_auto = not any(text.startswith("model=") and text != "model=auto" for text in overrides)
+    storage = open_storage(config.dataset.url, config.storage.endpoint_url)
+    if not (is_auto or binarization is Binarization.auto):
+        return []
+    try:
+        binarization_of_data = Binarization(manifest.load(storage).binarization)
+    except UserError:
+        return []  # the command itself will say what is wrong
+    added = []
+    if binarization is Binarization.auto:
+        binarization = binarization_of_data
+        added.append(f"dataset.binarization={binarization.value}")
+    if is_auto:
+        added.append(f"model={preset_for(binarization)}")
+    return added

@@ -98,6 +98,8 @@ def format_report(result: JsonObject, split: str) -> str:
             "rate of each group of latents, in bits:",
             _format_list(latents["group_rate_bits"]),
         ]
+    if "probe_skipped" in measured:
+        lines.append(f"no probe: {measured['probe_skipped']}")
     if "probe" in measured:
         note = SPLIT_NOTES.get(split, "")
         lines.append(f"class predicted from the code, accuracy in %{note}:")

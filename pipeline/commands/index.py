@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.commands import Command
+from pipeline.commands.shard import describe
 from pipeline.config.options import section
 from pipeline.config.sections import ClusterOptions, DatasetOptions, IndexOptions, StorageOptions
 from pipeline.values import JsonObject
@@ -30,10 +31,15 @@ def run(config: IndexConfig) -> JsonObject:
 
 
 def format_result(config: IndexConfig, result: JsonObject) -> str:
-    """The number of images of each split."""
-    counts = ", ".join(f"{split['images']:,} {name}" for name, split in result["splits"].items())
-    how = "was there already" if result["reused"] else "indexed"
-    return f"data set {config.dataset.name} {how}: {counts} images"
+    """What the images are, the splits, and the account of all that was found."""
+    from pipeline.data.sources.account import format_account
+
+    how = "exists already" if result["reused"] else "indexed"
+    lines = [f"data set {config.dataset.name} {how}: {describe(result)}"]
+    if result["report"]:
+        lines += format_account(result["report"])
+        lines.append(f"account: {result['url']}/report.json")
+    return "\n".join(lines)
 
 
 COMMAND = Command(IndexConfig, run, format_result, lambda config: config.dataset.url)

@@ -30,16 +30,31 @@ def run(config: ShardConfig) -> JsonObject:
 
 
 def format_result(config: ShardConfig, result: JsonObject) -> str:
-    """The number of images of each split, and where unreadable ones and duplicates are listed."""
-    counts = ", ".join(f"{split['images']:,} {name}" for name, split in result["splits"].items())
-    how = "was there already" if result["reused"] else "written"
-    lines = [f"data set {config.dataset.name} {how}: {counts} images"]
-    if result["unreadable"] or result["duplicates"]:
-        lines.append(
-            f"{result['unreadable']:,} unreadable, {result['duplicates']:,} duplicates: "
-            f"see {result['url']}/report.json"
+    """What the images are, the splits, and the account of all that was found."""
+    from pipeline.data.sources.account import format_account
+
+    report = result["report"]
+    how = "exists already" if result["reused"] else "written"
+    lines = [f"data set {config.dataset.name} {how}: {describe(result)}"]
+    lines += format_account(report)
+    if report["duplicates"]:
+        across = ", ".join(
+            f"{count:,} of {splits}" for splits, count in report["duplicates_across_splits"].items()
         )
-    return "\n".join(lines)
+        lines.append(
+            f"{report['duplicates']:,} duplicates" + (f", among them {across}" if across else "")
+        )
+    return "\n".join([*lines, f"account: {result['url']}/report.json"])
+
+
+def describe(result: JsonObject) -> str:
+    """The shape, kind and number of a data set's images: ``3 x 32 x 32, 256 values; 90 train``."""
+    shape = " x ".join(map(str, result["image_shape"]))
+    kind = "black and white" if result["pixels"] == "binary" else "256 values"
+    if result["binarization"] != "none" and result["pixels"] != "binary":
+        kind += f", binarized ({result['binarization']})"
+    counts = ", ".join(f"{split['images']:,} {name}" for name, split in result["splits"].items())
+    return f"{shape}, {kind}; {counts} images"
 
 
 COMMAND = Command(ShardConfig, run, format_result, lambda config: config.dataset.url)

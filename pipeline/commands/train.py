@@ -149,4 +149,4 @@ def _folder(config: TrainConfig) -> str:
     return f"{config.storage.root}/runs/{config.run_name}"
 
 
-COMMAND = Command(TrainConfig, run, format_result, _folder)
+COMMAND = Command(TrainConfig, run, format_result, _folder, follows=True)

@@ -140,4 +140,4 @@ def _folder(config: TuneConfig) -> str:
     return f"{config.storage.root}/searches/{config.search_name}"
 
 
-COMMAND = Command(TuneConfig, run, format_result, _folder)
+COMMAND = Command(TuneConfig, run, format_result, _folder, follows=True)

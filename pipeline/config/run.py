@@ -121,6 +121,11 @@ class ModelOptions:
         return vlae.build(image_shape=image_shape, likelihood=likelihood, **to_dict(self))
 
 
+def preset_for(binarization: Binarization) -> str:
+    """The preset in ``configs/model`` that ``model=auto`` stands for."""
+    return "colour" if binarization is Binarization.none else "fast"
+
+
 class Algorithm(Enum):
     adam = "adam"
     adamax = "adamax"

@@ -54,6 +54,7 @@ class Fit(Enum):
 
 
 class Binarization(Enum):
+    auto = "auto"
     dynamic = "dynamic"
     static = "static"
     none = "none"
@@ -82,8 +83,9 @@ class DatasetOptions:
     )
     binarization: Binarization = option(
         "how pixels become black or white. dynamic: drawn anew each time an image is seen; static:"
-        " drawn once per image; none: images keep their 256 values, and so does the likelihood",
-        Binarization.dynamic,
+        " drawn once per image; none: images keep their 256 values, and so does the likelihood;"
+        " auto: as the data set's manifest says, and for vlae shard, as its source does",
+        Binarization.auto,
     )
     cache: str | None = option(
         "a folder on each machine in which training caches the shards that it reads; none is no"
@@ -191,7 +193,9 @@ class ShardOptions:
         " whole",
         Fit.crop,
     )
-    channels: int = option("1 is grey, 3 is RGB; for image files", 1)
+    channels: int | None = option(
+        "1 makes image files grey, 3 RGB; none takes as many as any of them has", None
+    )
     max_megapixels: float = option(
         "image files with more megapixels than this are not decoded", 64.0, above=0, below=1e6
     )
@@ -200,15 +204,23 @@ class ShardOptions:
         0,
         at_least=0,
     )
-    image_column: str = option("the column of Parquet files that holds images", "image")
-    label_column: str = option(
-        "the column of Parquet files, or the key of a sample's .json, that holds labels", "label"
+    image_column: str | None = option(
+        "the column of Parquet files that holds images; none finds it", None
+    )
+    label_column: str | None = option(
+        "the column of Parquet files, or the key of a sample's .json, that holds labels; none tries"
+        " the usual names",
+        None,
+    )
+    image_key: str | None = option(
+        "which image of a WebDataset sample to take, if it has several: input for 0007.input.png",
+        None,
     )
     seed: int = option("the seed of a synthetic data set's images", 0, at_least=0, below=1 << 63)
 
     def check(self) -> None:
         require(
-            self.channels in (1, 3),
+            self.channels in (None, 1, 3),
             f"shard.channels is {self.channels}; it must be 1 (grey) or 3 (RGB)",
         )
 
@@ -244,9 +256,16 @@ class IndexOptions:
         " whole",
         Fit.crop,
     )
-    channels: int = option("1 is grey, 3 is RGB", 3)
-    label_key: str = option(
-        "the key of a sample's .json that holds its label, if it has no .cls", "label"
+    channels: int | None = option(
+        "1 makes images grey, 3 RGB; none takes as many as any of them has", None
+    )
+    label_key: str | None = option(
+        "the key of a sample's .json that holds its label, if it has no .cls; none tries the usual"
+        " names",
+        None,
+    )
+    image_key: str | None = option(
+        "which image of a sample to take, if it has several: input for 0007.input.png", None
     )
     max_megapixels: float = option(
         "images with more megapixels than this are refused", 64.0, above=0, below=1e6
@@ -254,6 +273,6 @@ class IndexOptions:
 
     def check(self) -> None:
         require(
-            self.channels in (1, 3),
+            self.channels in (None, 1, 3),
             f"index.channels is {self.channels}; it must be 1 (grey) or 3 (RGB)",
         )

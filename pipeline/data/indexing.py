@@ -7,7 +7,8 @@ bucket or on the web.
 
 import hashlib
 import re
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from braceexpand import braceexpand
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from pipeline import cluster
 from pipeline.config.sections import (
+    Binarization,
     ClusterOptions,
     DatasetOptions,
     IndexOptions,
@@ -24,14 +26,20 @@ from pipeline.data import images, manifest
 from pipeline.data.journal import Journal
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.records import Index, checksum
+from pipeline.data.sources.account import Account
 from pipeline.data.sources.base import SPLITS, hash_fraction
-from pipeline.data.sources.members import read_samples
+from pipeline.data.sources.files import why_passed_over
+from pipeline.data.sources.listing import Label, is_dense
+from pipeline.data.sources.members import SampleReader
+from pipeline.data.sources.names import split_of_file
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.storage.pieces import Counted, Pieces
 from pipeline.values import JsonObject
 
+REPORT_KEY = "report.json"
+UNIT = "samples and other files"
 MAX_RANGE = 10**7
 """Numbers that one range of a pattern may hold: more is a mistake, and would fill the memory."""
 
@@ -44,90 +52,148 @@ def write_manifest(
     Raises UserError if a shard cannot be read or is unsafe, or the manifest exists but was made
     from other shards or options.
     """
-    storage = open_storage(dataset.url, place.endpoint_url)
-    splits = find_shards(options, place.endpoint_url)
+    storage, account = open_storage(dataset.url, place.endpoint_url), Account(UNIT)
+    splits = find_shards(options, place.endpoint_url, account)
     listed = hashlib.sha256(
-        "\n".join(f"{split} {url}" for split in splits for url in splits[split]).encode()
+        "\n".join(
+            f"{split} {shard.url} {shard.version}" for split in splits for shard in splits[split]
+        ).encode()
     ).hexdigest()
     recipe = {"source": "index", "shards": listed} | {
         name: getattr(options, name)
-        for name in ("image_size", "channels", "label_key", "max_megapixels")
+        for name in ("image_size", "channels", "label_key", "image_key", "max_megapixels")
     }
-    recipe["fit"] = options.fit.value
+    recipe |= {"fit": options.fit.value, "binarization": dataset.binarization.value}
     contents = manifest.load_made_by(storage, recipe)
     reused = contents is not None
     if contents is None:
         cluster.connect(workers, place)
-        contents = _index_all(dataset.name, options, storage, splits, recipe)
+        contents = _index_all(dataset, options, storage, splits, recipe, account)
         contents.publish(storage)
+        _remove_leftovers(storage, contents)
+        storage.write_json(REPORT_KEY, account.to_json(contents.class_names, contents.num_classes))
         Journal(storage, recipe).clear()
-    return {"url": storage.url, "reused": reused, **manifest.summary(contents)}
+    report = storage.read_json(REPORT_KEY) if storage.exists(REPORT_KEY) else None
+    return {"url": storage.url, "reused": reused, **manifest.summary(contents), "report": report}
 
 
-def find_shards(options: IndexOptions, endpoint_url: str | None) -> dict[str, list[str]]:
-    """The addresses of the shards of each split.
+@dataclass(frozen=True)
+class Tar:
+    """A shard to be indexed."""
 
-    Where ``valid`` or ``test`` has no pattern, it gets whole shards of ``train``, chosen by the
-    hash of their names.
+    url: str
+    version: str
+    """Another one when it is written again, if its place tells that without reading it."""
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+def find_shards(
+    options: IndexOptions, endpoint_url: str | None, account: Account
+) -> dict[str, list[Tar]]:
+    """The shards of each split.
+
+    Where ``valid`` or ``test`` has no pattern, the names of the shards of ``train`` decide, such as
+    ``val-000.tar``; where they state none, whole shards are chosen by the hash of their names, and
+    at least one.
     """
     found = {
-        split: expand(getattr(options, split), endpoint_url)
+        split: expand(getattr(options, split), endpoint_url, account)
         for split in SPLITS
         if getattr(options, split)
     }
+    account.origins = dict.fromkeys(found, "option")
     fractions = {"test": options.test_fraction, "valid": options.valid_fraction}
+    missing = [split for split in fractions if split not in found]
+    stated = {tar.url: split_of_file(tar.url) for tar in found["train"]}
+    if missing and "train" in stated.values():
+        named = {split: [t for t in found["train"] if stated[t.url] == split] for split in missing}
+        for split in missing:
+            if named[split]:
+                found[split], account.origins[split] = named[split], "file name"
+        taken = {tar.url for split in missing for tar in named[split]}
+        found["train"] = [tar for tar in found["train"] if tar.url not in taken]
     for split in [split for split in fractions if split not in found]:
-        chosen = [
-            url
-            for url in found["train"]
-            if hash_fraction(f"{split} {url.rpartition('/')[2]}") < fractions[split]
-        ]
-        found["train"] = [url for url in found["train"] if url not in set(chosen)]
+        places = {tar.url: hash_fraction(f"{split} {tar.name}") for tar in found["train"]}
+        chosen = [tar for tar in found["train"] if places[tar.url] < fractions[split]]
+        account.origins[split] = "hash of the shard's name"
+        if not chosen and len(found["train"]) > 1:
+            chosen = [min(found["train"], key=lambda tar: places[tar.url])]
+            account.origins[split] += " (one shard, so that it has any)"
+        found["train"] = [tar for tar in found["train"] if tar not in chosen]
         found[split] = chosen
-    for split, urls in found.items():
-        if not urls:
+    for split, tars in found.items():
+        if not tars:
             raise UserError(
-                f"there are no shards for {split}; name some with index.{split}=, or change"
-                f" index.{split}_fraction"
+                f"there are no shards for {split}; name some with index.{split}=, or give more"
+                " shards"
             )
     return {split: found[split] for split in SPLITS}
 
 
-def expand(pattern: str, endpoint_url: str | None) -> list[str]:
-    """The addresses that a pattern stands for: a folder is all tars below it, and braces are
-    expanded as in a shell, ``{000..123}`` and ``{a,b}``.
+def expand(pattern: str, endpoint_url: str | None, account: Account) -> list[Tar]:
+    """The tars that a pattern stands for: a folder is all tars below it, and braces are expanded as
+    in a shell, ``{000..123}`` and ``{a,b}``. Other files of a folder are passed over.
 
     Raises UserError for a range that is too long or runs downwards, and where nothing is found.
     """
-    if not pattern.endswith(".tar"):
-        place = open_storage(pattern, endpoint_url)
-        found = [f"{place.url}/{key}" for key in place.list() if key.endswith(".tar")]
+    if not pattern.lower().endswith(".tar"):
+        place, found = open_storage(pattern, endpoint_url), []
+        for entry in sorted(place.entries(), key=lambda entry: entry.key):
+            if reason := why_passed_over(entry.key, (".tar",)):
+                account.pass_over(reason, f"{place.url}/{entry.key}")
+            else:
+                found.append(Tar(f"{place.url}/{entry.key}", f"{entry.size} {entry.version}"))
         if not found:
-            raise UserError(f"there are no .tar files at {pattern}")
+            others = ", ".join(f"{count} {why}" for why, count in account.passed_over.items())
+            raise UserError(
+                f"there are no .tar files at {pattern}" + (f", only {others}" if others else "")
+            )
         return found
     for span in re.finditer(r"\{(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?\}", pattern):
         first, last = int(span[1]), int(span[2])
         if last < first or last - first > MAX_RANGE:
             raise UserError(f"{pattern}: {span[0]} is no range of numbers")
     try:
-        return list(braceexpand(pattern, escape=False))
+        urls = list(braceexpand(pattern, escape=False))
     except ValueError:
         raise UserError(f"{pattern}: its braces do not match") from None
+    folders = {url.rpartition("/")[0] for url in urls}
+    versions = {url: version for folder in folders for url, version in _versions(folder)}
+    return [Tar(url, versions.get(_absolute(url), "")) for url in urls]
+
+
+def _absolute(url: str) -> str:
+    folder, _, name = url.rpartition("/")
+    return f"{open_storage(folder or '.').url}/{name}"
+
+
+def _versions(folder: str) -> Iterator[tuple[str, str]]:
+    """The addresses of a folder's files, and what changes when they are written again."""
+    if "://" in folder:  # an object store or the web: the sha256 in the index will tell
+        return
+    place = open_storage(folder or ".")
+    for entry in place.entries():
+        yield f"{place.url}/{entry.key}", f"{entry.size} {entry.version}"
 
 
 def _index_all(
-    name: str,
+    dataset: DatasetOptions,
     options: IndexOptions,
     storage: Storage,
-    splits: dict[str, list[str]],
+    splits: dict[str, list[Tar]],
     recipe: JsonObject,
+    account: Account,
 ) -> Manifest:
+    """Index all shards; what becomes of their members goes to ``account``."""
     journal = Journal(storage, recipe | {"version": manifest.VERSION})
     finished = journal.finished()
     jobs = [
-        (split, f"{split}-{number:06d}", url)
+        (split, f"{split}-{number:06d}", tar.url)
         for split in splits
-        for number, url in enumerate(splits[split])
+        for number, tar in enumerate(splits[split])
     ]
     waiting = [job for job in jobs if job[1] not in finished]
     with tqdm(
@@ -142,6 +208,14 @@ def _index_all(
         ):
             progress.update()
     found = [journal.read(job) for _, job, _ in jobs]
+    for each in found:
+        account.add(Account(**each["account"]))
+    if options.label_key is not None and account.unlabelled == account.used:
+        raise UserError(
+            f"no sample has the label index.label_key={options.label_key}; leave it out, or name a"
+            " key of their .json"
+        )
+    class_names = _number_labels(storage, found)
     shards = {
         split: [
             Shard(**each["shard"]) for each, job in zip(found, jobs, strict=True) if job[0] == split
@@ -152,16 +226,74 @@ def _index_all(
         if not sum(shard.num_samples for shard in shards[split]):
             raise UserError(f"the shards for {split} hold no images")
     labels = max(each["largest_label"] for each in found)
+    channels = options.channels or max(each["channels"] for each in found)
+    binarization = dataset.binarization
+    if binarization is Binarization.auto:
+        binarization = Binarization.none
     return Manifest(
-        name=name,
-        image_shape=(options.channels, *_image_size(options, found)),
+        name=dataset.name,
+        image_shape=(channels, *_image_size(options, found)),
         num_classes=labels + 1 if labels >= 0 else None,
         block_size=1,
         splits={split: manifest.paginate(storage, split, shards[split]) for split in splits},
         source=recipe,
         encoding="image",
         fit=options.fit.value if options.image_size else None,
+        binarization=binarization.value,
+        class_names=class_names,
     )
+
+
+def _remove_leftovers(storage: Storage, contents: Manifest) -> None:
+    """Delete indices that the manifest does not name."""
+    wanted = {shard.index_name for shards in contents.splits.values() for shard in shards}
+    storage.delete(key for key in storage.list("index") if key not in wanted)
+
+
+def _number_labels(storage: Storage, found: list[Any]) -> list[str] | None:
+    """Number the labels of all shards in one way; returns their names, if they have names.
+
+    Labels that count from 0 stay as they are. Others are replaced by their places in their order,
+    in the index of each shard.
+    """
+    distinct = {label for each in found for label in each["labels"]}
+    numbers = sorted(label for label in distinct if isinstance(label, int))
+    if len(numbers) == len(distinct) and is_dense(numbers):
+        for each in found:
+            each["largest_label"] = max(each["labels"], default=-1)
+        return None
+    names = [str(number) for number in numbers]
+    names += sorted({str(label) for label in distinct} - set(names))
+    places = {name: number for number, name in enumerate(names)}
+    numbering = [
+        (storage, each["shard"]["index_name"], each["labels"], places, each["named"])
+        for each in found
+    ]
+    renamed = {old: (new, sha256) for old, new, sha256 in cluster.in_tasks(renumber, numbering)}
+    for each in found:
+        shard = each["shard"]
+        shard["index_name"], shard["index_sha256"] = renamed[shard["index_name"]]
+        each["largest_label"] = max((places[str(label)] for label in each["labels"]), default=-1)
+    return names
+
+
+def renumber(
+    storage: Storage, name: str, labels: list[Label], places: dict[str, int], named: bool
+) -> tuple[str, str, str]:
+    """Write an index anew with other labels; returns its old name, its new one and its sha256.
+
+    ``labels`` are the shard's different ones; the index has their places in that list if it is
+    ``named``, else the labels themselves.
+    """
+    columns = storage.read_json(name)
+    keys = range(len(labels)) if named else labels
+    new = {key: places[str(label)] for key, label in zip(keys, labels, strict=True)}
+    columns["labels"] = [new.get(label, -1) for label in columns["labels"]]
+    content = Index.to_bytes(**columns)
+    # Under another name, so that a command that is killed here finds the old one unchanged.
+    renamed = f"{name.removesuffix('.json')}-named.json"
+    storage.write(renamed, content)
+    return name, renamed, hashlib.sha256(content).hexdigest()
 
 
 def _image_size(options: IndexOptions, found: list[Any]) -> tuple[int, int]:
@@ -193,9 +325,13 @@ def index_shard(
         column: [] for column in ("offset", "size", "checksum", "labels", "keys")
     }
     sizes: dict[tuple[int, int], str] = {}
-    for sample in read_samples(url, Pieces(passing), options.label_key):
+    most_channels, max_pixels = options.channels or 1, int(options.max_megapixels * 1e6)
+    reader = SampleReader(url, options.label_key, options.image_key)
+    for sample in reader.read(Pieces(passing)):
         try:
-            size = images.measure(sample.content, int(options.max_megapixels * 1e6))
+            size = images.measure(sample.content, max_pixels)
+            if options.channels is None and most_channels < 3:
+                most_channels = images.num_channels(sample.content, max_pixels)
         except images.BadImage as error:
             raise UserError(
                 f"{url}: the image of sample {sample.key!r} cannot be used: {error}"
@@ -212,8 +348,14 @@ def index_shard(
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
     passing.finish()
-    index = Index.to_bytes(**columns)
+    labels = columns["labels"]
+    reader.account.unlabelled = sum(label is None for label in labels)
+    distinct = sorted({label for label in labels if label is not None}, key=str)
     index_name = f"index/{name}.json"
+    named = not all(isinstance(label, int) and 0 <= label < 1 << 31 for label in distinct)
+    places = {label: place if named else label for place, label in enumerate(distinct)}
+    columns["labels"] = [-1 if label is None else places[label] for label in labels]
+    index = Index.to_bytes(**columns)
     storage.write(index_name, index)
     shard = Shard(
         url,
@@ -228,6 +370,9 @@ def index_shard(
         {
             "shard": asdict(shard),
             "sizes": [[*size, key] for size, key in sizes.items()],
-            "largest_label": max(columns["labels"], default=-1),
+            "labels": distinct,
+            "named": named,
+            "channels": most_channels,
+            "account": reader.account.counts(),
         },
     )

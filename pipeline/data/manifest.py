@@ -42,12 +42,14 @@ import numpy.typing as npt
 
 from pipeline.data.images import MAX_PIXELS, Fit
 from pipeline.errors import UserError
-from pipeline.storage.base import ObjectNotFound, Storage
+from pipeline.storage.base import ObjectNotFound, Storage, to_json
 from pipeline.storage.recipe import differing
 from pipeline.values import JsonObject
 
-VERSION = 2
+VERSION = 3
 ENCODINGS = ("npy", "image")
+PIXELS = ("binary", "values")
+BINARIZATIONS = ("dynamic", "static", "none")
 MANIFEST_KEY = "manifest.json"
 REMEDY = (
     "delete manifest.json there and run again the command that made it, vlae shard or vlae index"
@@ -172,6 +174,12 @@ class Manifest:
     encoding: str = "npy"
     fit: Fit | None = None
     """How images of other shapes are brought to ``image_shape``; None: they are errors."""
+    pixels: str = "values"
+    """``binary`` if each is 0 or 255, as far as they were looked at, else ``values``."""
+    binarization: str = "none"
+    """How models see the pixels unless they are told otherwise: a value of ``Binarization``."""
+    class_names: list[str] | None = None
+    """The name of each label, if the source has names."""
     version: int = VERSION
 
     def shards(self, split: str) -> Sequence[Shard]:
@@ -198,8 +206,16 @@ class Manifest:
         return _digest(self._content())
 
     def publish(self, storage: Storage) -> None:
-        """Write the manifest, which makes the data set exist. Everything it names must be there."""
-        storage.write_json(MANIFEST_KEY, {**self._content(), "sha256": self.digest})
+        """Write the manifest, which makes the data set exist. Everything it names must be there.
+
+        Raises UserError if there is another one: somebody else was faster.
+        """
+        content = to_json({**self._content(), "sha256": self.digest})
+        if not storage.create(MANIFEST_KEY, content) and load(storage).digest != self.digest:
+            raise UserError(
+                f"another command has written the data set at {storage.url} meanwhile; choose"
+                " another dataset.name"
+            )
 
     def _content(self) -> JsonObject:
         """As JSON values."""
@@ -272,6 +288,21 @@ def _check(contents: Manifest) -> None:
         raise ValueError(f"its encoding is {contents.encoding!r}, and its fit {contents.fit!r}")
     if not isinstance(contents.name, str) or not isinstance(contents.source, dict):
         raise TypeError("its name is no name, or its source no source")
+    if contents.pixels not in PIXELS or contents.binarization not in BINARIZATIONS:
+        raise ValueError(
+            f"its pixels are {contents.pixels!r}, and their binarization {contents.binarization!r}"
+        )
+    _check_class_names(contents)
+
+
+def _check_class_names(contents: Manifest) -> None:
+    names = contents.class_names
+    if names is None:
+        return
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError("its class names are no names")
+    if len(names) != contents.num_classes:
+        raise ValueError(f"it names {len(names)} of {contents.num_classes} classes")
 
 
 def _counts(*values: object) -> list[int]:
@@ -303,6 +334,8 @@ def summary(contents: Manifest) -> JsonObject:
     return {
         "image_shape": list(contents.image_shape),
         "num_classes": contents.num_classes,
+        "pixels": contents.pixels,
+        "binarization": contents.binarization,
         "splits": {
             split: {"images": contents.num_samples(split), "shards": len(shards)}
             for split, shards in contents.splits.items()

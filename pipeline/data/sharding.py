@@ -19,7 +19,9 @@ import ray
 from tqdm import tqdm
 
 from pipeline import cluster
+from pipeline.config.options import digest
 from pipeline.config.sections import (
+    Binarization,
     ClusterOptions,
     DatasetOptions,
     Encoding,
@@ -55,36 +57,68 @@ def write_data_set(
     """
     storage = open_storage(dataset.url, place.endpoint_url)
     source = open_source(dataset, options, place.endpoint_url)
-    encoding = options.encoding
-    if encoding is Encoding.auto:
-        encoding = Encoding.npy if np.prod(source.image_shape) <= SMALL else Encoding.png
-    block_size = options.block_size if encoding is Encoding.npy else 1
     recipe = {
         **source.description,
         "samples_per_shard": options.samples_per_shard,
-        "block_size": block_size,
+        "block_size": options.block_size,
+        "encoding": options.encoding.value,
+        "binarization": dataset.binarization.value,
     }
-    recipe["encoding"] = encoding.value
     contents = _load_if_whole(storage, recipe)
     reused = contents is not None
     if contents is None:
         cluster.connect(workers, place)
-        journal = Journal(storage, recipe | {"version": manifest.VERSION})
-        contents = Manifest(
-            name=dataset.name,
-            image_shape=source.image_shape,
-            num_classes=source.num_classes,
-            block_size=block_size,
-            splits=_write_all(storage, source, journal, options, block_size, encoding),
-            source=recipe,
-            encoding="npy" if encoding is Encoding.npy else "image",
-        )
-        _remove_leftovers(storage, contents)
-        contents.publish(storage)
-        journal.clear()
+        contents = _write(storage, source, dataset, options, recipe)
     report = storage.read_json(REPORT_KEY)
-    found = {"unreadable": len(report["unreadable"]), "duplicates": report["duplicates"]}
-    return {"url": storage.url, "reused": reused, **manifest.summary(contents), **found}
+    return {"url": storage.url, "reused": reused, **manifest.summary(contents), "report": report}
+
+
+def _write(
+    storage: Storage,
+    source: ImageSource,
+    dataset: DatasetOptions,
+    options: ShardOptions,
+    recipe: JsonObject,
+) -> Manifest:
+    """Write the data set and publish its manifest, which is returned."""
+    source.prepare()
+    encoding = options.encoding
+    if encoding is Encoding.auto:
+        encoding = Encoding.npy if np.prod(source.image_shape) <= SMALL else Encoding.png
+    block_size = options.block_size if encoding is Encoding.npy else 1
+    journal = Journal(storage, recipe | {"version": manifest.VERSION})
+    jobs = list(_jobs(source.splits, options.samples_per_shard, digest(recipe)))
+    done = _write_all(storage, source, journal, jobs, options, block_size, encoding)
+    is_binary = all(made["binary"] for made in done.values())
+    binarization = source.binarization
+    if dataset.binarization is not Binarization.auto:
+        binarization = dataset.binarization
+    elif binarization is Binarization.auto:
+        binarization = Binarization.static if is_binary else Binarization.none
+    contents = Manifest(
+        name=dataset.name,
+        image_shape=source.image_shape,
+        num_classes=source.num_classes,
+        block_size=block_size,
+        splits={
+            split: tuple(Shard(**done[job]["shard"]) for job in jobs if job.split == split)
+            for split in source.splits
+        },
+        source=recipe,
+        encoding="npy" if encoding is Encoding.npy else "image",
+        pixels="binary" if is_binary else "values",
+        binarization=binarization.value,
+        class_names=source.class_names,
+    )
+    try:
+        contents.publish(storage)
+    except UserError:
+        _remove_leftovers(storage, manifest.load(storage))
+        raise
+    storage.write_json(REPORT_KEY, _report(source, done))
+    _remove_leftovers(storage, contents)
+    journal.clear()
+    return contents
 
 
 def _load_if_whole(storage: Storage, recipe: JsonObject) -> Manifest | None:
@@ -104,6 +138,8 @@ def _load_if_whole(storage: Storage, recipe: JsonObject) -> Manifest | None:
 class Job:
     """One shard to be written: samples ``start`` to ``stop`` of a split."""
 
+    recipe: str
+    """Hex digits of the recipe: two commands with other options do not write the same files."""
     split: str
     number: int
     start: int
@@ -111,7 +147,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.split}/{self.number:05d}.tar"
+        return f"{self.split}/{self.number:05d}-{self.recipe}.tar"
 
     @property
     def entry(self) -> str:
@@ -122,12 +158,15 @@ def _write_all(
     storage: Storage,
     source: ImageSource,
     journal: Journal,
+    jobs: list[Job],
     options: ShardOptions,
     block_size: int,
     encoding: Encoding,
-) -> dict[str, tuple[Shard, ...]]:
-    """Write the shards that the journal does not have yet, one Ray task each, and the report."""
-    jobs = list(_jobs(source.splits, options.samples_per_shard))
+) -> dict[Job, JsonObject]:
+    """Write the shards that the journal does not have yet, one Ray task each.
+
+    Returns the journal's entry of each. Raises UserError if too many images cannot be read.
+    """
     finished, sizes = journal.finished(), storage.sizes()
     done = {job: journal.read(job.entry) for job in jobs if job.entry in finished}
     done = {
@@ -136,7 +175,6 @@ def _write_all(
         if made and sizes.get(job.name) == made["shard"]["size"]
     }
     waiting = [job for job in jobs if job not in done]
-    source.prepare()
 
     @lru_cache
     def whole() -> Any:
@@ -161,21 +199,18 @@ def _write_all(
             progress.update(job.stop - job.start)
             if unreadable > options.max_unreadable:
                 break
-    _report(storage, source, done)
     if unreadable > options.max_unreadable:
+        storage.write_json(REPORT_KEY, _report(source, done))
         raise UserError(
             f"{unreadable} images cannot be read, more than"
             f" shard.max_unreadable={options.max_unreadable}: {storage.url}/{REPORT_KEY} lists"
             " them; mend or remove them, or allow more"
         )
-    return {
-        split: tuple(Shard(**done[job]["shard"]) for job in jobs if job.split == split)
-        for split in source.splits
-    }
+    return done
 
 
-def _report(storage: Storage, source: ImageSource, done: dict[Job, Any]) -> None:
-    """Write ``report.json``: the images that could not be read, and the duplicates."""
+def _report(source: ImageSource, done: dict[Job, JsonObject]) -> JsonObject:
+    """What ``report.json`` holds: the source's account, what could not be read, duplicates."""
     jobs = sorted(done, key=lambda job: (list(source.splits).index(job.split), job.number))
     unreadable = [
         {"image": source.key(job.split, number), "reason": why}
@@ -193,26 +228,30 @@ def _report(storage: Storage, source: ImageSource, done: dict[Job, Any]) -> None
 
     order = np.argsort(digests, kind="stable")
     equal = np.flatnonzero((digests[order][1:] == digests[order][:-1]) & (digests[order][1:] != 0))
-    pairs = [(place(order[i]), place(order[i + 1])) for i in equal]
-    across = Counter(f"{one[0]} and {other[0]}" for one, other in pairs if one[0] != other[0])
-    storage.write_json(
-        REPORT_KEY,
-        {
-            "unreadable": unreadable,
-            "duplicates": len(pairs),
-            "duplicates_across_splits": dict(across),
-            "examples_of_duplicates": [
-                [source.key(*one), source.key(*other)] for one, other in pairs[:EXAMPLES]
-            ],
-        },
-    )
+    splits = np.array([list(source.splits).index(job.split) for job in jobs])
+    split_of = splits[np.searchsorted(ends, order, side="right")]
+    across = Counter[str]()
+    for one, other in zip(split_of[equal].tolist(), split_of[equal + 1].tolist(), strict=True):
+        if one != other:
+            across[" and ".join(list(source.splits)[each] for each in (one, other))] += 1
+    examples = [(place(order[i]), place(order[i + 1])) for i in equal[:EXAMPLES]]
+    source.account.unusable([each["image"] for each in unreadable])
+    return {
+        **source.account.to_json(source.class_names, source.num_classes),
+        "unreadable": unreadable,
+        "duplicates": len(equal),
+        "duplicates_across_splits": dict(across),
+        "examples_of_duplicates": [
+            [source.key(*one), source.key(*other)] for one, other in examples
+        ],
+    }
 
 
-def _jobs(splits: dict[str, int], samples_per_shard: int) -> Iterator[Job]:
+def _jobs(splits: dict[str, int], samples_per_shard: int, recipe: str) -> Iterator[Job]:
     """All shards, in the order of the manifest."""
     for split, count in splits.items():
         for number, start in enumerate(range(0, count, samples_per_shard)):
-            yield Job(split, number, start, min(start + samples_per_shard, count))
+            yield Job(recipe, split, number, start, min(start + samples_per_shard, count))
 
 
 def write_job(
@@ -230,7 +269,7 @@ def write_job(
     unreadable: list[tuple[int, str]] = []
     names = source.names(job.split, job.start, job.stop)
     keys: list[str] = []
-    digests = b""
+    digests, is_binary = b"", True
     for number, (pixels, label) in enumerate(
         source.examine(job.split, job.start, job.stop), job.start
     ):
@@ -244,6 +283,7 @@ def write_job(
             labels.append(label)
             if names is not None:
                 keys.append(names[number - job.start])
+            is_binary = is_binary and bool(((pixels == 0) | (pixels == 255)).all())
             digests += hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
     named = keys if names is not None else None
     shard = write_images(
@@ -256,13 +296,18 @@ def write_job(
         encoding,
         named,
     )
-    made = {"shard": asdict(shard), "unreadable": unreadable, "digests": digests.hex()}
+    made = {
+        "shard": asdict(shard),
+        "unreadable": unreadable,
+        "digests": digests.hex(),
+        "binary": is_binary,
+    }
     journal.write(job.entry, made)
     return job, made
 
 
 def _remove_leftovers(storage: Storage, contents: Manifest) -> None:
-    """Delete the shards of an earlier, killed run with smaller shards.
+    """Delete the shards of killed commands, and of any that were slower than this one.
 
     Tools that find shards by their names would read them too.
     """
@@ -272,5 +317,7 @@ def _remove_leftovers(storage: Storage, contents: Manifest) -> None:
         for shard in shards
         for name in (shard.name, shard.index_name)
     }
-    pattern = re.compile(rf"({'|'.join(contents.splits)})/\d{{5,}}\.(tar|index\.json)")
+    pattern = re.compile(
+        rf"({'|'.join(contents.splits)})/\d{{5,}}-[0-9a-f]{{8}}\.(tar|index\.json)"
+    )
     storage.delete(key for key in storage.list() if key not in wanted and pattern.fullmatch(key))

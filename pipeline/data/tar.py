@@ -5,15 +5,28 @@ archive, and so does everything built on it. Formats: ustar, pax and GNU, as wri
 and webdataset.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 BLOCK = 512
 """Bytes."""
+PIECE = 1 << 16
+"""Bytes that are skipped at once."""
+MAX_DIGITS = 20
+"""Digits of a size or a length; more are damage."""
 MAX_NAME = 1 << 16
 """Bytes of the longest extended header; of its fields, only names and sizes are used."""
 ZEROS = bytes(BLOCK)
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+"""How the files of some compressors begin."""
 
 
 class BadTar(ValueError):
@@ -26,30 +39,66 @@ class Source(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
+class Kind(Enum):
+    """What a member is; the values are for people."""
+
+    file = "file"
+    hard_link = "hard link"
+    link = "symbolic link"
+    folder = "folder"
+    special = "not a regular file"
+
+
+FOLDERS_AND_LINKS = {
+    b"1": Kind.hard_link,
+    b"2": Kind.link,
+    b"3": Kind.special,
+    b"4": Kind.special,
+    b"5": Kind.folder,
+    b"6": Kind.special,
+}
+"""The type flags of members without content; all others are files, as POSIX asks."""
+
+
 @dataclass(frozen=True)
 class Member:
-    """A regular file of an archive."""
+    """A member of an archive."""
 
     name: str
     offset: int  # of its content in the archive, in bytes
     size: int  # of its content, in bytes
-    content: bytes
+    content: bytes  # empty where it was not wanted
+    kind: Kind = Kind.file
+    target: str = ""
+    """Of a hard link, the name of another member; of a symbolic link, a path."""
 
 
 def members(source: Source, max_size: int) -> Iterator[Member]:
-    """All regular files of an archive, in their order; folders and links are skipped.
+    """All regular files of an archive, in their order, as ``entries`` reads them."""
+    return (member for member in entries(source, max_size) if member.kind is Kind.file)
 
-    Memory is bounded by the largest member, which may have ``max_size`` bytes. Raises ``BadTar`` if
-    the archive is cut anywhere, also between two members (a complete one ends in a block of zeros),
-    a header is damaged, or a member is too large.
+
+def entries(
+    source: Source, max_size: int, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[Member]:
+    """All members of an archive, in their order; files whose names are ``wanted`` with content.
+
+    Memory is bounded by the largest wanted file, which may have ``max_size`` bytes. Raises
+    ``BadTar`` if the archive is cut anywhere, also between two members (a complete one ends in a
+    block of zeros), a header is damaged, data follows the end, or a wanted file is too large.
     """
     offset, extended = 0, dict[str, str]()
     while True:
-        header = _exactly(source, BLOCK, offset)
+        header = source.read(BLOCK)
+        if not offset:
+            _check_uncompressed(header)
+        if len(header) < BLOCK:
+            raise _cut(offset + len(header))
         offset += BLOCK
         if header == ZEROS:
+            _check_end(source, offset)
             return
-        name, size, kind = _parse(header, offset - BLOCK)
+        name, size, kind, target = _parse(header, offset - BLOCK)
         if kind in b"xgLK":
             if size > MAX_NAME:
                 raise BadTar(f"the extended header at byte {offset} has {size} bytes")
@@ -57,23 +106,48 @@ def members(source: Source, max_size: int) -> Iterator[Member]:
             offset += _round_up(size)
             if kind == b"x":
                 extended |= _pax(content, offset)
-            elif kind == b"L":
-                extended["path"] = content.rstrip(b"\0").decode(errors="surrogateescape")
+            elif kind in b"LK":
+                key = "path" if kind == b"L" else "linkpath"
+                extended[key] = content.rstrip(b"\0").decode(errors="surrogateescape")
             continue
-        name = extended.get("path", name)
+        name, target = extended.get("path", name), extended.get("linkpath", target)
         if "size" in extended:
-            if not extended["size"].isdecimal():
-                raise BadTar(f"the size of {name!r} is {extended['size']!r}")
+            if not (extended["size"].isascii() and extended["size"].isdecimal()) or (
+                len(extended["size"]) > MAX_DIGITS
+            ):
+                raise BadTar(f"the size of {name!r} is {extended['size'][:MAX_DIGITS]!r}")
             size = int(extended["size"])
         if kind == b"S" or any(key.startswith("GNU.sparse") for key in extended):
             raise BadTar(f"member {name!r} is stored sparse, which is not read here")
         extended = {}
-        if kind in b"123456":  # links, devices and folders: they have no content
+        if kind in FOLDERS_AND_LINKS:
+            yield Member(name, offset, 0, b"", FOLDERS_AND_LINKS[kind], target)
             continue
-        if size > max_size:
-            raise BadTar(f"member {name!r} has {size} bytes, more than {max_size}")
-        yield Member(name, offset, size, _padded(source, size, offset))
+        if wanted(name):
+            if size > max_size:
+                raise BadTar(f"member {name!r} has {size} bytes, more than {max_size}")
+            yield Member(name, offset, size, _padded(source, size, offset))
+        else:
+            _skip(source, _round_up(size), offset)
+            yield Member(name, offset, size, b"")
         offset += _round_up(size)
+
+
+def _check_uncompressed(start: bytes) -> None:
+    for magic, kind in COMPRESSED.items():
+        if start.startswith(magic):
+            raise BadTar(f"it is compressed with {kind}; unpack it first")
+
+
+def _check_end(source: Source, offset: int) -> None:
+    """Raise ``BadTar`` unless only zeros follow the first block of zeros."""
+    while piece := source.read(PIECE):
+        if piece.strip(b"\0"):
+            raise BadTar(
+                f"there is data behind its end at byte {offset}: archives were joined, which must"
+                " be separate files, or it is damaged"
+            )
+        offset += len(piece)
 
 
 def slices(record: memoryview) -> dict[str, memoryview]:
@@ -84,7 +158,7 @@ def slices(record: memoryview) -> dict[str, memoryview]:
     """
     found, offset = {}, 0
     while offset < len(record):
-        name, size, kind = _parse(bytes(record[offset : offset + BLOCK]), offset)
+        name, size, kind, _ = _parse(bytes(record[offset : offset + BLOCK]), offset)
         content = record[offset + BLOCK : offset + BLOCK + size]
         if len(content) < size or kind not in b"0\0":
             raise BadTar(f"the member at byte {offset} is cut short, or not a plain file")
@@ -93,8 +167,8 @@ def slices(record: memoryview) -> dict[str, memoryview]:
     return found
 
 
-def _parse(header: bytes, offset: int) -> tuple[str, int, bytes]:
-    """The name, size and kind of the member that follows a header."""
+def _parse(header: bytes, offset: int) -> tuple[str, int, bytes, str]:
+    """The name, size, type flag and link's target of the member that follows a header."""
     try:
         stated = int(header[148:156].rstrip(b" \0").strip() or b"x", 8)
     except ValueError:
@@ -114,7 +188,13 @@ def _parse(header: bytes, offset: int) -> tuple[str, int, bytes]:
     prefix = header[345:500].partition(b"\0")[0]
     if header[257:263] == b"ustar\0" and prefix:
         name = prefix + b"/" + name
-    return name.decode(errors="surrogateescape"), size, header[156:157]
+    target = header[157:257].partition(b"\0")[0]
+    return (
+        name.decode(errors="surrogateescape"),
+        size,
+        header[156:157],
+        target.decode(errors="surrogateescape"),
+    )
 
 
 def _pax(content: bytes, offset: int) -> dict[str, str]:
@@ -122,7 +202,11 @@ def _pax(content: bytes, offset: int) -> dict[str, str]:
     found = {}
     while content.strip(b"\0"):
         length, _, rest = content.partition(b" ")
-        if not length.isdigit() or not len(length) + 3 < int(length) <= len(content):
+        if (
+            not length.isdigit()
+            or len(length) > MAX_DIGITS
+            or not len(length) + 3 < int(length) <= len(content)
+        ):
             raise BadTar(f"the extended header before byte {offset} is damaged")
         key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
         found[key.decode(errors="replace")] = value.decode(errors="surrogateescape")
@@ -141,8 +225,20 @@ def _padded(source: Source, size: int, offset: int) -> bytes:
     return content
 
 
+def _skip(source: Source, size: int, offset: int) -> None:
+    """Read ``size`` bytes and throw them away."""
+    while size:
+        piece = min(size, PIECE)
+        _exactly(source, piece, offset)
+        offset, size = offset + piece, size - piece
+
+
 def _exactly(source: Source, size: int, offset: int) -> bytes:
     content = source.read(size)
     if len(content) < size:
-        raise BadTar(f"it ends at byte {offset + len(content)}, in the middle of the archive")
+        raise _cut(offset + len(content))
     return content
+
+
+def _cut(offset: int) -> BadTar:
+    return BadTar(f"it ends at byte {offset}, in the middle of the archive")

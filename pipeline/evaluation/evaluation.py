@@ -17,7 +17,7 @@ from pipeline.evaluation import pictures
 from pipeline.evaluation.information import Information
 from pipeline.evaluation.measure import measure, report
 from pipeline.evaluation.moments import Moments
-from pipeline.evaluation.probe import Codes, Probes, code_noise, encode
+from pipeline.evaluation.probe import Codes, Probes, TooFewLabels, code_noise, encode
 from pipeline.machine import device, keep_freed_memory, num_threads
 from pipeline.runs import EVALUATION, RESULT, OpenedModel, Run, open_data
 from pipeline.storage import open_storage
@@ -111,14 +111,19 @@ class Evaluation:
         """Measure the images of the evaluated split.
 
         ``latents`` holds the figures of each latent, and ``probe``, if there are classes, the
-        accuracy with which classifiers predict them from the code.
+        accuracy with which classifiers predict them from the code; ``probe_skipped`` says why
+        labelled images could not be probed.
         """
         bounds = self.config.bounds
         # The groups of latents that had free bits of their own.
         groups = self.training["config"]["train"].get("free_groups", 1)
         # First, since it raises if there is no such split.
         images = self.loader(self.config.split, BATCH, bounds.num_images)
-        probes = self.probes()
+        probes, skipped = None, None
+        try:
+            probes = self.probes()
+        except TooFewLabels as error:
+            skipped = str(error)
         information, right = Information(groups), Moments()
 
         @torch.no_grad()
@@ -144,6 +149,10 @@ class Evaluation:
             )
         measured: JsonObject = dict(report(moments, self.model, bounds.samples))
         measured |= information.report(self.model.rate_splits)
+        if probes and not right.sums:
+            skipped = f"none of the measured {self.config.split} images has a label"
+        if skipped:
+            measured["probe_skipped"] = skipped
         if probes and right.sums:
             measured["probe"] = {
                 name: {
@@ -173,7 +182,7 @@ class Evaluation:
         """Probes fitted on ``train`` and chosen on ``valid``, whichever split is evaluated.
 
         None if no probe is wanted, there are fewer than two classes, or one of these splits is
-        missing.
+        missing. Raises TooFewLabels.
         """
         contents, num_images = self.data.manifest, self.config.probe_images
         if (

@@ -106,6 +106,10 @@ def encode(
     )
 
 
+class TooFewLabels(UserError):
+    """The images do not have the labels that probes need; the message says what to do."""
+
+
 class Probe:
     """A fitted classifier: of all ``settings``, the most accurate on the validation codes."""
 
@@ -137,14 +141,14 @@ class Probe:
 class Probes:
     """All fitted probes and, as a baseline, the most frequent class of the training images.
 
-    Raises UserError if the training codes have fewer than two classes, or there are no validation
-    codes.
+    Raises TooFewLabels if the training codes have fewer than two classes, or there are no
+    validation codes.
     """
 
     def __init__(self, train: Codes, valid: Codes) -> None:
         classes, counts = np.unique(train.labels, return_counts=True)
         if len(classes) < 2 or not len(valid.labels):
-            raise UserError(
+            raise TooFewLabels(
                 "probes need training images of two classes, and validation images, but the first"
                 f" {len(train.labels)} and {len(valid.labels)} labelled ones are not enough; raise"
                 " probe_images, or set it to 0 for no probe"

@@ -134,6 +134,11 @@ def measure(config: TuneConfig, point: Point, run: Run) -> dict[str, float | Non
     values: dict[str, float | None] = {}
     for quantity in QUANTITIES.values():
         values |= quantity.measure(found)
+    if missing := search.goals.quantities - values.keys():
+        raise UserError(
+            f"{', '.join(sorted(missing))} cannot be measured: "
+            + measured.get("probe_skipped", "the images have no labels")
+        )
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
             measures = {f"trial/{name}": values[name] for name in QUANTITIES if name in values}

@@ -13,6 +13,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +35,16 @@ class ObjectTooShort(UserError):
 
 class Unavailable(UserError):
     """The storage does not answer, is overloaded or is full; the same request may succeed later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An object, as a listing shows it."""
+
+    key: str
+    size: int  # in bytes
+    version: str
+    """Another one after the object was written again: the time of the change, or the ETag."""
 
 
 class Storage(ABC):
@@ -70,12 +81,16 @@ class Storage(ABC):
         """Create or replace an object, atomically."""
 
     @abstractmethod
+    def create(self, key: str, data: bytes) -> bool:
+        """Create an object, atomically; False if there is one, which stays as it is."""
+
+    @abstractmethod
     def upload(self, key: str, path: Path) -> None:
         """Create or replace an object from a local file, atomically."""
 
     @abstractmethod
-    def sizes(self, prefix: str = "") -> dict[str, int]:
-        """The sizes in bytes of all objects below ``prefix`` (a folder's name), sorted by key."""
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        """All objects below ``prefix`` (a folder's name), one by one, in any order."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
@@ -105,6 +120,10 @@ class Storage(ABC):
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """The sizes in bytes of all objects below ``prefix`` (a folder's name), sorted by key."""
+        return dict(sorted((entry.key, entry.size) for entry in self.entries(prefix)))
+
     def list(self, prefix: str = "") -> list[str]:
         """The keys of all objects below ``prefix`` (a folder's name), sorted."""
         return list(self.sizes(prefix))
@@ -118,7 +137,12 @@ class Storage(ABC):
 
     def write_json(self, key: str, value: Any) -> None:
         """Create or replace an object with a JSON value, atomically."""
-        self.write(key, json.dumps(value, indent=1).encode() + b"\n")
+        self.write(key, to_json(value))
+
+
+def to_json(value: Any) -> bytes:
+    """A JSON value as ``Storage.write_json`` writes it."""
+    return json.dumps(value, indent=1).encode() + b"\n"
 
 
 def too_short(url: str, start: int, stop: int, size: int | str) -> UserError:
@@ -129,10 +153,11 @@ def too_short(url: str, start: int, stop: int, size: int | str) -> UserError:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, replace: bool = True) -> Iterator[BinaryIO]:
     """A binary file that is renamed to ``path`` when the block ends without an error.
 
-    By then its content is on disk. If the block raises, nothing is left behind.
+    By then its content is on disk. If the block raises, nothing is left behind. Without ``replace``
+    it raises FileExistsError if there is such a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
@@ -141,7 +166,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        if replace:
+            os.replace(partial, path)
+        else:
+            os.link(partial, path)
+            partial.unlink()
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -3,21 +3,78 @@
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import UserError
 from pipeline.storage.base import (
     PARTIAL,
     PIECE,
+    Entry,
     ObjectNotFound,
     Storage,
     Unavailable,
     atomic_file,
     too_short,
 )
+
+
+class Kind(Enum):
+    """What a name in a folder stands for; the values are for people."""
+
+    file = "file"
+    broken_link = "broken link"
+    loop = "link to a folder that it lies in"
+    special = "not a regular file"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A name that ``walk`` came upon."""
+
+    path: Path
+    kind: Kind
+    size: int = 0  # in bytes
+    changed: int = 0  # ns
+
+
+def walk(folder: Path, ancestors: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Found]:
+    """All names below a folder but those of folders, in any order. Links are followed.
+
+    A folder that does not exist is empty. Raises OSError if a folder cannot be listed: passing over
+    it would lose what it holds.
+    """
+    try:
+        status = folder.stat()
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:  # or deleted in the meantime
+        return
+    ancestors |= {(status.st_dev, status.st_ino)}
+    for entry in entries:
+        path = folder / entry.name
+        try:
+            status = entry.stat()
+        except FileNotFoundError:
+            if entry.is_symlink():
+                yield Found(path, Kind.broken_link)
+            continue
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            yield Found(path, Kind.broken_link)
+            continue
+        if stat.S_ISREG(status.st_mode):
+            yield Found(path, Kind.file, status.st_size, status.st_mtime_ns)
+        elif not stat.S_ISDIR(status.st_mode):
+            yield Found(path, Kind.special)
+        elif (status.st_dev, status.st_ino) in ancestors:
+            yield Found(path, Kind.loop)
+        else:
+            yield from walk(path, ancestors)
 
 
 @dataclass(frozen=True)
@@ -49,20 +106,25 @@ class FolderStorage(Storage):
         with self._explained(key), atomic_file(self._path(key)) as file:
             file.write(data)
 
+    def create(self, key: str, data: bytes) -> bool:
+        with self._explained(key):
+            try:
+                with atomic_file(self._path(key), replace=False) as file:
+                    file.write(data)
+            except FileExistsError:
+                return False
+        return True
+
     def upload(self, key: str, path: Path) -> None:
         with path.open("rb") as source, self._explained(key), atomic_file(self._path(key)) as file:
             shutil.copyfileobj(source, file)
 
-    def sizes(self, prefix: str = "") -> dict[str, int]:
-        found = {}
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
         with self._explained(prefix):
-            for folder, _, names in os.walk(self._path(prefix)):
-                for name in names:
-                    path = Path(folder, name)
-                    with suppress(FileNotFoundError):  # deleted in the meantime
-                        if not name.startswith(PARTIAL):
-                            found[path.relative_to(self.root).as_posix()] = path.stat().st_size
-        return dict(sorted(found.items()))
+            for found in walk(self._path(prefix)):
+                if found.kind is Kind.file and not found.path.name.startswith(PARTIAL):
+                    key = found.path.relative_to(self.root).as_posix()
+                    yield Entry(key, found.size, str(found.changed))
 
     def exists(self, key: str) -> bool:
         with self._explained(key):

@@ -25,7 +25,7 @@ from botocore.parsers import ResponseParserError
 
 from pipeline.errors import UserError
 from pipeline.storage import resume
-from pipeline.storage.base import ObjectNotFound, Storage, Unavailable, too_short
+from pipeline.storage.base import Entry, ObjectNotFound, Storage, Unavailable, too_short
 from pipeline.storage.resume import (
     Answer,
     ReadInterrupted,
@@ -78,12 +78,23 @@ class S3Storage(Storage):
         with self._explained(key):
             self._s3.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
 
+    def create(self, key: str, data: bytes) -> bool:
+        with self._explained(key):
+            try:
+                self._s3.put_object(
+                    Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*"
+                )
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
+                    return self.read(key) == data  # an attempt before this one may have succeeded
+                raise
+        return True
+
     def upload(self, key: str, path: Path) -> None:
         with self._explained(key):
             self._s3.upload_file(str(path), self.bucket, self._key(key))
 
-    def sizes(self, prefix: str = "") -> dict[str, int]:
-        found = {}
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
         folder = self._key(prefix).strip("/")
         below = f"{folder}/" if folder else ""
         with self._explained(prefix):
@@ -91,8 +102,8 @@ class S3Storage(Storage):
                 Bucket=self.bucket, Prefix=below
             ):
                 for item in page.get("Contents", []):
-                    found[item["Key"][len(self.prefix) :].lstrip("/")] = item["Size"]
-        return dict(sorted(found.items()))
+                    key = item["Key"][len(self.prefix) :].lstrip("/")
+                    yield Entry(key, item["Size"], item.get("ETag", ""))
 
     def exists(self, key: str) -> bool:
         try:

@@ -12,7 +12,14 @@ import urllib3
 
 from pipeline.errors import UserError
 from pipeline.storage import resume
-from pipeline.storage.base import ObjectNotFound, ObjectTooShort, Storage, Unavailable, too_short
+from pipeline.storage.base import (
+    Entry,
+    ObjectNotFound,
+    ObjectTooShort,
+    Storage,
+    Unavailable,
+    too_short,
+)
 from pipeline.storage.resume import Answer, ReadInterrupted, resuming_stream
 
 
@@ -53,10 +60,13 @@ class HttpStorage(Storage):
     def write(self, key: str, data: bytes) -> None:
         raise self._read_only(f"cannot write {key}")
 
+    def create(self, key: str, data: bytes) -> bool:
+        raise self._read_only(f"cannot write {key}")
+
     def upload(self, key: str, path: Path) -> None:
         raise self._read_only(f"cannot write {key}")
 
-    def sizes(self, prefix: str = "") -> dict[str, int]:
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
         raise self._read_only("cannot list objects")
 
     def delete(self, keys: Iterable[str]) -> None:

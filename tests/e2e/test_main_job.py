@@ -172,6 +172,7 @@ def test_trials_of_several_workers_do_not_block_each_other(run: Run, root: str, 
         "search.max_concurrent=2",
         "search.stopping=none",
         "register_best=1",
+        "model_name=several",  # the other tests count the versions of theirs
     )
     trials = result_of(done)["trials"]
     assert isinstance(trials, list)

@@ -1,5 +1,5 @@
 """A search outlives Ctrl-C and the death of its driver and of its trials, and its mistakes are not
-tried again.
+repeated.
 """
 
 import json
@@ -111,8 +111,8 @@ def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_o
     assert "trial 2/4" not in output
     assert [row["failures"] for row in after] == [0, 0, 1, 0]
     assert (
-        "trial 3/4  window 3x1, latents 4, flow_depth 0, learning_rate 0.003: lost; it is tried"
-        " again" in output
+        "trial 3/4  window 3x1, latents 4, flow_depth 0, learning_rate 0.003: its process was"
+        " lost; retry 1" in output
     )
     rows = runs.Run(third).rows()
     assert rows[: len(rows_before)] == rows_before, (

@@ -63,7 +63,9 @@ def write(storage: Storage) -> DataSet:
             write_shard(storage, Strokes(), split, f"{split}/{number:05d}.tar", end - size, end, 16)
             for number, (size, end) in enumerate(zip(sizes, ends, strict=True))
         )
-    manifest = Manifest("strokes", Strokes.image_shape, Strokes.num_classes, 16, splits)
+    manifest = Manifest(
+        "strokes", Strokes.image_shape, Strokes.num_classes, 16, splits, binarization="dynamic"
+    )
     manifest.publish(storage)
     return DataSet(storage, manifest)
 

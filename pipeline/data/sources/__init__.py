@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pipeline.config.sections import DatasetOptions, ShardOptions, Source
 from pipeline.data.sources.arrays import IdxSource, NpzSource
 from pipeline.data.sources.base import ImageSource
-from pipeline.data.sources.files import FolderSource, TarSource, WebDatasetSource
+from pipeline.data.sources.files import FolderSource
 from pipeline.data.sources.mnist import MnistSource
 from pipeline.data.sources.parquet import ParquetSource
 from pipeline.data.sources.synthetic import SyntheticSource
+from pipeline.data.sources.tars import TarSource, WebDatasetSource
 
 SOURCES: dict[Source, Callable[[DatasetOptions, ShardOptions, str | None], ImageSource]] = {
     Source.mnist: MnistSource.open,

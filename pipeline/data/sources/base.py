@@ -3,13 +3,15 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.sections import DatasetOptions
+from pipeline.config.sections import Binarization, DatasetOptions
 from pipeline.data.images import BadImage
+from pipeline.data.sources.account import Account
 from pipeline.errors import UserError
 from pipeline.values import JsonObject
 
@@ -42,8 +44,41 @@ class ImageSource(ABC):
     def splits(self) -> dict[str, int]:
         """The number of images of ``train``, ``valid`` and ``test``."""
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """The name of each label; None if the classes have no names."""
+        return None
+
+    @property
+    def binarization(self) -> Binarization:
+        """How models see its images unless they are told otherwise.
+
+        ``auto``: black and white ones as they are, others as 256 values.
+        """
+        return Binarization.auto
+
+    @property
+    def account(self) -> Account:
+        """What was found, and what became of it. By default everything is used."""
+        return self._account
+
+    @cached_property
+    def _account(self) -> Account:
+        return Account(
+            used=sum(self.splits.values()),
+            origins=dict.fromkeys(SPLITS, "the source itself"),
+            unlabelled=self.num_unlabelled,
+        )
+
+    @property
+    def num_unlabelled(self) -> int:
+        """Images without a label, if others have one."""
+        return 0
+
     def prepare(self) -> None:  # noqa: B027  (most sources have nothing to prepare)
-        """Fetch and read what all shards share, once, before the source is sent to tasks."""
+        """Fetch and read what all shards share, once, before ``image_shape`` is asked for and the
+        source is sent to tasks.
+        """
 
     def part(self, split: str, start: int, stop: int) -> "ImageSource":
         """A source with at least these images, under the same numbers, to send to one task."""

@@ -1,64 +1,52 @@
-"""Sources of image files: a folder, tars, WebDataset shards.
+"""Sources of image files, and the first of them: a folder.
 
 A source is picklable, since Ray tasks read from it. A local path must be readable under the same
 name on every machine that writes shards; only MNIST, IDX files and arrays are sent to the tasks.
 """
 
 import copy
-import hashlib
-import os
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from pipeline.config.sections import DatasetOptions, ShardOptions
-from pipeline.data import tar
-from pipeline.data.images import BadImage, decode
-from pipeline.data.sources.base import (
-    SPLITS,
-    Images,
-    ImageSource,
-    Labels,
-    hash_fraction,
-    required_path,
-)
-from pipeline.data.sources.members import MAX_MEMBER, read_samples
+from pipeline.data.images import EXTENSIONS, BadImage, decode, num_channels
+from pipeline.data.sources.account import Account
+from pipeline.data.sources.base import SPLITS, Images, ImageSource, Labels, required_path
+from pipeline.data.sources.listing import Candidate, Item, Listing
+from pipeline.data.sources.names import Tree
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
-from pipeline.storage.base import Storage
-from pipeline.storage.folder import FolderStorage
-from pipeline.storage.pieces import Pieces
+from pipeline.storage.base import Entry, Storage
+from pipeline.storage.folder import FolderStorage, Kind, walk
 from pipeline.storage.web import HttpStorage
 from pipeline.values import JsonObject
 
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """An image: a file, or a part of one."""
-
-    key: str  # decides its split
-    file: str  # the key of the file in storage
-    label: int
-    offset: int = 0  # in the file, in bytes; in Parquet, the row
-    size: int = 0  # in bytes, if it is a part of a file
+THREADS = 8
+"""Files whose headers are read at a time."""
+HEADERS = 512
+"""Images whose headers are looked at before the next ones are asked for."""
 
 
 class FileSource(ImageSource):
     """Image files that are fetched one by one, or a few at a time.
 
-    The sha256 of an image's key decides its split, so that images added later do not change the
-    split of the others. Colours become grey or RGB, transparent pixels white. With
-    ``shard.image_size`` all images are brought to that size; without, all must have the same size.
+    Folders and files that are named after splits decide an image's split; otherwise the sha256 of
+    its key does, so that images added later do not change the split of the others. Colours become
+    grey or RGB, transparent pixels white. With ``shard.image_size`` all images are brought to that
+    size; without, all must have the same size.
     """
 
     _kind: str
-    _first = 0  # the number of the first item that is held of each split
+    _first = 0  # the number of the first item that is held
     _mixed = True
     """Whether items are ordered by the hash, so that classes are mixed, or kept in file order."""
+    _stated_by = "file name"
+    """What states an image's split, if anything does."""
+    _wanted: tuple[str, ...]
 
     @classmethod
     def open(
@@ -67,114 +55,196 @@ class FileSource(ImageSource):
         return cls(required_path(dataset), options, endpoint_url)
 
     def __init__(self, path: str, options: ShardOptions, endpoint_url: str | None) -> None:
-        self._storage, self._names, self._path = self._locate(path, endpoint_url)
-        self._options = options
-        items = list(self._list())
-        if not items:
-            raise UserError(f"there are no images in {path} (looked for {', '.join(self._wanted)})")
-        self._items: dict[str, list[Item]] = {split: [] for split in SPLITS}
-        valid_until = options.test_fraction + (1 - options.test_fraction) * options.valid_fraction
-        if self._mixed:
-            items.sort(key=lambda item: (hash_fraction(item.key), item.key))
-        for item in items:
-            place = hash_fraction(item.key)
-            if place < options.test_fraction:
-                split = "test"
-            else:
-                split = "valid" if place < valid_until else "train"
-            self._items[self._assigned(item, split)].append(item)
-        for split, chosen in self._items.items():
-            if not chosen:
+        self._path, self._options = path, options
+        self._storage, self._only = self._locate(path, endpoint_url)
+        self._account = Account()
+        self._listing: Listing | None = Listing(self._mixed)
+        self._held: list[Item] = []
+        self._listing.add_all(self._find())
+        if not self._listing.num_found:
+            raise UserError(
+                f"there are no images in {path} (looked for {', '.join(self._wanted)};"
+                f" {self._passed_over()})"
+            )
+        self._arrange(self._listing)
+        self._class_names = self._name_classes(self._listing)
+        self.account.origins = self._listing.divide(
+            options.test_fraction, options.valid_fraction, self._stated_by
+        )
+        self.account.used = self._listing.num_found
+        for split, count in self._listing.counts.items():
+            if not count:
                 raise UserError(
-                    f"none of the {len(items)} images in {path} falls to {split}; add images or"
-                    " change shard.*_fraction"
+                    f"none of the {self._listing.num_found} images in {path} falls to {split}; add"
+                    " images"
                 )
-
-    _wanted: tuple[str, ...]
+        self._num_classes = self._listing.num_classes
+        self.account.unlabelled = self._listing.num_unlabelled if self._num_classes else 0
+        self._splits, self._sha256 = self._listing.counts, self._listing.sha256()
+        self._channels = options.channels
 
     @abstractmethod
-    def _list(self) -> Iterator[Item]:
-        """All images, in an order that depends on the files alone."""
+    def _find(self) -> Iterator[Candidate]:
+        """All images, in an order that depends on the files alone; the rest goes to the account."""
 
     @abstractmethod
     def _contents(self, items: list[Item]) -> Iterator[bytes]:
         """The contents of image files, in the order of ``items``."""
 
-    def _assigned(self, item: Item, split: str) -> str:
-        """The split of an item; ``split`` is the one that the hash of its key gives."""
-        return split
+    def _arrange(self, listing: Listing) -> None:
+        """Give images the splits and labels that only the whole listing tells."""
 
-    def _locate(self, path: str, endpoint_url: str | None) -> tuple[Storage, list[str], str]:
-        """The storage of ``path``, the keys of the files to read in it, and the path itself.
+    def _name_classes(self, listing: Listing) -> list[str] | None:
+        """Number the labels, and return their names, if they have any."""
+        return listing.name_labels()
 
-        If ``path`` is a single file, the storage is its folder.
-        """
-        if path.endswith(self._wanted):
+    def _locate(self, path: str, endpoint_url: str | None) -> tuple[Storage, str | None]:
+        """The storage of ``path``, and its key there if it is a single file."""
+        if path.lower().endswith(self._wanted):
             folder, _, name = path.rpartition("/")
-            return open_storage(folder or ".", endpoint_url), [name], path
+            return open_storage(folder or ".", endpoint_url), name
         storage = open_storage(path, endpoint_url)
         if isinstance(storage, FolderStorage) and not storage.root.is_dir():
             raise UserError(f"dataset.path={path} is not a folder")
-        return storage, self._find(storage), path
+        return storage, None
 
-    def _find(self, storage: Storage) -> list[str]:
-        return [key for key in storage.list() if key.lower().endswith(self._wanted)]
+    def _files(self) -> Iterator[Entry]:
+        """The files with the wanted endings, in the order of names if there is an order to keep.
+
+        All other files are passed over.
+        """
+        if self._only is not None:
+            yield self._entry(self._only)
+            return
+        entries = (entry for entry in self._entries() if self._is_wanted(entry.key))
+        yield from entries if self._mixed else sorted(entries, key=lambda entry: entry.key)
+
+    def _entry(self, key: str) -> Entry:
+        """A single file. Raises UserError if there is none."""
+        if isinstance(self._storage, HttpStorage):
+            return Entry(key, 0, "")
+        if isinstance(self._storage, FolderStorage):
+            status = (self._storage.root / key).stat() if self._storage.exists(key) else None
+            if status is None:
+                raise UserError(f"there is no file {self._path}")
+            return Entry(key, status.st_size, str(status.st_mtime_ns))
+        found = next((entry for entry in self._storage.entries() if entry.key == key), None)
+        if found is None:
+            raise UserError(f"there is no object {self._path}")
+        return found
+
+    def _entries(self) -> Iterator[Entry]:
+        if not isinstance(self._storage, FolderStorage):
+            yield from self._storage.entries()
+            return
+        root = self._storage.root
+        try:
+            for found in walk(root):
+                key = found.path.relative_to(root).as_posix()
+                if found.kind is Kind.file:
+                    yield Entry(key, found.size, str(found.changed))
+                else:
+                    self.account.pass_over(found.kind.value, key)
+        except OSError as error:
+            raise UserError(
+                f"cannot list {error.filename or root}: {error.strerror or error}; make it"
+                " readable, or move it out of the way"
+            ) from None
+
+    def _is_wanted(self, key: str) -> bool:
+        """Whether a file is one of those to read; if not, it is passed over."""
+        if reason := why_passed_over(key, self._wanted):
+            self.account.pass_over(reason, key)
+            return False
+        return True
+
+    def _passed_over(self) -> str:
+        reasons = sorted(self.account.passed_over.items(), key=lambda item: -item[1])[:3]
+        found = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
+        return f"found {found}" if found else "it is empty"
 
     @cached_property
     def description(self) -> JsonObject:
-        # Names and sizes, not contents: reading every file would take as long as sharding.
-        content, sizes = hashlib.sha256(), self._sizes()
-        for split in SPLITS:
-            for item in self._items[split]:
-                content.update(
-                    f"{split}/{item.key}/{item.size or sizes.get(item.file)}\n".encode(
-                        errors="surrogateescape"
-                    )
-                )
+        # Names, sizes and times, not contents: reading all files takes as long as sharding them.
         options = self._options
         names = ("image_size", "channels", "valid_fraction", "test_fraction")
         return {
             "source": self._kind,
-            "files": content.hexdigest(),
+            "files": self._sha256,
             "fit": options.fit.value,
             **{name: getattr(options, name) for name in names},
         }
 
-    def _sizes(self) -> dict[str, int]:
-        if isinstance(self._storage, FolderStorage):
-            return {name: (self._storage.root / name).stat().st_size for name in self._names}
-        return (
-            {} if isinstance(self._storage, HttpStorage) else self._storage.sizes()
-        )  # a web server lists nothing
+    def prepare(self) -> None:
+        """Find out how many channels the images have, unless the options say it."""
+        if self._channels is None:
+            self._channels = max(self._all_channels(), default=3)
+
+    def _all_channels(self) -> Iterator[int]:
+        """The numbers of channels of images, until one is in colour."""
+
+        def look(item: Item) -> int:
+            try:
+                return num_channels(next(self._contents([item])), self._max_pixels)
+            except BadImage:
+                return 1  # whoever reads it will say so
+            except UserError:
+                return 1
+
+        with ThreadPoolExecutor(THREADS) as threads:
+            for split in SPLITS:
+                for start in range(0, self._splits[split], HEADERS):
+                    for found in threads.map(look, self._items(split, start, start + HEADERS)):
+                        yield found
+                        if found == 3:
+                            return
+
+    @property
+    def _max_pixels(self) -> int:
+        return int(self._options.max_megapixels * 1e6)
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:
+        assert self._channels is not None, "prepare() comes first"
         if self._options.image_size is not None:
-            return self._options.channels, self._options.image_size, self._options.image_size
-        for item in self._items["train"]:
+            return self._channels, self._options.image_size, self._options.image_size
+        for start in range(self._splits["train"]):
+            (item,) = self._items("train", start, start + 1)
             pixels = self._pixels(next(self._contents([item])))
             if not isinstance(pixels, BadImage):
-                return self._options.channels, *pixels.shape[:2]
+                return self._channels, *pixels.shape[:2]
         raise UserError(f"none of the images in {self._path} can be read")
 
     @property
     def num_classes(self) -> int | None:
-        return 1 + max(item.label for items in self._items.values() for item in items) or None
+        return self._num_classes
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self._class_names
 
     @property
     def splits(self) -> dict[str, int]:
-        return {split: len(items) for split, items in self._items.items()}
+        return self._splits
 
     def key(self, split: str, number: int) -> str:
-        return f"{self._path}/{self._items[split][number - self._first].key}"
+        (item,) = self._items(split, number, number + 1)
+        return f"{self._path}/{item.key}"
 
     def names(self, split: str, start: int, stop: int) -> list[str]:
-        return [item.key for item in self._items[split][start - self._first : stop - self._first]]
+        return [item.key for item in self._items(split, start, stop)]
 
     def part(self, split: str, start: int, stop: int) -> "FileSource":
+        _ = self.image_shape  # which a part could not find out
         held = copy.copy(self)
-        held._names, held._items, held._first = [], {split: self._items[split][start:stop]}, start
+        held._held, held._first, held._listing = self._items(split, start, stop), start, None
+        held._class_names, held._account = None, Account()
         return held
+
+    def _items(self, split: str, start: int, stop: int) -> list[Item]:
+        if self._listing is not None:
+            return self._listing.items(split, start, stop)
+        return self._held[start - self._first : stop - self._first]
 
     def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
         images, labels = [], []
@@ -186,8 +256,9 @@ class FileSource(ImageSource):
         return np.stack(images), np.array(labels, dtype=np.int64)
 
     def examine(self, split: str, start: int, stop: int) -> Iterator[tuple[Images | BadImage, int]]:
+        self.prepare()
         channels, height, width = self.image_shape
-        items = self._items[split][start - self._first : stop - self._first]
+        items = self._items(split, start, stop)
         for item, content in zip(items, self._contents(items), strict=True):
             pixels = self._pixels(content)
             if not isinstance(pixels, BadImage) and pixels.shape != (height, width, channels):
@@ -201,147 +272,60 @@ class FileSource(ImageSource):
         options = self._options
         size = (options.image_size, options.image_size) if options.image_size else None
         try:
-            return decode(
-                content,
-                options.channels,
-                size,
-                options.fit.value,
-                int(options.max_megapixels * 1e6),
-            )
+            assert self._channels is not None
+            return decode(content, self._channels, size, options.fit.value, self._max_pixels)
         except BadImage as error:
             return error
 
 
+def why_passed_over(key: str, wanted: tuple[str, ...]) -> str | None:
+    """Why a file is none of those to read, by its name; None if it is one."""
+    if any(part.startswith(".") for part in key.split("/")):
+        return "hidden"
+    if key.lower().endswith(wanted):
+        return None
+    name = key.rpartition("/")[2].lower()
+    if ".tar" in wanted:
+        for ending in (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4"):
+            if name.endswith(ending):
+                return "compressed tar, which has to be unpacked first"
+    ending = name.rpartition(".")[2] if "." in name else ""
+    kind = f".{ending}" if ending else "without an ending"
+    return f"not read here ({kind})"
+
+
 class FolderSource(FileSource):
-    """A folder of images. Each sub-folder, with all below it, is a class, in the order of names."""
+    """A folder of images. Each sub-folder, with all below it, is a class, in the order of names.
 
-    _kind = "folder"
-    _wanted = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-
-    def _list(self) -> Iterator[Item]:
-        labels = _classes(self._path, self._names)
-        for name in self._names:
-            yield Item(name, name, labels.get(name.partition("/")[0], -1))
-
-    def _contents(self, items: list[Item]) -> Iterator[bytes]:
-        return (self._storage.read(item.file) for item in items)
-
-    def _find(self, storage: Storage) -> list[str]:
-        if not isinstance(storage, FolderStorage):
-            return [
-                key
-                for key in super()._find(storage)
-                if not any(part.startswith(".") for part in key.split("/"))
-            ]
-        found = []
-        for parent, folders, names in os.walk(storage.root, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            below = Path(parent).relative_to(storage.root)
-            found += [
-                (below / name).as_posix()
-                for name in names
-                if name.lower().endswith(self._wanted) and not name.startswith(".")
-            ]
-        return sorted(found)
-
-
-def _classes(path: str, names: list[str]) -> dict[str, int]:
-    """The label of each top folder, in the order of names; empty if no image is in a folder."""
-    inside = [name for name in names if "/" in name]
-    if inside and len(inside) < len(names):
-        loose = next(name for name in names if "/" not in name)
-        raise UserError(
-            f"{path} has images both in sub-folders (the classes) and outside ({loose}); move these"
-        )
-    return {
-        name: label
-        for label, name in enumerate(sorted({name.partition("/")[0] for name in inside}))
-    }
-
-
-class TarSource(FileSource):
-    """Tars of a folder tree of images. The folders below their common path are the classes."""
-
-    _kind = "tar"
-    _wanted = (".tar",)
-
-    def _list(self) -> Iterator[Item]:
-        found = []
-        for file in self._names:
-            url = f"{self._storage.url}/{file}"
-            try:
-                for member in tar.members(Pieces(self._storage.stream(file)), MAX_MEMBER):
-                    if member.name.lower().endswith(FolderSource._wanted) and not Path(
-                        member.name
-                    ).name.startswith("."):
-                        found.append(
-                            (member.name.removeprefix("./"), file, member.offset, member.size)
-                        )
-            except tar.BadTar as error:
-                raise UserError(
-                    f"{url} is not a whole tar archive: {error}; copy or write it anew"
-                ) from None
-        folders = {tuple(name.split("/")[:-1]) for name, *_ in found}
-        common = 0  # the length of the common path
-        while (
-            len({folder[: common + 1] for folder in folders}) == 1
-            and min(map(len, folders)) > common
-        ):
-            common += 1
-        short = ["/".join(name.split("/")[common:]) for name, *_ in found]
-        labels = _classes(self._path, short)
-        for name, (_, file, offset, size) in zip(short, found, strict=True):
-            yield Item(name, file, labels.get(name.partition("/")[0], -1), offset, size)
-
-    def _contents(self, items: list[Item]) -> Iterator[bytes]:
-        return _ranges(self._storage, items)
-
-
-class WebDatasetSource(FileSource):
-    """WebDataset shards, to be rewritten with other splits, at another size, or in blocks.
-
-    Samples keep their order.
+    If the top folders are named after splits, they are these, and the classes lie below them.
     """
 
-    _kind = "webdataset"
-    _wanted = (".tar",)
-    _mixed = False
+    _kind = "folder"
+    _wanted = EXTENSIONS
+    _stated_by = "folder"
 
-    def _list(self) -> Iterator[Item]:
-        for file in self._names:
-            pieces = Pieces(self._storage.stream(file))
-            for sample in read_samples(
-                f"{self._storage.url}/{file}", pieces, self._options.label_column
-            ):
-                yield Item(
-                    f"{file}/{sample.key}", file, sample.label, sample.offset, len(sample.content)
-                )
+    def _find(self) -> Iterator[Candidate]:
+        self.account.unit = "files"
+        for entry in self._files():
+            yield Candidate(entry.key, "", f"{entry.size} {entry.version}")
+
+    def _arrange(self, listing: Listing) -> None:
+        tree = Tree(self._path, listing.folders())
+        listing.place(lambda folder: (tree.split(folder), tree.label(folder)))
+        self._classes = tree.classes
+
+    def _name_classes(self, listing: Listing) -> list[str] | None:
+        return self._classes or None
 
     def _contents(self, items: list[Item]) -> Iterator[bytes]:
-        return _ranges(self._storage, items)
+        return (self._storage.read(item.key) for item in items)
 
 
-GAP = 256 << 10
-"""Bytes between two images that are read and thrown away, rather than starting a new read."""
-RUN = 16 << 20
-"""Bytes of the longest read."""
-
-
-def _ranges(storage: Storage, items: list[Item]) -> Iterator[bytes]:
-    """The contents of items that are parts of files; neighbours are read together."""
-    first = 0
-    while first < len(items):
-        last, begin = first + 1, items[first]
-        while last < len(items):
-            before, after = items[last - 1], items[last]
-            near = (
-                before.file == after.file and 0 <= after.offset - before.offset - before.size <= GAP
-            )
-            if not near or after.offset + after.size - begin.offset > RUN:
-                break
-            last += 1
-        end = items[last - 1].offset + items[last - 1].size
-        data = memoryview(storage.read_range(begin.file, begin.offset, end - begin.offset))
-        for item in items[first:last]:
-            yield bytes(data[item.offset - begin.offset : item.offset - begin.offset + item.size])
-        first = last
+def common_length(folders: Iterator[tuple[str, ...]]) -> int:
+    """The number of parts that the folders of all images begin with in common."""
+    first = next(folders, ())
+    common = len(first)
+    for folder in folders:
+        while folder[:common] != first[:common]:
+            common -= 1
+    return common

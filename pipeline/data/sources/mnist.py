@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.sections import DatasetOptions, ShardOptions
+from pipeline.config.sections import Binarization, DatasetOptions, ShardOptions
 from pipeline.data.sources.base import (
     SPLITS,
     Images,
@@ -73,6 +73,11 @@ class MnistSource(ImageSource):
     @property
     def num_classes(self) -> int:
         return 10
+
+    @property
+    def binarization(self) -> Binarization:
+        """Dynamic, as in most of the literature."""
+        return Binarization.dynamic
 
     @property
     def splits(self) -> dict[str, int]:

@@ -1,63 +1,113 @@
 """Parquet files with a column of images."""
 
-import itertools
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
 from typing import Any
 
-from pipeline.data.sources.files import FileSource, Item
+from pipeline.data.sources.files import FileSource
+from pipeline.data.sources.listing import Candidate, Item, Label, Listing
+from pipeline.data.sources.members import LABEL_KEYS, as_label
+from pipeline.data.sources.names import split_of_file
 from pipeline.errors import UserError
 from pipeline.storage.folder import FolderStorage
+
+IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo", "image_bytes", "jpg", "png", "webp")
+"""Usual names of the column of images: the first that is there is taken."""
+MAX_GROUP = 4 << 30
+"""Bytes that a group of rows may unpack to."""
 
 
 class ParquetSource(FileSource):
     """Parquet files with a column of images, and optionally one of labels.
 
-    Images are bytes, or ``{bytes, path}`` as on Hugging Face. Files whose names begin with
-    ``train``, ``valid`` or ``test`` are those splits; for others, the hash of the file's name and
-    the row decides. Rows keep their order; one row group is read at a time.
+    Images are bytes, or ``{bytes, path}`` as on Hugging Face, whose names of classes are kept.
+    Files, or folders, that are named after splits are these; for others, the hash of the file's
+    name and the row decides. Rows keep their order; one row group is read at a time.
     """
 
     _kind = "parquet"
     _wanted = (".parquet",)
     _mixed = False
 
-    def _list(self) -> Iterator[Item]:
-        options = self._options
-        for file in self._names:
-            table = self._open(file)
-            names = set(table.schema_arrow.names)
-            if options.image_column not in names:
-                raise UserError(
-                    f"{self._storage.url}/{file} has no column {options.image_column!r}, only"
-                    f" {', '.join(sorted(names))}; set shard.image_column"
+    def _find(self) -> Iterator[Candidate]:
+        self.account.unit = "rows and other files"
+        options, files = self._options, list(self._files())
+        self._names: list[str] | None = None
+        stated = {entry.key: split_of_file(entry.key) for entry in files}
+        labelled = False
+        for entry in files:
+            table = self._open(entry.key)
+            image, label = self._columns(entry.key, table)
+            labelled |= label is not None
+            version = f"{entry.size} {entry.version} {image} {label}"
+            for row, found in enumerate(self._labels(entry.key, table, label)):
+                yield Candidate(
+                    f"{entry.key}/{row}", entry.key, version, row, 0, found, stated[entry.key]
                 )
-            labels: Iterable[Any] = itertools.repeat(-1, table.metadata.num_rows)
-            if options.label_column in names:
-                with self._readable(file):
-                    labels = table.read([options.label_column]).column(0).to_pylist()
-            for row, label in enumerate(labels):
-                if label is not None and (type(label) is not int or not -1 <= label < 1 << 31):
-                    raise UserError(
-                        f"{self._storage.url}/{file}: the label of row {row} is {label!r}, not a"
-                        " whole number from 0"
-                    )
-                yield Item(f"{file}/{row}", file, -1 if label is None else label, row)
+        if options.label_column is not None and not labelled:
+            raise UserError(
+                f"no file in {self._path} has the column shard.label_column={options.label_column}"
+            )
 
-    def _assigned(self, item: Item, split: str) -> str:
-        own = _stated_split(item.file)
-        return split if own is None or (own == "train" and split not in self._given) else own
+    def _columns(self, file: str, table: Any) -> tuple[str, str | None]:
+        """The columns of images and of labels. Raises UserError if the first is missing."""
+        options, names = self._options, list(table.schema_arrow.names)
+        wanted = IMAGE_COLUMNS if options.image_column is None else (options.image_column,)
+        image = next((name for name in wanted if name in names), None)
+        if image is None and options.image_column is None:
+            binary = [field.name for field in table.schema_arrow if _may_hold_images(field.type)]
+            image = binary[0] if len(binary) == 1 else None
+        if image is None:
+            raise UserError(
+                f"{self._storage.url}/{file} has no column {wanted[0]!r}, only"
+                f" {', '.join(sorted(names))}; set shard.image_column"
+            )
+        keys = LABEL_KEYS if options.label_column is None else (options.label_column,)
+        label = next((name for name in keys if name in names and name != image), None)
+        return image, label
 
-    @cached_property
-    def _given(self) -> set[str | None]:
-        return {_stated_split(name) for name in self._names}
+    def _labels(self, file: str, table: Any, column: str | None) -> Iterator[Label]:
+        """The label of every row."""
+        if column is None:
+            yield from (None for _ in range(table.metadata.num_rows))
+            return
+        names = _class_names(table.schema_arrow, column)
+        self._names = self._names or names
+        row = 0
+        for group in range(table.metadata.num_row_groups):
+            with self._readable(file):
+                labels = table.read_row_group(group, [column]).column(0).to_pylist()
+            for label in labels:
+                try:
+                    yield as_label(label)
+                except ValueError:
+                    if self._options.label_column is not None:
+                        raise UserError(
+                            f"{self._storage.url}/{file}: the label of row {row} is {label!r},"
+                            " which is neither a whole number nor a name"
+                        ) from None
+                    self.account.pass_over_label()
+                    yield None
+                row += 1
+
+    def _name_classes(self, listing: Listing) -> list[str] | None:
+        names = listing.name_labels()
+        if names is None and self._names is not None:
+            # The labels are numbers, which Hugging Face's schema names.
+            return self._names if listing.largest_label() < len(self._names) else None
+        return names
+
+    @property
+    def num_classes(self) -> int | None:
+        return len(self.class_names) if self.class_names else super().num_classes
 
     def _contents(self, items: list[Item]) -> Iterator[bytes]:
         file, table, group, first, last, images = "", None, -1, 0, 0, []
         for item in items:
             if item.file != file:
                 file, table, group, last = item.file, self._open(item.file), -1, 0
+                column, _ = self._columns(file, table)
             assert table is not None
             if not first <= item.offset < last or group < 0:
                 with self._readable(file):
@@ -66,11 +116,13 @@ class ParquetSource(FileSource):
                         group += 1
                         last += table.metadata.row_group(group).num_rows
                     first = last - table.metadata.row_group(group).num_rows
-                    images = (
-                        table.read_row_group(group, [self._options.image_column])
-                        .column(0)
-                        .to_pylist()
-                    )
+                    size = table.metadata.row_group(group).total_byte_size
+                    if size > MAX_GROUP:
+                        raise ValueError(
+                            f"a group of its rows unpacks to {size:,} bytes; write it with smaller"
+                            " groups"
+                        )
+                    images = table.read_row_group(group, [column]).column(0).to_pylist()
             image = images[item.offset - first] if item.offset - first < len(images) else None
             content = image.get("bytes") if isinstance(image, dict) else image
             yield content if isinstance(content, bytes) else b""
@@ -100,14 +152,27 @@ class ParquetSource(FileSource):
 
         try:
             yield
-        except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, IndexError, MemoryError) as error:
             raise UserError(
                 f"{self._storage.url}/{file} cannot be read as Parquet"
-                f" ({' '.join(str(error).split())})"
+                f" ({' '.join(str(error).split()) or type(error).__name__})"
             ) from None
 
 
-@lru_cache(maxsize=1 << 16)
-def _stated_split(name: str) -> str | None:
-    stem = name.rpartition("/")[2].lower()
-    return next((split for split in ("train", "valid", "test") if stem.startswith(split[:5])), None)
+def _may_hold_images(kind: Any) -> bool:
+    import pyarrow
+
+    if pyarrow.types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+
+
+def _class_names(schema: Any, column: str) -> list[str] | None:
+    """The names of classes that Hugging Face's ``datasets`` stores with a column."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[column]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    valid = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if valid and len(set(names)) == len(names) > 0 else None

@@ -33,7 +33,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         split: (write_shard(storage, SmallGrey(), split, f"{split}/00000.tar", 0, 12, 4),)
         for split in ("train", "valid", "test")
     }
-    Manifest("small", (1, 4, 6), 10, 4, shards).publish(storage)
+    Manifest("small", (1, 4, 6), 10, 4, shards, binarization="dynamic").publish(storage)
     return tmp_path / "root"
 
 

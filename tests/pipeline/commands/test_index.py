@@ -1,5 +1,6 @@
 """``vlae index`` and ``vlae data``: existing shards are indexed, unsafe or damaged ones refused."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -37,7 +38,8 @@ from pipeline.data.loader import EvalLoader, TrainLoader
 from pipeline.data.reader import ReadOptions
 from pipeline.data.records import Index
 from pipeline.data.sources import open_source
-from pipeline.data.sources.members import read_samples
+from pipeline.data.sources.account import Account
+from pipeline.data.sources.members import SampleReader
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
@@ -172,9 +174,7 @@ def test_other_peoples_shards_become_a_data_set_where_they_lie(
         "000002.tar",
         "000003.tar",
     ]
-    assert re.fullmatch(
-        r"it has \d+ bytes and sha256 \w{64}, not \d+ and \w{64}", damaged[0]["reason"]
-    )
+    assert "there is data behind its end at byte" in damaged[0]["reason"]
     assert re.search(
         r"and \w{64}; .*000002.tar is damaged: record 3 \(byte \d+, ", damaged[1]["reason"]
     )
@@ -196,7 +196,7 @@ def test_shards_on_the_web_are_resized_as_they_are_read(web: str, tmp_path: Path
     storage = FolderStorage(tmp_path / "manifest")
     options = IndexOptions(train=f"{web}/{{000000..000003}}.tar", image_size=4, channels=1)
     journal = Journal(storage, {})
-    for number, url in enumerate(indexing.expand(options.train, None)):
+    for number, url in enumerate(urls(indexing.expand(options.train, None, Account()))):
         indexing.index_shard(storage, journal, f"train-{number:06d}", url, options)
     shards = tuple(
         manifest.Shard(**journal.read(name)["shard"]) for name in sorted(journal.finished())
@@ -224,35 +224,69 @@ def test_a_shard_on_the_web_is_written_anew(web: str) -> None:
     assert part.key("train", 3) == source.key("train", 3)
 
 
+def urls(tars: list[indexing.Tar]) -> list[str]:
+    return [tar.url for tar in tars]
+
+
+def shards_of(**options: Any) -> dict[str, list[str]]:
+    found = indexing.find_shards(IndexOptions(**options), None, Account())
+    return {split: urls(tars) for split, tars in found.items()}
+
+
 def test_patterns_are_spelt_out_and_splits_are_whole_shards(tmp_path: Path) -> None:
-    assert indexing.expand("s3://b/{x,y}-{08..11}.tar", None) == [
+    assert urls(indexing.expand("s3://b/{x,y}-{08..11}.tar", None, Account())) == [
         f"s3://b/{c}-{n}.tar" for c in "xy" for n in ("08", "09", "10", "11")
     ]
     for number in range(60):
         (tmp_path / f"{number}.tar").write_bytes(b"")
-    options = IndexOptions(train=str(tmp_path), valid_fraction=0.2, test_fraction=0.2)
-    splits = indexing.find_shards(options, None)
-    assert sorted(url for urls in splits.values() for url in urls) == sorted(
+    options = {"train": str(tmp_path), "valid_fraction": 0.2, "test_fraction": 0.2}
+    splits = shards_of(**options)
+    assert sorted(url for found in splits.values() for url in found) == sorted(
         str(path) for path in tmp_path.iterdir()
     )
     (tmp_path / "60.tar").write_bytes(b"")
-    for split, urls in indexing.find_shards(options, None).items():
-        assert set(splits[split]) <= set(urls)
+    for split, found in shards_of(**options).items():
+        assert set(splits[split]) <= set(found)
     with pytest.raises(UserError, match=r"no shards for test; name some with index\.test="):
-        indexing.find_shards(IndexOptions(train="/x/1.tar"), None)
+        shards_of(train=f"{tmp_path}/1.tar")
     with pytest.raises(UserError, match=r"no \.tar files at .*/none"):
-        indexing.expand(str(tmp_path / "none"), None)
+        indexing.expand(str(tmp_path / "none"), None, Account())
+
+
+def test_the_names_of_shards_state_splits_and_few_shards_leave_none_empty(tmp_path: Path) -> None:
+    for name in ("train-0.tar", "train-1.tar", "val-0.tar", "a.tar.gz", "readme.txt", ".x.tar"):
+        (tmp_path / name).write_bytes(b"")
+    account = Account()
+    found = indexing.find_shards(IndexOptions(train=str(tmp_path)), None, account)
+    assert {split: [tar.name for tar in tars] for split, tars in found.items()} in (
+        {"train": [f"train-{one}.tar"], "valid": ["val-0.tar"], "test": [f"train-{1 - one}.tar"]}
+        for one in (0, 1)
+    )
+    assert account.origins["valid"] == "file name"
+    assert "one shard, so that it has any" in account.origins["test"]
+    assert account.passed_over == {
+        "compressed tar, which has to be unpacked first": 1,
+        "not read here (.txt)": 1,
+        "hidden": 1,
+    }
+    for name in ("train-0.tar", "train-1.tar", "val-0.tar"):
+        (tmp_path / name).unlink()
+    for number in range(8):
+        (tmp_path / f"{number}.tar").write_bytes(b"")
+    found = indexing.find_shards(IndexOptions(train=str(tmp_path)), None, Account())
+    assert min(map(len, found.values())) >= 1
+    assert sum(map(len, found.values())) == 8
 
 
 @pytest.mark.parametrize("span", ["{0..99999999}", "{5..3}", "{-1..99999999}", "{0..99999999..2}"])
 def test_an_impossible_range_is_refused_before_it_is_expanded(span: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"/{span}.tar: {span} is no range of numbers")):
-        indexing.expand(f"s3://b/{span}.tar", None)
+        indexing.expand(f"s3://b/{span}.tar", None, Account())
 
 
 def test_braces_that_do_not_match_are_refused() -> None:
     with pytest.raises(UserError, match=r"s3://b/\{0\.\.3\.tar: its braces do not match"):
-        indexing.expand("s3://b/{0..3.tar", None)
+        indexing.expand("s3://b/{0..3.tar", None, Account())
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -314,15 +348,14 @@ PNG = encode(pixels(1), "png")
             shard({"npy": npy(pixels(1, 600))}),
             "its 600 x 600 pixels are more than the 100,000 allowed",
         ),
+        (shard({"png": PNG, "cls": b"\xff"}), "the label of sample '0000' cannot be read"),
         (
-            shard({"txt": b"x"}),
-            r"sample '0000' has no image \(png, jpg, jpeg, webp, npy\), only txt",
+            shard({"input.png": PNG, "mask.png": PNG}),
+            r"'0000' has several images \(input.png, mask.png\); say which to take by image_key",
         ),
-        (shard({"png": PNG, "cls": b"cat"}), "the label of sample '0000' cannot be read"),
-        (
-            shard({"png": PNG, "json": b'{"label": "cat"}'}),
-            "the label of sample '0000' is 'cat', but labels are whole numbers",
-        ),
+        (shard({"png": PNG}) + shard({"png": PNG}), "there is data behind its end at byte"),
+        (shard({"png": PNG})[:-512] + b"x" * 512, "there is data behind its end at byte"),
+        (gzip.compress(shard({"png": PNG})), "it is compressed with gzip; unpack it first"),
         (shard({"png": PNG, "json": b"[" * 100_000}), "the label of sample '0000' cannot be read"),
         (
             shard(*({"__key__": key, "png": PNG} for key in "aba")),
@@ -342,6 +375,52 @@ def test_what_is_not_safe_or_not_whole_is_refused_by_name(
     with pytest.raises(UserError, match=message) as raised:
         indexed(content, tmp_path, max_megapixels=0.1)
     assert f"{tmp_path}/x.tar" in str(raised.value)
+
+
+def test_which_image_of_a_sample_is_taken_is_an_option(tmp_path: Path) -> None:
+    content = shard({"input.png": PNG, "mask.png": encode(pixels(2), "png"), "txt": b"a note"})
+    for key, size in (("input", len(PNG)), ("mask.png", len(encode(pixels(2), "png")))):
+        indexed(content, tmp_path, image_key=key)
+        assert index_of(tmp_path)["size"] == [size]
+    with pytest.raises(UserError, match=r"has no image 'depth', only input\.png, mask\.png"):
+        indexed(content, tmp_path, image_key="depth")
+
+
+def test_what_is_no_image_is_counted(tmp_path: Path) -> None:
+    entry = indexed(
+        shard({"txt": b"x"}, {"png": PNG}, {"jpg": PNG, "npy": b"an embedding"}), tmp_path
+    )
+    account = entry["account"]
+    assert account["used"] == 2
+    assert account["passed_over"] == {"sample without an image (.txt)": 1}
+
+
+@pytest.mark.parametrize(
+    ("members", "labels", "named"),
+    [
+        ({"cls": b"7"}, [7], False),
+        ({"json": b'{"labels": 3}'}, [3], False),
+        ({"json": b'{"fine_label": [2]}'}, [2], False),
+        ({"json": b'{"label": "cat"}'}, ["cat"], True),
+        ({"cls": b"dog"}, ["dog"], True),
+        ({"json": b'{"label": 1e11}'}, [10**11], True),
+        ({"json": b'{"label": -7}'}, [-7], True),
+        ({"json": b'{"label": -1}'}, [], False),
+        ({"json": b'{"label": {"x": 1}}'}, [], False),
+        ({"json": b'{"label": 0.25}'}, [], False),
+        ({}, [], False),
+    ],
+)
+def test_labels_are_found_under_their_usual_names(
+    tmp_path: Path, members: dict[str, bytes], labels: list[Any], named: bool
+) -> None:
+    entry = indexed(shard({"png": PNG, **members}), tmp_path)
+    assert (entry["labels"], entry["named"]) == (labels, named)
+    assert entry["account"]["unlabelled"] == (0 if labels else 1)
+
+
+def index_of(tmp_path: Path) -> dict[str, Any]:
+    return FolderStorage(tmp_path / "manifest").read_json("index/train-000000.json")
 
 
 def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
@@ -365,7 +444,8 @@ WHOLE = mixed(range(4))
 def test_a_tar_with_any_bytes_in_it_is_read_or_refused(at: int, change: bytes, end: int) -> None:
     for content in (WHOLE[:at] + change + WHOLE[at + len(change) :], WHOLE[:end]):
         try:
-            found = list(read_samples("x.tar", Pieces(iter([content])), "label"))
+            reader = SampleReader("x.tar", None, None)
+            found = list(reader.read(Pieces(iter([content]))))
         except UserError:
             pass
         else:

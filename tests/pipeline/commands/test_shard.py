@@ -24,8 +24,9 @@ from pipeline.config.sections import (
     Source,
     StorageOptions,
 )
-from pipeline.data import DataSet, sharding
+from pipeline.data import DataSet
 from pipeline.data.loader import EvalLoader
+from pipeline.data.manifest import Manifest
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
@@ -47,6 +48,14 @@ def objects(storage: Storage) -> dict[str, bytes]:
     return {key: storage.read(key) for key in storage.list()}
 
 
+PLACES = [("train", 0), ("train", 1), ("train", 2), ("valid", 0), ("test", 0)]
+
+
+def name_of(storage: Storage, split: str, number: int) -> str:
+    """The name of a shard, without its ending."""
+    return DataSet.load(storage).manifest.shards(split)[number].name.removesuffix(".tar")
+
+
 def test_idx_files_become_a_data_set(storage: Storage, tmp_path: Path) -> None:
     arrays = write_idx(tmp_path / "idx")
     result = shard.run(config_for(storage, Source.idx, tmp_path / "idx"))
@@ -65,14 +74,19 @@ def test_idx_files_become_a_data_set(storage: Storage, tmp_path: Path) -> None:
             len(content) for key, content in objects(storage).items() if key.endswith(".tar")
         ),
         "manifest_digest": data.manifest.digest,
-        "unreadable": 0,
-        "duplicates": 0,
+        "pixels": "values",
+        "binarization": "none",
+        "report": storage.read_json("report.json"),
     }
+    account = result["report"]
+    assert (account["found"], account["used"], account["passed_over"]) == (70, 70, {})
+    assert (account["labels"]["classes"], account["labels"]["unlabelled"]) == (3, 0)
+    assert account["duplicates"] == 0
     assert storage.list() == sorted(
         ["manifest.json", "report.json"]
         + [
             f"{name}.{kind}"
-            for name in ("train/00000", "train/00001", "train/00002", "valid/00000", "test/00000")
+            for name in (name_of(storage, *place) for place in PLACES)
             for kind in ("tar", "index.json")
         ]
     )
@@ -88,10 +102,11 @@ def test_a_second_run_writes_nothing_unless_something_is_missing(
     config = config_for(storage, Source.idx, tmp_path / "idx")
     first, written = shard.run(config), objects(storage)
     assert shard.run(config) == first | {"reused": True}
+    second, third, test = (name_of(storage, *place) for place in (PLACES[1], PLACES[2], PLACES[4]))
     for key, content in (
-        ("train/00001.tar", None),
-        ("train/00002.tar", b"cut"),
-        ("test/00000.index.json", None),
+        (f"{second}.tar", None),
+        (f"{third}.tar", b"cut"),
+        (f"{test}.index.json", None),
     ):
         storage.delete([key]) if content is None else storage.write(key, content)
         assert shard.run(config) == first  # not reused
@@ -219,7 +234,10 @@ def test_images_that_cannot_be_read_may_be_left_out_up_to_a_bound_and_are_listed
     result = shard.run(
         config_for(storage, Source.folder, tmp_path / "images", max_unreadable=2, **options)
     )
-    assert (result["unreadable"], result["duplicates"]) == (2, 1)
+    account = result["report"]
+    assert (account["found"], account["used"]) == (81, 79)
+    assert account["passed_over"]["unreadable"]["count"] == 2
+    assert account["duplicates"] == 1
     assert sum(split["images"] for split in result["splits"].values()) == 79
     report = storage.read_json("report.json")
     assert sorted(
@@ -250,7 +268,7 @@ def test_large_images_are_kept_one_by_one_without_loss(
     train = next(iter(EvalLoader(data, split="train", batch_size=64)))
     np.testing.assert_array_equal(train.images[:, 0], arrays["train-images-idx3-ubyte"][:50])
     np.testing.assert_array_equal(train.labels, arrays["train-labels-idx1-ubyte"][:50])
-    storage.download("train/00000.tar", tmp_path / "stock.tar")
+    storage.download(f"{name_of(storage, 'train', 0)}.tar", tmp_path / "stock.tar")
     stock = (
         webdataset.WebDataset(str(tmp_path / "stock.tar"), shardshuffle=False)
         .decode("l8")
@@ -268,7 +286,8 @@ def test_a_killed_run_goes_on_after_the_shards_that_are_there(
     write_idx(tmp_path / "idx")
     config = config_for(storage, Source.idx, tmp_path / "idx", samples_per_shard=7)
     shard.run(config)
-    whole = objects(storage)
+    whole, fourth = objects(storage), name_of(storage, "train", 3)
+    valid = name_of(storage, "valid", 0)
     storage.delete(storage.list())
 
     def killed(*_: object) -> None:
@@ -276,11 +295,11 @@ def test_a_killed_run_goes_on_after_the_shards_that_are_there(
 
     with monkeypatch.context() as patch:
         # When all shards are written, and the manifest is not.
-        patch.setattr(sharding, "_report", killed)
+        patch.setattr(Manifest, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
             shard.run(config)
-    storage.delete(["train/00003.tar"])
-    storage.write("valid/00000.tar", b"cut")
+    storage.delete([f"{fourth}.tar"])
+    storage.write(f"{valid}.tar", b"cut")
     marks = {
         key: os.stat(tmp_path / "storage" / key).st_mtime_ns
         for key in storage.list("train")

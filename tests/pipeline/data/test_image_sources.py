@@ -152,14 +152,19 @@ def test_parquet_columns_may_have_other_names_and_plain_bytes(tmp_path: Path) ->
         pa.table({"picture": images, "fine": [n % 5 for n in range(90)]}), tmp_path / "x.parquet"
     )
     check(opened("parquet", tmp_path / "x.parquet", image_column="picture", label_column="fine"), 5)
+    assert opened("parquet", tmp_path / "x.parquet").num_classes is None  # nobody calls it a label
     with pytest.raises(
         UserError,
         match=r"x\.parquet has no column 'image', only fine, picture; set shard\.image_column",
     ):
-        opened("parquet", tmp_path / "x.parquet")
-    write_parquet(tmp_path / "x.parquet", range(90), extra=["a"] * 90)
-    with pytest.raises(UserError, match="the label of row 0 is 'a', not a whole number from 0"):
-        opened("parquet", tmp_path / "x.parquet", label_column="extra")
+        opened("parquet", tmp_path / "x.parquet", image_column="image")
+    with pytest.raises(UserError, match=r"no file in .* has the column shard\.label_column=coarse"):
+        opened("parquet", tmp_path / "x.parquet", label_column="coarse")
+    write_parquet(tmp_path / "x.parquet", range(90), extra=["b", "a", None] * 30, weight=[0.5] * 90)
+    named = opened("parquet", tmp_path / "x.parquet", label_column="extra")
+    assert (named.class_names, named.num_classes, named.account.unlabelled) == (["a", "b"], 2, 30)
+    with pytest.raises(UserError, match=r"the label of row 0 is 0\.5, which is neither"):
+        opened("parquet", tmp_path / "x.parquet", label_column="weight")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 not really PAR1")
     with pytest.raises(UserError, match=r"x\.parquet cannot be read as Parquet"):
         opened("parquet", tmp_path / "x.parquet")

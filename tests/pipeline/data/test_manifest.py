@@ -53,7 +53,7 @@ def test_an_unknown_split_is_named_with_the_known_ones(numbered: DataSet) -> Non
 def test_a_manifest_of_another_version_is_refused(storage: Storage, numbered: DataSet) -> None:
     storage.write_json("manifest.json", {**storage.read_json("manifest.json"), "version": 1})
     with pytest.raises(
-        UserError, match=r"manifest\.json is of version 1, but this program reads version 2"
+        UserError, match=r"manifest\.json is of version 1, but this program reads version 3"
     ):
         manifest.load(storage)
     storage.write_json("manifest.json", ["something else"])
