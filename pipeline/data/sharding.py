@@ -114,6 +114,7 @@ def _write(
         contents.publish(storage)
     except UserError:
         _remove_leftovers(storage, manifest.load(storage))
+        journal.clear()
         raise
     storage.write_json(REPORT_KEY, _report(source, done))
     _remove_leftovers(storage, contents)

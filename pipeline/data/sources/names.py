@@ -45,7 +45,7 @@ class Tree:
         splits = {SPLIT_OF[name.lower()] for name in named}
         self.has_splits = "train" in splits and len(named) == len(tops)
         if "train" in splits and len(splits) > 1 and not self.has_splits:
-            other = sorted("/".join(top) or "images" for top in tops if not named.issuperset(top))
+            other = sorted("/".join(top) or "images" for top in tops if not set(top) & named)
             raise UserError(
                 f"{where} has folders of splits ({', '.join(sorted(named))}) and, beside them,"
                 f" {other[0]}; move that elsewhere"
