@@ -167,9 +167,9 @@ class OpenedModel:
 
 
 def load(folder: Path) -> vlae.VLAE:
-    """The model in a folder. Raises UserError if there is none, or it is damaged."""
+    """The model in a folder, in float32. Raises UserError if there is none, or it is damaged."""
     try:
-        return vlae.load(folder)
+        return vlae.load(folder).float()
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
 

@@ -15,6 +15,11 @@ from torch import Tensor
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32 in place of half precision, in which numbers near 1 become 1; float64 stays."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def standard_normal_log_prob(z: Tensor) -> Tensor:
     """Elementwise log N(z; 0, 1), in nats."""
     return -0.5 * z.square() - HALF_LOG_2PI

@@ -8,7 +8,9 @@ A new likelihood is its class and a row of ``LIKELIHOODS``. A new prior is its c
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,13 @@ MAY_BE_ZERO = (
     "image_blocks",
     "context_layers",
 )
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+"""What a saved model's weights may be, by the names of safetensors."""
 MAX_VALUES = 1 << 26
 """Upper limit for the sub-pixels of a saved model's images.
 
@@ -198,19 +207,43 @@ def describe(arguments: Mapping[str, object]) -> str:
 
 
 def save(model: VLAE, folder: str | Path) -> None:
-    """Write a built model to ``folder``: its weights, and the arguments of ``build``."""
+    """Write a built model to ``folder``: its weights, and the arguments of ``build``.
+
+    A model that was there is replaced at the end: whenever this is interrupted, ``load`` gives a
+    model that was saved, or says that there is none. Raises ValueError on a model that ``load``
+    would refuse: one that ``build`` did not make, was changed since, or has weights that are not
+    finite.
+    """
+    if not model.arguments:
+        raise ValueError("the model cannot be saved: it was not made by vlae.build")
+    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    if problem := _problem(
+        model.arguments, {name: (value.dtype, value.shape) for name, value in weights.items()}
+    ) or _not_finite(weights):
+        raise ValueError(f"the model cannot be saved: {problem}")
+    arguments = json.dumps(model.arguments, indent=2) + "\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_FILE)
-    (folder / MODEL_FILE).write_text(json.dumps(model.arguments, indent=2) + "\n")
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        new = Path(temporary)
+        save_file(weights, new / WEIGHTS_FILE)
+        (new / MODEL_FILE).write_text(arguments)
+        for name in (WEIGHTS_FILE, MODEL_FILE):
+            with open(new / name, "rb") as file:
+                os.fsync(file.fileno())
+        old = folder / MODEL_FILE
+        if old.exists() and old.read_bytes() != arguments.encode():
+            old.unlink()  # these arguments and the new weights must never be one model
+        for name in (WEIGHTS_FILE, MODEL_FILE):
+            os.replace(new / name, folder / name)
 
 
 def load(folder: str | Path) -> VLAE:
-    """Rebuild a saved model from ``folder``, in evaluation mode, on the CPU.
+    """Rebuild a saved model from ``folder``, in evaluation mode, on the CPU, in its saved dtype.
 
     The files may come from anybody. Nothing is unpickled or executed, and no memory is allocated
-    for the model before its arguments agree with the weights' file.
+    for the model before its arguments agree with the weights' file. The state of torch's global
+    generator does not change.
 
     Raises FileNotFoundError if the folder holds no model, and ValueError, naming the file, on a
     file that ``save`` did not write.
@@ -223,10 +256,10 @@ def load(folder: str | Path) -> VLAE:
                 "wrote"
             )
     arguments = _read_arguments(folder / MODEL_FILE)
-    shapes = _read_shapes(folder / WEIGHTS_FILE)
+    found = _read_shapes(folder / WEIGHTS_FILE)
     # Every layer has a weight, and every weight an element. These limits bound the time that the
     # check below takes by the size of the weights' file.
-    num_tensors, num_elements = len(shapes), sum(map(math.prod, shapes.values()))
+    num_tensors, num_elements = len(found), sum(math.prod(shape) for _, shape in found.values())
     for name, value in arguments.items():
         most = num_tensors if name in LAYERS else num_elements
         if isinstance(value, int) and value > most:
@@ -235,20 +268,42 @@ def load(folder: str | Path) -> VLAE:
                 "for"
             )
     try:
-        with torch.device("meta"):  # shapes only, without memory
-            state = build(**arguments).state_dict()
+        problem = _problem(arguments, found)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{folder / MODEL_FILE}: {error}") from None
-    expected = {name: tuple(value.shape) for name, value in state.items()}
-    wrong = sorted(name for name in expected | shapes if expected.get(name) != shapes.get(name))
-    if wrong:
-        raise ValueError(
-            f"{folder / WEIGHTS_FILE} does not belong to {MODEL_FILE}: {wrong[0]} has the shape "
-            f"{shapes.get(wrong[0])}, the model's is {expected.get(wrong[0])}"
-        )
-    model = build(**arguments)
-    model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    if problem:
+        raise ValueError(f"{folder / WEIGHTS_FILE} does not belong to {MODEL_FILE}: {problem}")
+    weights = load_file(folder / WEIGHTS_FILE)
+    if problem := _not_finite(weights):
+        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: {problem}")
+    with torch.random.fork_rng(devices=[]):
+        model = build(**arguments).to(next(iter(weights.values())).dtype)
+    model.load_state_dict(weights)
     return model.eval()
+
+
+def _problem(
+    arguments: Mapping[str, Any], found: Mapping[str, tuple[torch.dtype, Sequence[int]]]
+) -> str | None:
+    """Why weights of these dtypes and shapes are not those of ``build(**arguments)``, if so."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # shapes only, without memory
+        state = build(**arguments).state_dict()
+    expected = {name: tuple(value.shape) for name, value in state.items()}
+    shapes = {name: tuple(shape) for name, (_, shape) in found.items()}
+    for name in sorted(expected | shapes):
+        if expected.get(name) != shapes.get(name):
+            return f"{name} has the shape {shapes.get(name)}, the model's is {expected.get(name)}"
+    dtypes = {dtype: name for name, (dtype, _) in found.items()}
+    if len(dtypes) > 1 or not dtypes.keys() <= set(DTYPES.values()):
+        listed = " and ".join(f"{name} {dtype}" for dtype, name in dtypes.items())
+        return f"its weights must be of one floating-point type, but are mixed ({listed})"
+    return None
+
+
+def _not_finite(weights: Mapping[str, torch.Tensor]) -> str | None:
+    """A sentence that names the first weight that is not finite; None if all are."""
+    names = (name for name, value in weights.items() if not value.isfinite().all())
+    return next((f"{name} has values that are not finite" for name in names), None)
 
 
 def _read_arguments(path: Path) -> dict[str, Any]:
@@ -258,7 +313,7 @@ def _read_arguments(path: Path) -> dict[str, Any]:
     """
     try:
         arguments = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no saved model: it is not JSON ({error})") from None
     if not isinstance(arguments, dict) or "image_shape" not in arguments:
         raise ValueError(f"{path} is no saved model: it does not hold the arguments of vlae.build")
@@ -277,11 +332,18 @@ def _read_arguments(path: Path) -> dict[str, Any]:
     return arguments
 
 
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a safetensors file; ValueError if it is no such file."""
+def _read_shapes(path: Path) -> dict[str, tuple[torch.dtype, Sequence[int]]]:
+    """The dtype and shape of every tensor in a safetensors file.
+
+    Raises ValueError if it is no such file, or holds anything but floating-point numbers.
+    """
     try:
         with safe_open(path, "pt") as file:
-            names = file.keys()
-            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            kinds = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from None
+    for name, (dtype, _) in kinds.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{path}: {name} is {dtype}; it must be one of {', '.join(DTYPES)}")
+    return {name: (DTYPES[dtype], shape) for name, (dtype, shape) in kinds.items()}

@@ -71,9 +71,9 @@ class VLAE(nn.Module):
         x: (batch, channels, height, width). noise: standard normal, (batch, latents); or
         (samples, batch, latents) for several codes of each image. Then the terms of the bound are
         (samples, batch), and the encoder and the decoder's window, which do not depend on z, are
-        evaluated once for all samples.
+        evaluated once for all samples. Raises ValueError on images or noise of another shape.
         """
-        z, log_posterior = self.encoder(x).sample_with_log_prob(noise)
+        z, log_posterior = self._sample(x, noise)
         pixels = self.decoder(z, x)
         # The distortion sums hundreds of terms, which bfloat16 would round too coarsely.
         with torch.autocast(x.device.type, enabled=False):
@@ -82,5 +82,15 @@ class VLAE(nn.Module):
 
     def rate_per_latent(self, x: Tensor, noise: Tensor) -> Tensor:
         """The same term of the bound, without evaluating the decoder: (batch, latents)."""
-        z, log_posterior = self.encoder(x).sample_with_log_prob(noise)
+        z, log_posterior = self._sample(x, noise)
         return log_posterior - self.prior.log_prob(z)
+
+    def _sample(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """z, and log q(z|x) split over the latents, both of the shape of ``noise``."""
+        # Noise of another shape would broadcast: all images would share it, or all latents.
+        if noise.dim() not in (2, 3) or noise.shape[-2:] != (len(x), self.latents):
+            raise ValueError(
+                f"noise has the shape {tuple(noise.shape)}; it must be ({len(x)}, {self.latents}), "
+                f"or (samples, {len(x)}, {self.latents}) for several codes of each image"
+            )
+        return self.encoder(x).sample_with_log_prob(noise)

@@ -13,10 +13,11 @@ from vlae.model import Bound
 def group_rates(rate_per_latent: Tensor, groups: int) -> Tensor:
     """The batch's mean rate of each of ``groups`` equal parts of the code, in nats.
 
-    (batch, latents) -> (groups,). A group is a run of neighbouring latents. Its value is a rate,
-    log q(z_g|x) - log p(z_g|...), only if the rate splits over latents (``VLAE.rate_splits``).
+    (..., batch, latents) -> (groups,). A group is a run of neighbouring latents. Its value is a
+    rate, log q(z_g|x) - log p(z_g|...), only if the rate splits over latents
+    (``VLAE.rate_splits``).
     """
-    return rate_per_latent.unflatten(-1, (groups, -1)).sum(-1).mean(0)
+    return rate_per_latent.unflatten(-1, (groups, -1)).sum(-1).flatten(0, -2).mean(0)
 
 
 def training_loss(
@@ -34,10 +35,18 @@ def training_loss(
     or a scalar, the mean rate of the whole code. It decides whether a floor is active. So every
     rank takes the same branch, and the gradient does not depend on how the batch is split.
 
+    With several codes of each image the means are also over the codes. Raises ValueError on
+    ``mean_rates`` of another shape.
+
     Reference for free bits: Kingma et al., *Improved Variational Inference with Inverse
     Autoregressive Flow*, NeurIPS 2016, arXiv:1606.04934.
     """
-    groups = mean_rates.numel()
+    groups, latents = mean_rates.numel(), bound.rate_per_latent.shape[-1]
+    if mean_rates.dim() > 1 or groups == 0 or latents % groups:
+        raise ValueError(
+            f"mean_rates has the shape {tuple(mean_rates.shape)}; it must be a scalar, or "
+            f"(groups,) for a number of groups that divides {latents} latents"
+        )
     rates, floor = group_rates(bound.rate_per_latent, groups), free_nats / groups
     floored = torch.where(mean_rates < floor, torch.full_like(rates, floor), rates)
     return bound.distortion.mean() + rate_weight * floored.sum()
@@ -80,8 +89,14 @@ class SoftFreeBits:
     def update(self, mean_rate: Tensor) -> None:
         """Update gamma from a step's rate in nats, averaged over the global batch.
 
-        ``mean_rate`` is a scalar without gradient. If it is not finite, the step is ignored.
+        ``mean_rate`` is a scalar without gradient. If it is not finite, the step is ignored. Raises
+        ValueError if it is not a scalar.
         """
+        if mean_rate.dim():
+            raise ValueError(
+                f"mean_rate has the shape {tuple(mean_rate.shape)}; it must be a scalar, the mean "
+                "rate of the whole code"
+            )
         finite = mean_rate.isfinite()
         self.steps = self.steps + finite
         average = self.rate.lerp(mean_rate.to(self.rate), 1 / self.INTERVAL)

@@ -17,7 +17,7 @@ class Codes:
     """Images to codes."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.model = load(folder)
+        self.model = load(folder).float()
 
     def predict(
         self, model_input: npt.ArrayLike, params: Mapping[str, object] | None = None

@@ -10,6 +10,7 @@ width + (right + 1)(height - 1) rounds on a few pixels each, instead of width * 
 import torch
 from torch import Tensor
 
+from vlae.distributions import at_least_float32
 from vlae.model import VLAE
 from vlae.networks.decoder import Decoder
 
@@ -19,10 +20,18 @@ def decode(decoder: Decoder, z: Tensor, uniform: Tensor) -> Tensor:
     """x ~ p(x|z), exactly, in as few rounds as the decoder's window allows.
 
     z: (batch, latents). uniform: noise in [0, 1), (batch, ``likelihood.num_uniforms``, height,
-    width). Returns (batch, channels, height, width). The same noise gives the same images as
-    ``decode_naively``, up to the rounding of a probability.
+    width). Returns (batch, channels, height, width), of the dtype of ``uniform``. The same noise
+    gives the same images as ``decode_naively``, up to the rounding of a probability. Raises
+    ValueError on noise of another shape, or in half precision: there 0.999 is 1, which would draw
+    an improbable pixel now and then.
     """
     channels, height, width = decoder.image_shape
+    shape = (len(z), decoder.likelihood.num_uniforms, height, width)
+    if uniform.shape != shape or uniform.dtype != at_least_float32(uniform.dtype):
+        raise ValueError(
+            f"uniform is {uniform.dtype} of the shape {tuple(uniform.shape)}; it must be float32 "
+            f"or float64 of the shape {shape}"
+        )
     condition, noise = decoder.condition(z), uniform.permute(0, 2, 3, 1)
     if decoder.context is None:
         return decoder.predict(condition).sample(noise).permute(0, 3, 1, 2).to(uniform.dtype)
@@ -61,12 +70,13 @@ def decode_naively(decoder: Decoder, z: Tensor, uniform: Tensor) -> Tensor:
 def sample(model: VLAE, num_images: int, generator: torch.Generator) -> Tensor:
     """Images from the model: z ~ p(z), then x ~ p(x|z).
 
-    Returns (num_images, channels, height, width), pixels in [0, 1]. The generator is a CPU
-    generator, so that a seed gives the same noise on every device.
+    Returns (num_images, channels, height, width), pixels in [0, 1], in float32, or in float64 if
+    the model is. The generator is a CPU generator, so that a seed gives the same noise on every
+    device.
     """
     noise = torch.randn(num_images, model.latents, generator=generator)
     weight = next(model.parameters())
-    uniform = _uniform(model.decoder, num_images, generator).to(weight)
+    uniform = _uniform(model.decoder, noise.to(weight), generator)
     return decode(model.decoder, model.prior.sample(noise.to(weight)), uniform)
 
 
@@ -74,16 +84,17 @@ def sample(model: VLAE, num_images: int, generator: torch.Generator) -> Tensor:
 def reconstruct(model: VLAE, x: Tensor, generator: torch.Generator) -> Tensor:
     """Reconstructions of ``x`` from its code: z ~ q(z|x), then x' ~ p(x'|z).
 
-    The paper calls this decompression. Returns the shape of ``x``. The generator is a CPU
-    generator, as for ``sample``.
+    The paper calls this decompression. Returns the shape of ``x``, and the dtype that ``sample``
+    would. The generator is a CPU generator, as for ``sample``.
     """
     noise = torch.randn(len(x), model.latents, generator=generator)
-    uniform = _uniform(model.decoder, len(x), generator).to(x)
+    uniform = _uniform(model.decoder, x, generator)
     return decode(model.decoder, model.encoder(x).sample(noise.to(x)), uniform)
 
 
-def _uniform(decoder: Decoder, num_images: int, generator: torch.Generator) -> Tensor:
-    """The noise that ``decode`` takes."""
+def _uniform(decoder: Decoder, like: Tensor, generator: torch.Generator) -> Tensor:
+    """The noise that ``decode`` takes, for as many images as ``like`` has rows, on its device."""
     _, height, width = decoder.image_shape
-    shape = (num_images, decoder.likelihood.num_uniforms, height, width)
-    return torch.rand(shape, generator=generator)
+    shape = (len(like), decoder.likelihood.num_uniforms, height, width)
+    noise = torch.rand(shape, generator=generator)
+    return noise.to(like.device, at_least_float32(like.dtype))

@@ -1,6 +1,8 @@
 """A model's weights as one tensor, and their exponential moving average."""
 
 import copy
+import weakref
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
@@ -19,8 +21,9 @@ def flatten(module: nn.Module) -> nn.Parameter:
     dozens on small tensors. The module does not change: its parameters are views of the tensor,
     under their old names and shapes. The padding between them is zero and stays zero.
 
-    Gradients start at zero and must be zeroed in place (``zero_grad(set_to_none=False)``). Do not
-    move the module to another device or dtype afterwards: that undoes the flattening.
+    Gradients start at zero and must be zeroed in place (``zero_grad(set_to_none=False)``). Without
+    ``set_to_none=False``, or after the module has moved to another device or dtype, an optimizer of
+    the tensor would train nothing. So the next backward pass raises RuntimeError.
     """
     parameters = list(module.parameters())
     sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in parameters]
@@ -32,7 +35,38 @@ def flatten(module: nn.Module) -> nn.Parameter:
         weights.copy_(parameter.detach())
         parameter.data = weights
         parameter.grad = gradient[: parameter.numel()].view_as(parameter)
+        if parameter.requires_grad:
+            check = _stays_flat(weights, parameter.grad, flat, flat.grad)
+            parameter.register_post_accumulate_grad_hook(check)
     return flat
+
+
+def _stays_flat(
+    weights: Tensor, gradient: Tensor, flat: nn.Parameter, flat_gradient: Tensor
+) -> Callable[[Tensor], None]:
+    """A hook of a parameter that raises RuntimeError if it no longer belongs to ``flat``.
+
+    ``weights`` and ``gradient`` are the parameter's parts of ``flat`` and of ``flat_gradient``. The
+    hook does not keep ``flat`` alive; without it there is nothing to check.
+    """
+    place, tensor = weights.data_ptr(), weakref.ref(flat)
+
+    def check(parameter: Tensor) -> None:
+        whole = tensor()
+        if whole is None:
+            return
+        if whole.grad is not flat_gradient or parameter.grad is not gradient:
+            raise RuntimeError(
+                "the gradients of flattened weights were replaced, so the tensor that vlae.flatten "
+                "returned would not be trained; use zero_grad(set_to_none=False)"
+            )
+        if parameter.data_ptr() != place:
+            raise RuntimeError(
+                "flattened weights were moved, so the tensor that vlae.flatten returned would not "
+                "be trained; call vlae.flatten after module.to(...)"
+            )
+
+    return check
 
 
 class EMA(Generic[Module]):
@@ -49,8 +83,9 @@ class EMA(Generic[Module]):
     def __init__(self, module: Module, decay: float) -> None:
         self.decay = decay
         self.module = copy.deepcopy(module)
+        self.module.eval().requires_grad_(False)
         self._average = flatten(self.module).detach()
-        self.module.eval().requires_grad_(False).zero_grad()
+        self.module.zero_grad()
 
     @torch.no_grad()
     def update(self, weights: Tensor, step: int) -> None:

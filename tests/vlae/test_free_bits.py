@@ -162,3 +162,31 @@ def test_soft_free_bits_raise_the_rate_of_a_model_to_the_target() -> None:
         rates.append(rate.item())
     assert sum(rates[-300:]) / 300 == pytest.approx(target, rel=0.1)
     assert 0 < soft.gamma < 1, "the test is vacuous if the model would choose that rate anyway"
+
+
+# --- several codes of an image ---
+
+
+@settings(deadline=None, derandomize=True, max_examples=20)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.floats(0, 4))
+def test_the_loss_of_several_codes_is_the_mean_of_the_losses_of_each(
+    samples: int, batch: int, groups: int, free_nats: float
+) -> None:
+    each = [a_bound(batch, 2 * groups) for _ in range(samples)]
+    together = Bound(*(torch.stack(parts) for parts in zip(*each, strict=True)))
+    rates = group_rates(together.rate_per_latent, groups).detach()
+    expected = torch.stack([training_loss(bound, rates, free_nats, 0.5) for bound in each]).mean()
+    torch.testing.assert_close(training_loss(together, rates, free_nats, 0.5), expected)
+    whole = training_loss(together, together.rate.mean().detach(), 0.0, 1.0)
+    torch.testing.assert_close(whole, -together.elbo.mean())
+
+
+@pytest.mark.parametrize("shape", [(4,), (0,), (3, 1), (2, 3)])
+def test_rates_that_are_not_those_of_equal_groups_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="mean_rates has the shape"):
+        training_loss(a_bound(5, 6), torch.zeros(shape), 1.0, 1.0)
+
+
+def test_soft_free_bits_take_the_rate_of_the_whole_code_only() -> None:
+    with pytest.raises(ValueError, match="mean_rate has the shape"):
+        SoftFreeBits(1.0).update(torch.ones(3))

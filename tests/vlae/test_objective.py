@@ -335,3 +335,28 @@ def test_every_parameter_of_a_model_is_trained(make_model: MakeModel) -> None:
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(
+    ("images", "noise"),
+    [
+        ((4, 1, 7, 6), (1, 2)),
+        ((4, 1, 7, 6), (4, 1)),
+        ((4, 1, 7, 6), (2,)),
+        ((4, 1, 7, 6), (4, 2, 4, 2)),
+        ((4, 1, 7, 6), (3, 1, 2)),
+        ((4, 1, 7, 6), (4, 3)),
+        ((4, 1, 8, 6), (4, 2)),
+        ((4, 3, 7, 6), (4, 2)),
+        ((4, 7, 6), (4, 2)),
+    ],
+)
+def test_images_and_noise_that_would_broadcast_are_refused(
+    make_model: Callable[..., VLAE], images: tuple[int, ...], noise: tuple[int, ...]
+) -> None:
+    model = make_model((1, 7, 6), "3x2")
+    arguments = (torch.zeros(images).double(), torch.zeros(noise).double())
+    with pytest.raises(ValueError, match=r"(noise has|images have) the shape"):
+        model(*arguments)
+    with pytest.raises(ValueError, match=r"(noise has|images have) the shape"):
+        model.rate_per_latent(*arguments)

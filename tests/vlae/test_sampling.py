@@ -219,3 +219,39 @@ def test_images_are_drawn_under_autocast(make_model: MakeModel, text: str) -> No
         images = sample(model, 3, generator())
     assert images.shape == (3, 1, 5, 7)
     assert set(images.unique().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "logistic"])
+def test_half_precision_draws_no_pixels_that_are_all_but_impossible(
+    make_model: MakeModel, likelihood: str, dtype: torch.dtype
+) -> None:
+    model = make_model((1, 16, 16), "3x2", likelihood=likelihood).to(dtype)
+    with torch.no_grad():
+        model.decoder.head.weight.zero_()
+        # Bernoulli: a pixel is black once in e^12 times. Logistic: all components have the mean 0
+        # and the scale e^-5, so that a pixel is above 160 once in 10^16 times.
+        model.decoder.head.bias.fill_(12.0 if likelihood == "bernoulli" else 0.0)
+        if likelihood == "logistic":
+            model.decoder.head.bias[10:15] = -5.0
+    images = sample(model, 64, generator())
+    x = torch.zeros(64, 1, 16, 16, dtype=dtype)
+    for drawn in (images, reconstruct(model, x, generator())):
+        assert drawn.dtype == torch.float32
+        if likelihood == "bernoulli":
+            assert (drawn == 0).sum() <= 2
+        else:
+            assert 255 * drawn.min() > 90
+            assert 255 * drawn.max() < 160
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5, 7), (3, 1, 5, 8), (3, 2, 5, 7), (3, 5, 7)])
+def test_noise_of_another_shape_or_in_half_precision_is_refused(
+    make_model: MakeModel, shape: tuple[int, ...]
+) -> None:
+    decoder = make_model((1, 5, 7), "4x2").decoder
+    z = torch.zeros(3, 2).double()
+    with pytest.raises(ValueError, match="uniform is"):
+        decode(decoder, z, torch.rand(shape, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"uniform is torch\.bfloat16"):
+        decode(decoder, z, torch.rand(3, 1, 5, 7).bfloat16())

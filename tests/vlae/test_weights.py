@@ -89,6 +89,55 @@ def test_a_flattened_model_is_saved_like_any_other(tmp_path: Path) -> None:
     assert sizes[0] == sizes[1]
 
 
+def zero_module(model: VLAE, flat: nn.Parameter) -> None:
+    model.zero_grad()
+
+
+def zero_optimizer(model: VLAE, flat: nn.Parameter) -> None:
+    torch.optim.SGD([flat]).zero_grad()
+
+
+def zero_one(model: VLAE, flat: nn.Parameter) -> None:
+    list(model.parameters())[-1].grad = None
+
+
+def cast(model: VLAE, flat: nn.Parameter) -> None:
+    model.float().double()
+
+
+@pytest.mark.parametrize("undo", [zero_module, zero_optimizer, zero_one, cast])
+def test_training_that_would_miss_the_tensor_is_an_error(
+    make_model: Callable[..., VLAE], undo: Callable[[VLAE, nn.Parameter], None]
+) -> None:
+    model = make_model((1, 7, 6), "3x2")
+    flat = flatten(model)
+    loss(model).backward()
+    undo(model, flat)
+    with pytest.raises(RuntimeError, match="would not be trained"):
+        loss(model).backward()
+
+
+def test_a_module_is_trained_as_usual_once_its_tensor_is_gone(
+    make_model: Callable[..., VLAE],
+) -> None:
+    model = make_model((1, 7, 6), "3x2")
+    flat = flatten(model)
+    again = flatten(model)
+    del flat
+    loss(model).backward()
+    assert again.grad is not None
+    assert again.grad.count_nonzero()
+    del again
+    model.zero_grad()
+    loss(model).backward()
+
+
+def test_the_averaged_model_can_be_trained_further(make_model: Callable[..., VLAE]) -> None:
+    tuned = EMA(make_model((1, 7, 6), "3x2"), 0.9).module.requires_grad_()
+    loss(tuned).backward()
+    assert all(parameter.grad is not None for parameter in tuned.parameters())
+
+
 # --- moving average ---
 
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlae.distributions import at_least_float32
 from vlae.likelihood import Distribution, Likelihood
 from vlae.networks.context import StackContext, WindowContext, visible
 from vlae.networks.layers import PixelLayer, Trunk, scales
@@ -119,7 +120,8 @@ class Decoder(nn.Module):
         h = self.per_pixel(self.activation(hidden))
         # The parameters of a distribution need more precision than bfloat16 has.
         with torch.autocast(h.device.type, enabled=False):
-            return self.likelihood(self.head(h.to(self.head.weight.dtype)))
+            parameters = self.head(h.to(self.head.weight.dtype))
+            return self.likelihood(parameters.to(at_least_float32(parameters.dtype)))
 
     def forward(self, z: Tensor, x: Tensor) -> Distribution:
         """p(x|z), with every pixel given its window in x.

@@ -37,6 +37,7 @@ class Encoder(nn.Module):
         trunk: Trunk = Trunk(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
+        self.image_shape = image_shape
         in_channels, height, width = image_shape
         sizes = scales(height, width)
         self.activation, self.maps = trunk.activation, maps
@@ -62,7 +63,16 @@ class Encoder(nn.Module):
         return self.flow is None or self.flow.splits_over_latents
 
     def forward(self, x: Tensor) -> Posterior:
-        """Pixels in [0, 1], (batch, channels, height, width) -> q(z|x) over (batch, size of z)."""
+        """Pixels in [0, 1], (batch, channels, height, width) -> q(z|x) over (batch, size of z).
+
+        Raises ValueError on images of another shape.
+        """
+        # Images that are a little smaller would pass: their smallest size may be the same.
+        if x.dim() != 4 or tuple(x.shape[1:]) != tuple(self.image_shape):
+            raise ValueError(
+                f"images have the shape {tuple(x.shape)}; it must be (batch, "
+                f"{', '.join(map(str, self.image_shape))})"
+            )
         h = self.activation(self.layers((2 * x - 1).contiguous(memory_format=torch.channels_last)))
         h = h.permute(0, 2, 3, 1) if self.maps else h.flatten(1)
         mean, raw = (self._flat(part) for part in self.head(h).chunk(2, -1))
