@@ -1,6 +1,7 @@
 """Connect to a Ray cluster: a running one, or a new one on this machine."""
 
 import itertools
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -66,6 +67,8 @@ def _check_endpoint(storage: StorageOptions) -> None:
 
 
 def _start(cluster: ClusterOptions) -> None:
+    # It would open every command with an invitation to switch authentication off.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     env_vars = WORKER_ENVIRONMENT | {
         name: os.environ[name] for name in ("AWS_ENDPOINT_URL",) if name in os.environ
@@ -92,7 +95,7 @@ def _start(cluster: ClusterOptions) -> None:
         # are set in both places.
         env_vars = {name: value for name, value in env_vars.items() if name not in os.environ}
     try:
-        ray.init(
+        context = ray.init(
             address or "local",
             log_to_driver=False,
             logging_level="warning",
@@ -106,6 +109,19 @@ def _start(cluster: ClusterOptions) -> None:
             f"no Ray cluster answers at {address}: {reason}; start one with `ray start --head`, or"
             " leave out cluster.address to use this machine alone"
         ) from error
+    if not address:
+        _make_private(Path(context.address_info["session_dir"]))
+
+
+def _make_private(session: Path) -> None:
+    """Keep other users of this machine from what Ray has written for all to read.
+
+    Its folder of sockets, logs and the options of jobs may be written by everybody, and its token,
+    which lets its holder run any program, may be read.
+    """
+    for path, mode in ((session, 0o700), (Path("~/.ray/auth_token").expanduser(), 0o600)):
+        if path.exists() and path.stat().st_uid == os.getuid():
+            path.chmod(mode)
 
 
 def in_tasks(

@@ -141,13 +141,40 @@ def _promote(registry: "Registry", name: str, config: RegistryConfig) -> JsonObj
     version = _version(registry, name, config.version)
     result: JsonObject = {"name": name, "version": version.number, "alias": config.alias}
     result |= {"comparison": None, "promoted": True}
-    champions = [each for each in registry.versions(name) if "champion" in each.aliases]
-    if config.alias == "champion" and champions and champions[0].number != version.number:
-        result["comparison"] = _measure(version, champions[0], config)
-        result["promoted"] = result["comparison"]["better"] or config.yes
-    if result["promoted"] and config.alias not in version.aliases:
-        registry.set_alias(name, version.number, config.alias)
+    if config.alias != "champion":
+        if config.alias not in version.aliases:
+            registry.set_alias(name, version.number, config.alias)
+        return result
+    before, known = len(registry.history(name)), {version.number}
+    while rivals := _champions(registry, name, before) - known:
+        rival = registry.resolve(f"models:/{name}/{min(rivals)}")
+        result["comparison"] = _measure(version, rival, config)
+        if not (result["comparison"]["better"] or config.yes):
+            result["promoted"] = False
+            if _champion(registry, name) == version.number:  # two were promoted at once
+                registry.set_alias(name, rival.number, "champion")
+            return result
+        known.add(rival.number)
+        registry.set_alias(name, version.number, "champion")
+    if _champion(registry, name) != version.number:
+        registry.set_alias(name, version.number, "champion")
     return result
+
+
+def _champion(registry: "Registry", name: str) -> int | None:
+    return next(
+        (each.number for each in registry.versions(name) if "champion" in each.aliases), None
+    )
+
+
+def _champions(registry: "Registry", name: str, before: int) -> set[int]:
+    """The champion, and whatever became champion after the first ``before`` changes.
+
+    Somebody else may promote a version while this command compares its own.
+    """
+    changes = registry.history(name)[before:]
+    champion = _champion(registry, name)
+    return {each.version for each in changes} | (set() if champion is None else {champion})
 
 
 def _roll_back(registry: "Registry", name: str, config: RegistryConfig) -> JsonObject:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -103,13 +104,33 @@ def describe(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.
             yield prefix + item.name, item
 
 
+SECRETS = re.compile(
+    r"^[\w+.-]+://[^/?#\s]*@|[?&](x-amz-\w+|signature|sig|token|access_token|password)=",
+    re.IGNORECASE,
+)
+"""What addresses with a password or a signature look like."""
+SECRET = (
+    "{key} contains a password or a signature, which would end up in configurations, logs and the"
+    " registry; leave it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"
+    " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+)
+
+
+def has_secret(value: object) -> bool:
+    """Whether an option's value is an address with a password or a signature in it."""
+    return isinstance(value, str) and "://" in value and bool(SECRETS.search(value))
+
+
 def check_all(config: Any, prefix: str = "") -> None:
     """Hold every option to its bounds, and call each section's ``check``. Raises UserError."""
     for item in dataclasses.fields(config):
         value, key = getattr(config, item.name), prefix + item.name
         if dataclasses.is_dataclass(value):
             check_all(value, f"{key}.")
-        elif bounds := item.metadata["bounds"]:
+            continue
+        for text in value if isinstance(value, list) else [value]:
+            require(not has_secret(text), SECRET.format(key=key))
+        if bounds := item.metadata["bounds"]:
             if isinstance(value, list):
                 held = all(type(each) is int and bounds.hold(each) for each in value)
                 require(held, f"{key} is {value}; its numbers must be {bounds}")

@@ -160,6 +160,11 @@ class RegistryOptions:
         "${storage.root}/registry",
         path=True,
     )
+    pyfunc: bool = option(
+        "also write MLmodel, so that mlflow.pyfunc loads a version; it checks nothing, and runs"
+        " whatever module somebody with access to the bucket names there",
+        False,
+    )
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The model card of a registered version: its architecture, training data, figures and limits."""
 
+import re
 from collections.abc import Mapping
 
 from pipeline.values import JsonObject, Measured
@@ -40,7 +41,7 @@ def text(name: str, training: JsonObject, evaluation: JsonObject, origin: Mappin
         if config["dataset"]["binarization"] == "none"
         else f"black or white ({config['dataset']['binarization']})"
     )
-    shape = evaluation["image_shape"]
+    shape, data, name = evaluation["image_shape"], _code(config["dataset"]["name"]), _plain(name)
     size = f"{model['latents']} {'maps' if model['code'] == 'maps' else 'latents'}"
     elbo = Measured.from_json(figures, "elbo_nats")
     of_all = f"{figures['rate_bits']:.1f} of an image's {elbo.bits:.0f} bits"
@@ -56,19 +57,20 @@ def text(name: str, training: JsonObject, evaluation: JsonObject, origin: Mappin
         "| | |",
         "| --- | --- |",
         f"| code | {size}; prior {prior}; posterior a diagonal Gaussian{posterior} |",
-        f"| trained on | `{config['dataset']['name']}`, manifest sha256 `{training['manifest']}` |",
+        f"| trained on | {data}, manifest sha256 {_code(training['manifest'])} |",
         (
             f"| trained for | {config['train']['images']:,} images, counting repeats; seed"
             f" {config['train']['seed']} |"
         ),
         (
-            f"| by | code version `{origin['code_version']}`, run `{origin['run']}`, MLflow run"
-            f" `{origin['run_id']}` |"
+            f"| by | code version {_code(origin['code_version'])}, run {_code(origin['run'])},"
+            f" MLflow run {_code(origin['run_id'])} |"
         ),
     ]
     if "search" in origin:
         lines.append(
-            f"| trial of | search `{origin['search_name']}`, MLflow run `{origin['search']}` |"
+            f"| trial of | search {_code(origin['search_name'])}, MLflow run"
+            f" {_code(origin['search'])} |"
         )
     lines += [
         "",
@@ -125,10 +127,7 @@ def text(name: str, training: JsonObject, evaluation: JsonObject, origin: Mappin
         "",
         "## Limits",
         "",
-        (
-            f"- It was trained on `{config['dataset']['name']}` only; on other images its bounds"
-            " and codes mean little."
-        ),
+        (f"- It was trained on {data} only; on other images its bounds and codes mean little."),
         (
             "- The code omits what the window can predict, whether a task needs it or not: it"
             f" carries {of_all}."
@@ -139,3 +138,12 @@ def text(name: str, training: JsonObject, evaluation: JsonObject, origin: Mappin
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _plain(value: object) -> str:
+    """A value without the characters that mean something in Markdown or HTML."""
+    return re.sub(r"[^\w .,:;@/+-]", "", str(value))
+
+
+def _code(value: object) -> str:
+    return f"`{_plain(value)}`"

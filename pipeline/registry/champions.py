@@ -40,13 +40,19 @@ def read(tags: Mapping[str, str]) -> list[ChampionChange]:
     return changes
 
 
+def last(changes: Sequence[ChampionChange]) -> int | None:
+    """The version that the newest change made champion."""
+    return changes[-1].version if changes else None
+
+
 def previous(
     changes: Sequence[ChampionChange], current: int | None, versions: Container[int]
 ) -> int | None:
     """The champion before the ``current`` one among the ``versions`` that still exist.
 
-    A rollback undoes the promotions after the version that it returned to, so that repeated
-    rollbacks go further back.
+    Changes after the one that made the ``current`` one champion did not take place: whoever
+    recorded them was killed before the alias was set. A rollback undoes the promotions after the
+    version that it returned to, so that repeated rollbacks go further back.
     """
     promoted: list[int] = []
     for change in changes:
@@ -55,6 +61,9 @@ def previous(
         else:
             while promoted and promoted[-1] != change.version:
                 promoted.pop()
+    if current in promoted:
+        while promoted[-1] != current:
+            promoted.pop()
     return next(
         (version for version in reversed(promoted) if version != current and version in versions),
         None,

@@ -15,6 +15,9 @@ PYFUNC = {
 }
 """What MLflow's ``pyfunc.load_model`` reads: the name of the module that loads the model.
 
+That runs whatever module a file in the bucket names, and checks nothing, so it is written only for
+those who ask for it.
+
 A version contains no code.
 """
 
@@ -40,8 +43,12 @@ def collect(run: Run, folder: Path) -> tuple[JsonObject, JsonObject]:
     return json.loads((folder / TRAINING_FILE).read_text()), evaluation
 
 
-def complete(folder: Path, card: str) -> dict[str, str]:
-    """Write the model card and ``MLmodel``; returns the sha256 of every file in ``folder``."""
+def complete(folder: Path, card: str, pyfunc: bool) -> dict[str, str]:
+    """Write the model card, and with ``pyfunc`` also ``MLmodel``.
+
+    Returns the sha256 of every file in ``folder``.
+    """
     (folder / CARD_FILE).write_text(card)
-    (folder / PYFUNC_FILE).write_text(json.dumps(PYFUNC, indent=2) + "\n")
+    if pyfunc:
+        (folder / PYFUNC_FILE).write_text(json.dumps(PYFUNC, indent=2) + "\n")
     return {path.name: sha256_of_file(path) for path in sorted(folder.iterdir())}

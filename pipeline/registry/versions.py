@@ -121,7 +121,8 @@ class Registry:
             tags["code_version"] = kept.data.tags["code_version"]
             if search:
                 tags |= {"search": search, "search_name": self.client.get_run(search).info.run_name}
-            checksums = files.complete(folder, card.text(name, training, evaluation, tags))
+            text = card.text(name, training, evaluation, tags)
+            checksums = files.complete(folder, text, self.config.pyfunc)
             # The path depends on the content, so that no other registration overwrites these files.
             path = f"model-{hashlib.sha256(json.dumps(checksums).encode()).hexdigest()[:16]}"
             self.client.log_artifacts(run_id, str(folder), path)
@@ -268,9 +269,19 @@ class Registry:
             ) from None
 
     def set_champion(self, name: str, version: int, how: str = PROMOTED) -> None:
-        """Make a version champion, and record that in a tag. It stops being the challenger."""
-        self.client.set_registered_model_tag(name, *champions.tag(time.time_ns(), how, version))
+        """Make a version champion, and record that in a tag. It stops being the challenger.
+
+        The alias decides who is champion, so it comes first: a tag alone would make a later
+        rollback return to a version that never was. A champion whose tag is missing gets it now.
+        """
+        model, now = self.client.get_registered_model(name), time.time_ns()
+        current = model.aliases.get("champion")
+        if current is not None and champions.last(champions.read(model.tags)) != int(current):
+            self.client.set_registered_model_tag(
+                name, *champions.tag(now - 1, PROMOTED, int(current))
+            )
         self.client.set_registered_model_alias(name, "champion", str(version))
+        self.client.set_registered_model_tag(name, *champions.tag(now, how, version))
         if str(self.client.get_registered_model(name).aliases.get("challenger")) == str(version):
             self.client.delete_registered_model_alias(name, "challenger")
 

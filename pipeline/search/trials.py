@@ -65,12 +65,32 @@ class Trials:
 
     @classmethod
     def load(cls, config: TuneConfig, storage: Storage) -> Self:
-        """Load the trials of earlier attempts."""
-        return cls(
-            config,
-            storage,
-            [Trial.from_json(storage.read_json(key)) for key in sorted(storage.list("trials/"))],
-        )
+        """Load the trials of earlier attempts.
+
+        Raises UserError if a record is none that this search wrote.
+        """
+        rows = []
+        for key in sorted(storage.list("trials/")):
+            record = storage.read_json(key)
+            try:
+                trial = Trial.from_json(record)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{storage.url}/{key} is no record of a trial ({error}); delete it"
+                ) from None
+            # Its point becomes a configuration: it must hold the search's own values alone.
+            axes = config.search.axes
+            tried = trial.point if isinstance(trial.point, dict) else {}
+            if tried.keys() != axes.keys() or not all(
+                any(type(value) is type(each) and value == each for each in axes[option])
+                for option, value in tried.items()
+            ):
+                raise UserError(
+                    f"{storage.url}/{key} is damaged or forged: its point {trial.point} is none of"
+                    " this search; delete it"
+                )
+            rows.append(trial)
+        return cls(config, storage, rows)
 
     def __post_init__(self) -> None:
         self.interrupted = [row for row in self.rows if row.status is Status.running]

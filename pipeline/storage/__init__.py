@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from pipeline.config.options import SECRET, has_secret
 from pipeline.errors import UserError
 from pipeline.storage.base import Storage
 from pipeline.storage.folder import FolderStorage
@@ -15,6 +16,9 @@ def open_storage(url: str, endpoint_url: str | None = None) -> Storage:
     Amazon's; without it the SDK's own settings decide, such as AWS_ENDPOINT_URL. Credentials come
     from the SDK's own chain only. Nothing is contacted before the first use.
     """
+    for address in (url, endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or ""):
+        if has_secret(address):
+            raise UserError(SECRET.format(key="the address of the storage"))
     scheme, separator, rest = url.partition("://")
     if not separator:
         # Absolute, since a worker has another current folder.

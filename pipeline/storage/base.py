@@ -7,12 +7,14 @@ final failure is a ``UserError`` that names the object and the cause. Web addres
 can only be read; they are for shards that other people publish.
 """
 
+import fcntl
 import json
 import os
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +25,8 @@ PIECE = 256 * 1024
 """Most bytes that a stream yields at once."""
 PARTIAL = ".partial-"
 """Prefix of the names of incomplete local files."""
+ABANDONED = 3600.0
+"""Seconds without a change after which an incomplete file may be deleted."""
 
 
 class ObjectNotFound(UserError):
@@ -132,7 +136,7 @@ class Storage(ABC):
         """An object's JSON value. Raises ObjectNotFound, and UserError if it is not JSON."""
         try:
             return json.loads(self.read(key))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.url}/{key} is damaged: it is not JSON ({error})") from None
 
     def write_json(self, key: str, value: Any) -> None:
@@ -163,6 +167,7 @@ def atomic_file(path: Path, replace: bool = True) -> Iterator[BinaryIO]:
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
     try:
         with partial.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # so that ``sweep`` knows that it is being written
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -171,6 +176,25 @@ def atomic_file(path: Path, replace: bool = True) -> Iterator[BinaryIO]:
         else:
             os.link(partial, path)
             partial.unlink()
+        # The name is on disk, too, only when the folder is.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def sweep(partial: Path, changed: float) -> None:
+    """Delete an incomplete file that nobody writes any more: its process was killed.
+
+    ``changed`` is the time of its last change, in seconds. A file younger than ``ABANDONED`` stays,
+    since a network file system may not know the locks of other hosts.
+    """
+    if time.time() - changed < ABANDONED:
+        return
+    with suppress(OSError), partial.open("rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        partial.unlink(missing_ok=True)

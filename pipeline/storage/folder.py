@@ -19,8 +19,17 @@ from pipeline.storage.base import (
     Storage,
     Unavailable,
     atomic_file,
+    sweep,
     too_short,
 )
+
+TEMPORARY = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EINTR),
+    *(errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+    *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN, errno.ESHUTDOWN, errno.EREMOTEIO),
+    *(errno.ENOLCK, errno.EMFILE, errno.ENFILE),
+}
+"""Errors that may pass: the disk is full, or a network file system does not answer."""
 
 
 class Kind(Enum):
@@ -122,7 +131,9 @@ class FolderStorage(Storage):
     def entries(self, prefix: str = "") -> Iterator[Entry]:
         with self._explained(prefix):
             for found in walk(self._path(prefix)):
-                if found.kind is Kind.file and not found.path.name.startswith(PARTIAL):
+                if found.path.name.startswith(PARTIAL):
+                    sweep(found.path, found.changed / 1e9)
+                elif found.kind is Kind.file:
                     key = found.path.relative_to(self.root).as_posix()
                     yield Entry(key, found.size, str(found.changed))
 
@@ -155,9 +166,5 @@ class FolderStorage(Storage):
         except FileNotFoundError:
             raise ObjectNotFound(f"there is no {self.url}/{key}") from None
         except OSError as error:
-            kind = (
-                Unavailable
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
-                else UserError
-            )
+            kind = Unavailable if error.errno in TEMPORARY else UserError
             raise kind(f"cannot use {self.url}/{key}: {error.strerror or error}") from error

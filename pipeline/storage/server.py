@@ -128,6 +128,7 @@ class ObjectStorageServer:
     def _start(self, resources: ExitStack) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.folder.chmod(0o700)
             (self.folder / "data").mkdir(exist_ok=True)
             lock = resources.enter_context((self.folder / "lock").open("wb"))
         except OSError as error:
@@ -172,6 +173,7 @@ class ObjectStorageServer:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            umask=0o077,  # its sockets lie in /tmp
             start_new_session=True,  # Ctrl-C is for us: the server stops after its users
         )
         resources.callback(self._stop)

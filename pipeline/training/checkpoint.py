@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.runs import CHECKPOINTS
-from pipeline.storage.base import Storage
+from pipeline.storage.base import ObjectNotFound, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +75,22 @@ def save(storage: Storage, step: int, tensors: Mapping[str, Tensor], keep: int) 
     storage.delete(set(others) - {*later, *older[: keep - 1]})
 
 
-def resume(storage: Storage, state: Mapping[str, Stateful]) -> int:
+def resume(storage: Storage, state: Mapping[str, Stateful], listings: int = 5) -> int:
     """Load the newest valid checkpoint into ``state``; returns its step, or 0 if there is none.
 
-    Damaged checkpoints are skipped with a warning. Raises UserError if an earlier version of this
-    program wrote the checkpoint, with another optimizer state.
+    Checkpoints are listed again, up to ``listings`` times, if one is deleted meanwhile. Damaged
+    checkpoints are skipped with a warning. Raises UserError if an earlier version of this program
+    wrote the checkpoint, with another optimizer state.
     """
     for key in _newest_first(storage):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "checkpoint"
-            storage.download(key, path)
+            try:
+                storage.download(key, path)
+            except ObjectNotFound:  # deleted since the listing: a newer one was written
+                if listings > 1:
+                    return resume(storage, state, listings - 1)
+                continue
             if not _is_valid(key, path):
                 logger.warning(
                     "checkpoint %s/%s is damaged; trying the one before it", storage.url, key

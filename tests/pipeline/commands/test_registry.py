@@ -59,6 +59,7 @@ def command(root: str, uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         options = [
             f"storage.root={root}",
             f"registry.uri={uri}",
+            "registry.pyfunc=true",
             f"output={tmp_path}",
             "bounds.samples=4",
             "bounds.pictures=5",
