@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data import manifest
-from pipeline.data.manifest import Manifest, PagedShards, Shard
+from pipeline.data.manifest import Manifest
 from pipeline.data.order import Order
+from pipeline.data.records import PagedShards, Shard
 from pipeline.storage import open_storage
 
 SHARDS, RANKS, SAMPLES = 10**6, 4096, 10**10

@@ -96,6 +96,10 @@ class Run:
         identity: JsonObject = self.storage.read_json(IDENTITY)
         return identity
 
+    def checked_manifest(self) -> str | None:
+        """The checksum of the manifest that ``launch.check`` found, if it has passed."""
+        return self.identity()["manifest"] if self.storage.exists(IDENTITY) else None
+
     def rows(self) -> list[dict[str, float]]:
         """The metrics that it has logged so far, row by row; none if it has not started."""
         if not self.storage.exists(METRICS):

@@ -1,6 +1,7 @@
 """Values that cross the borders of packages: measured figures, and JSON."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -10,6 +11,16 @@ JsonObject: TypeAlias = dict[str, Any]
 
 UNITS = ("nats", "bits")
 """The units that end the key of a figure in JSON: ``elbo_nats``."""
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def is_name(value: object) -> bool:
+    """Whether this can name a data set, a split, a run, a search or a registered model.
+
+    Names become parts of paths and addresses: letters, digits, dots, underscores and hyphens.
+    """
+    return isinstance(value, str) and NAME.fullmatch(value) is not None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 
 from pipeline import noise
 from pipeline.config.sections import Binarization
-from pipeline.data.manifest import Integers
+from pipeline.data.records import Integers
 from pipeline.noise import Purpose
 
 

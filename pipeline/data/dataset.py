@@ -16,9 +16,11 @@ class DataSet:
     manifest: Manifest
 
     @classmethod
-    def load(cls, storage: Storage) -> "DataSet":
-        """The data set in ``storage``.
+    def load(cls, storage: Storage, checked: str | None = None) -> "DataSet":
+        """The data set in ``storage``; ``checked`` is the digest of a manifest that was loaded
+        before, on another machine for example.
 
-        Raises ``UserError`` if there is none, or one that is damaged or of another version.
+        Raises ``UserError`` if there is none, or one that is damaged or of another version, or
+        whose shards lie where they are not followed (``pipeline.storage.places``).
         """
-        return cls(storage, manifests.load(storage))
+        return cls(storage, manifests.load(storage, checked))

@@ -6,6 +6,7 @@ bucket or on the web.
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,8 +25,8 @@ from pipeline.config.sections import (
 )
 from pipeline.data import images, manifest
 from pipeline.data.journal import Journal
-from pipeline.data.manifest import Manifest, Shard
-from pipeline.data.records import Index, checksum
+from pipeline.data.manifest import Manifest
+from pipeline.data.records import Index, Shard, checksum, paginate
 from pipeline.data.sources.account import Account
 from pipeline.data.sources.base import SPLITS, hash_fraction
 from pipeline.data.sources.files import why_passed_over
@@ -36,6 +37,7 @@ from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.storage.pieces import Counted, Pieces
+from pipeline.storage.places import is_address, is_below, remember
 from pipeline.values import JsonObject
 
 REPORT_KEY = "report.json"
@@ -63,12 +65,14 @@ def write_manifest(
         name: getattr(options, name)
         for name in ("image_size", "channels", "label_key", "image_key", "max_megapixels")
     }
+    places = find_places(options, splits)
+    remember(places)
     recipe |= {"fit": options.fit.value, "binarization": dataset.binarization.value}
     contents = manifest.load_made_by(storage, recipe)
     reused = contents is not None
     if contents is None:
         cluster.connect(workers, place)
-        contents = _index_all(dataset, options, storage, splits, recipe, account)
+        contents = _index_all(dataset, options, storage, splits, places, recipe, account)
         contents.publish(storage)
         _remove_leftovers(storage, contents)
         storage.write_json(REPORT_KEY, account.to_json(contents.class_names, contents.num_classes))
@@ -116,11 +120,11 @@ def find_shards(
         taken = {tar.url for split in missing for tar in named[split]}
         found["train"] = [tar for tar in found["train"] if tar.url not in taken]
     for split in [split for split in fractions if split not in found]:
-        places = {tar.url: hash_fraction(f"{split} {tar.name}") for tar in found["train"]}
-        chosen = [tar for tar in found["train"] if places[tar.url] < fractions[split]]
+        hashes = {tar.url: hash_fraction(f"{split} {tar.name}") for tar in found["train"]}
+        chosen = [tar for tar in found["train"] if hashes[tar.url] < fractions[split]]
         account.origins[split] = "hash of the shard's name"
         if not chosen and len(found["train"]) > 1:
-            chosen = [min(found["train"], key=lambda tar: places[tar.url])]
+            chosen = [min(found["train"], key=lambda tar: hashes[tar.url])]
             account.origins[split] += " (one shard, so that it has any)"
         found["train"] = [tar for tar in found["train"] if tar not in chosen]
         found[split] = chosen
@@ -130,7 +134,25 @@ def find_shards(
                 f"there are no shards for {split}; name some with index.{split}=, or give more"
                 " shards"
             )
+    for tar in itertools.chain(*found.values()):
+        if not is_address(tar.url):
+            raise UserError(
+                f"cannot index {tar.url!r}: an address is s3://, http(s):// or a path, without '..'"
+                " and odd characters; rename it"
+            )
     return {split: found[split] for split in SPLITS}
+
+
+def find_places(options: IndexOptions, splits: dict[str, list[Tar]]) -> list[str]:
+    """The folders and addresses below which the options say that shards lie."""
+    found = set[str]()
+    for pattern in filter(None, (options.train, options.valid, options.test)):
+        if pattern.lower().endswith(".tar"):
+            found.add(open_storage(pattern.partition("{")[0].rpartition("/")[0] or ".").url)
+        else:
+            found.add(open_storage(pattern).url)
+    others = (tar for tar in itertools.chain(*splits.values()) if not is_below(tar.url, found))
+    return sorted(found | {tar.url.rpartition("/")[0] for tar in others})
 
 
 def expand(pattern: str, endpoint_url: str | None, account: Account) -> list[Tar]:
@@ -160,9 +182,10 @@ def expand(pattern: str, endpoint_url: str | None, account: Account) -> list[Tar
         urls = list(braceexpand(pattern, escape=False))
     except ValueError:
         raise UserError(f"{pattern}: its braces do not match") from None
+    urls = [url if "://" in url else _absolute(url) for url in urls]
     folders = {url.rpartition("/")[0] for url in urls}
     versions = {url: version for folder in folders for url, version in _versions(folder)}
-    return [Tar(url, versions.get(_absolute(url), "")) for url in urls]
+    return [Tar(url, versions.get(url, "")) for url in urls]
 
 
 def _absolute(url: str) -> str:
@@ -184,6 +207,7 @@ def _index_all(
     options: IndexOptions,
     storage: Storage,
     splits: dict[str, list[Tar]],
+    places: list[str],
     recipe: JsonObject,
     account: Account,
 ) -> Manifest:
@@ -235,12 +259,13 @@ def _index_all(
         image_shape=(channels, *_image_size(options, found)),
         num_classes=labels + 1 if labels >= 0 else None,
         block_size=1,
-        splits={split: manifest.paginate(storage, split, shards[split]) for split in splits},
+        splits={split: paginate(storage, split, shards[split], places) for split in splits},
         source=recipe,
         encoding="image",
         fit=options.fit.value if options.image_size else None,
         binarization=binarization.value,
         class_names=class_names,
+        places=places,
     )
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from pipeline import background
 from pipeline.data.batch import Batch
 from pipeline.data.dataset import DataSet
-from pipeline.data.manifest import Integers
 from pipeline.data.order import Order, even_part, in_manifest_order
 from pipeline.data.reader import STRICT, Reader, ReadOptions, Rows, substitute
+from pipeline.data.records import Integers
 from pipeline.errors import UserError
 
 Item = TypeVar("Item")

@@ -12,8 +12,10 @@
 
 The manifest is written last: a data set exists once it is there. Nothing in it grows with the
 number of samples; what does is in an index, which is read when its shard is opened. Shards may also
-be elsewhere and belong to someone else (``vlae index``): then their names are whole addresses, and
-only the indices are beside the manifest.
+be elsewhere and belong to someone else (``vlae index``): then their names are whole addresses below
+``places``, and only the indices are beside the manifest. Nothing in a manifest is trusted: every
+value is checked for its type and form, and ``pipeline.storage.places`` says which places are
+followed.
 
 The encoding says what a record is:
 
@@ -29,135 +31,51 @@ Either way any run of records is one range of bytes.
 """
 
 import hashlib
-import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property, lru_cache
-from typing import Any, TypeVar, get_args, overload
+from typing import get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.data.images import MAX_PIXELS, Fit
+from pipeline.data.records import (
+    REMEDY,
+    Integers,
+    PagedShards,
+    Shard,
+    check_counts,
+    row_from_json,
+    shards_from_json,
+    shards_to_json,
+)
 from pipeline.errors import UserError
+from pipeline.storage import places as trusted
 from pipeline.storage.base import ObjectNotFound, Storage, to_json
 from pipeline.storage.recipe import differing
-from pipeline.values import JsonObject
+from pipeline.values import JsonObject, is_name
 
 VERSION = 3
 ENCODINGS = ("npy", "image")
 PIXELS = ("binary", "values")
 BINARIZATIONS = ("dynamic", "static", "none")
 MANIFEST_KEY = "manifest.json"
-REMEDY = (
-    "delete manifest.json there and run again the command that made it, vlae shard or vlae index"
-)
-PAGE = 10_000
-"""Shards of a page; a split with more shards is stored in pages."""
-Integers = npt.NDArray[np.int64]
-Row = TypeVar("Row", "Shard", "Page")
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One tar, and its index."""
+class Decoding:
+    """How the pixels of image files were decoded and resized: they are a function of the file,
+    ``Manifest.fit`` and this.
+    """
 
-    name: str
-    """Its key, such as train/00000.tar, or its address, such as s3://bucket/train/00000.tar."""
-    size: int  # in bytes
-    sha256: str
-    num_samples: int
-    index_name: str  # the index's key
-    index_sha256: str
-
-
-@dataclass(frozen=True)
-class Page:
-    """Up to ``PAGE`` shards of a split, in a Parquet file."""
-
-    name: str  # its key
-    num_shards: int
-    sha256: str
-
-
-class PagedShards(Sequence[Shard]):
-    """The shards of a large split: memory holds their numbers of samples, and the pages in use."""
-
-    def __init__(
-        self, storage: Storage, pages: tuple[Page, ...], sizes_name: str, sizes_sha256: str
-    ) -> None:
-        self.pages, self.sizes_name, self.sizes_sha256 = pages, sizes_name, sizes_sha256
-        self._storage = storage
-        self._ends = np.cumsum([page.num_shards for page in pages])
-        self._page = lru_cache(maxsize=16)(self._load)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PagedShards, (self._storage, self.pages, self.sizes_name, self.sizes_sha256)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    @overload
-    def __getitem__(self, index: int) -> Shard: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Shard]: ...
-    def __getitem__(self, index: int | slice) -> Shard | Sequence[Shard]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        page = int(np.searchsorted(self._ends, index, side="right"))
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        row = index - int(self._ends[page]) + self.pages[page].num_shards
-        return Shard(**self._page(page).slice(row, 1).to_pylist()[0])
-
-    @cached_property
-    def num_samples(self) -> Integers:
-        """The number of samples of every shard, ``(num_shards,)``."""
-        content = read_verified(self._storage, self.sizes_name, self.sizes_sha256)
-        return np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64, copy=False)
-
-    def _load(self, page: int) -> Any:
-        import pyarrow.parquet  # 40 MB that only data sets with pages need
-
-        content = read_verified(self._storage, self.pages[page].name, self.pages[page].sha256)
-        # Not read_table, which takes longer to load the rest of pyarrow than to read a page.
-        return pyarrow.parquet.ParquetFile(io.BytesIO(content)).read(use_threads=False)
-
-    @classmethod
-    def write(
-        cls, storage: Storage, split: str, shards: Iterator[Shard] | Sequence[Shard]
-    ) -> "PagedShards":
-        """Write shards to pages below ``storage``, with one page in memory."""
-        import pyarrow
-        import pyarrow.parquet
-
-        pages, counts, rows = list[Page](), list[int](), list[Shard]()
-
-        def flush() -> None:
-            file = io.BytesIO()
-            table = pyarrow.table(
-                {item.name: [getattr(row, item.name) for row in rows] for item in fields(Shard)}
-            )
-            pyarrow.parquet.write_table(table, file, compression="zstd")
-            name = f"pages/{split}-{len(pages):05d}.parquet"
-            storage.write(name, file.getvalue())
-            pages.append(Page(name, len(rows), hashlib.sha256(file.getvalue()).hexdigest()))
-            rows.clear()
-
-        for shard in shards:
-            rows.append(shard)
-            counts.append(shard.num_samples)
-            if len(rows) == PAGE:
-                flush()
-        if rows:
-            flush()
-        sizes = io.BytesIO()
-        np.save(sizes, np.array(counts, dtype=np.uint32), allow_pickle=False)
-        name = f"pages/{split}-sizes.npy"
-        storage.write(name, sizes.getvalue())
-        return cls(storage, tuple(pages), name, hashlib.sha256(sizes.getvalue()).hexdigest())
+    method: str
+    """The way of decoding, such as ``full``, or ``scaled`` for JPEG files that are decoded at a
+    smaller size."""
+    filter: str
+    """The filter that resizes, such as ``lanczos``."""
+    library: str
+    """What decodes, with its version, such as ``Pillow 12.0.0``."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +88,8 @@ class Manifest:
     block_size: int  # samples of a record; the last of a shard may hold fewer
     splits: Mapping[str, Sequence[Shard]]
     source: JsonObject = field(default_factory=dict)
-    """The recipe: the images that it was made from, and the options."""
+    """The recipe: under ``source`` the kind of source, such as ``folder`` or ``index``; the images
+    that it was made from; and the options."""
     encoding: str = "npy"
     fit: Fit | None = None
     """How images of other shapes are brought to ``image_shape``; None: they are errors."""
@@ -180,6 +99,10 @@ class Manifest:
     """How models see the pixels unless they are told otherwise: a value of ``Binarization``."""
     class_names: list[str] | None = None
     """The name of each label, if the source has names."""
+    decoding: Decoding | None = None
+    """How image files become pixels when they are read; None if the shards hold pixels."""
+    places: Sequence[str] = ()
+    """Folders and addresses, below which the shards with whole addresses lie."""
     version: int = VERSION
 
     def shards(self, split: str) -> Sequence[Shard]:
@@ -223,7 +146,9 @@ class Manifest:
         return {
             **content,
             "image_shape": list(self.image_shape),
-            "splits": {k: _shards_to_json(v) for k, v in self.splits.items()},
+            "decoding": asdict(self.decoding) if self.decoding else None,
+            "places": list(self.places),
+            "splits": {k: shards_to_json(v) for k, v in self.splits.items()},
         }
 
 
@@ -233,17 +158,12 @@ def _digest(content: JsonObject) -> str:
     ).hexdigest()
 
 
-def _shards_to_json(shards: Sequence[Shard]) -> Any:
-    if not isinstance(shards, PagedShards):
-        return [asdict(shard) for shard in shards]
-    pages = [asdict(page) for page in shards.pages]
-    return {"pages": pages, "sizes_name": shards.sizes_name, "sizes_sha256": shards.sizes_sha256}
-
-
-def load(storage: Storage) -> Manifest:
+def load(storage: Storage, checked: str | None = None) -> Manifest:
     """The manifest in ``storage``.
 
-    Raises ``UserError`` if there is none, or one that is damaged or of another version.
+    ``checked`` is the digest of a manifest whose places were allowed before, on another machine for
+    example. Raises ``UserError`` if there is none, or one that is damaged or of another version, or
+    whose shards lie where they are not followed.
     """
     try:
         content = storage.read_json(MANIFEST_KEY)
@@ -252,64 +172,78 @@ def load(storage: Storage) -> Manifest:
             f"there is no data set at {storage.url}; make one with: vlae shard dataset=NAME"
         ) from None
     url = f"{storage.url}/{MANIFEST_KEY}"
-    remedy = "delete it and run again the command that made it, vlae shard or vlae index"
     if not isinstance(content, dict) or "version" not in content:
-        raise UserError(f"{url} is damaged: it is not a manifest; {remedy}")
+        raise UserError(f"{url} is damaged: it is not a manifest; {REMEDY}")
     if content["version"] != VERSION:
         raise UserError(
             f"{url} is of version {content['version']}, but this program reads version {VERSION};"
-            f" {remedy}"
+            f" {REMEDY}"
         )
     stated, actual = content.pop("sha256", None), _digest(content)
     if stated != actual:
         raise UserError(
             f"{url} is damaged or was edited: its sha256 is {actual}, but it states {stated};"
-            f" {remedy}"
+            f" {REMEDY}"
         )
     try:
-        splits = {
-            split: _shards_from_json(storage, listed)
-            for split, listed in content.pop("splits").items()
-        }
-        channels, height, width = content.pop("image_shape")
-        loaded = Manifest(**content, splits=splits, image_shape=(channels, height, width))
-        _check(loaded)
-        return loaded
+        loaded = _from_json(storage, content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{url} is damaged ({error}); {remedy}") from None
+        raise UserError(f"{url} is damaged ({error}); {REMEDY}") from None
+    if actual != checked:
+        trusted.check(url, loaded.places)
+    return loaded
+
+
+def _from_json(storage: Storage, content: JsonObject) -> Manifest:
+    """A manifest from JSON values. Raises an error of several kinds unless each is possible."""
+    places = tuple(content.pop("places"))
+    if not all(map(trusted.is_address, places)):
+        raise ValueError(f"its places are {places!r}")
+    splits = {
+        _as_name(split, "a split"): shards_from_json(storage, listed, places)
+        for split, listed in content.pop("splits").items()
+    }
+    channels, height, width = content.pop("image_shape")
+    decoding = content.pop("decoding")
+    loaded = Manifest(
+        **content,
+        splits=splits,
+        image_shape=(channels, height, width),
+        decoding=decoding and row_from_json(Decoding, decoding),
+        places=places,
+    )
+    _check(loaded)
+    return loaded
 
 
 def _check(contents: Manifest) -> None:
     """Raise ``ValueError`` or ``TypeError`` unless every value is possible."""
-    if not contents.splits or math.prod(_counts(*contents.image_shape)) > 3 * MAX_PIXELS:
+    _as_name(contents.name, "a data set")
+    if not contents.splits or math.prod(check_counts(*contents.image_shape)) > 3 * MAX_PIXELS:
         raise ValueError("it has no splits, or impossible images")
-    _counts(contents.block_size, 1 if contents.num_classes is None else contents.num_classes)
+    check_counts(contents.block_size, 1 if contents.num_classes is None else contents.num_classes)
     if contents.encoding not in ENCODINGS or contents.fit not in (None, *get_args(Fit)):
         raise ValueError(f"its encoding is {contents.encoding!r}, and its fit {contents.fit!r}")
-    if not isinstance(contents.name, str) or not isinstance(contents.source, dict):
-        raise TypeError("its name is no name, or its source no source")
+    if not isinstance(contents.source, dict):
+        raise TypeError("its source is no source")
     if contents.pixels not in PIXELS or contents.binarization not in BINARIZATIONS:
         raise ValueError(
             f"its pixels are {contents.pixels!r}, and their binarization {contents.binarization!r}"
         )
-    _check_class_names(contents)
-
-
-def _check_class_names(contents: Manifest) -> None:
+    if contents.image_shape[0] > 1 and contents.binarization != "none":
+        raise ValueError(f"it has images in colour, with {contents.binarization} binarization")
     names = contents.class_names
-    if names is None:
-        return
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TypeError("its class names are no names")
-    if len(names) != contents.num_classes:
-        raise ValueError(f"it names {len(names)} of {contents.num_classes} classes")
+    if names is not None:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("its class names are no names")
+        if len(names) != contents.num_classes:
+            raise ValueError(f"it names {len(names)} of {contents.num_classes} classes")
 
 
-def _counts(*values: object) -> list[int]:
-    for value in values:
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{value!r} is not a count")
-    return list(values)  # type: ignore[arg-type]
+def _as_name(value: object, what: str) -> str:
+    if not is_name(value):
+        raise ValueError(f"{value!r} is no name for {what}")
+    return str(value)
 
 
 def load_made_by(storage: Storage, recipe: JsonObject) -> Manifest | None:
@@ -336,6 +270,7 @@ def summary(contents: Manifest) -> JsonObject:
         "num_classes": contents.num_classes,
         "pixels": contents.pixels,
         "binarization": contents.binarization,
+        "class_names": contents.class_names,
         "splits": {
             split: {"images": contents.num_samples(split), "shards": len(shards)}
             for split, shards in contents.splits.items()
@@ -343,39 +278,3 @@ def summary(contents: Manifest) -> JsonObject:
         "bytes": sum(shard.size for shards in contents.splits.values() for shard in shards),
         "manifest_digest": contents.digest,
     }
-
-
-def paginate(storage: Storage, split: str, shards: Sequence[Shard]) -> Sequence[Shard]:
-    """Write the shards to pages if there are more than ``PAGE``; else return them as they are."""
-    return tuple(shards) if len(shards) <= PAGE else PagedShards.write(storage, split, shards)
-
-
-def _shards_from_json(storage: Storage, listed: Any) -> Sequence[Shard]:
-    if isinstance(listed, dict):
-        pages = tuple(_row_from_json(Page, page) for page in listed["pages"])
-        _counts(*(page.num_shards for page in pages), len(pages))
-        return PagedShards(storage, pages, str(listed["sizes_name"]), str(listed["sizes_sha256"]))
-    return tuple(_row_from_json(Shard, shard) for shard in listed)
-
-
-def _row_from_json(kind: type[Row], values: Any) -> Row:
-    """A ``Shard`` or ``Page`` from JSON values. Raises ``ValueError`` if one has a wrong type."""
-    made = kind(**values)
-    for item in fields(made):
-        value = getattr(made, item.name)
-        if type(value) is not item.type or (item.type is int and not 0 <= value < 1 << 62):
-            raise ValueError(f"{item.name} is {value!r}")
-    return made
-
-
-def read_verified(storage: Storage, key: str, sha256: str) -> bytes:
-    """A small object that the manifest names. Raises ``UserError`` if it is missing or damaged."""
-    for _ in range(2):  # if it was altered on the network, it is intact the second time
-        content = storage.read(key)
-        actual = hashlib.sha256(content).hexdigest()
-        if actual == sha256:
-            return content
-    raise UserError(
-        f"{storage.url}/{key} is damaged: its sha256 is {actual}, the manifest says {sha256};"
-        f" {REMEDY}"
-    )

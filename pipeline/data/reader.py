@@ -15,8 +15,7 @@ import torch
 from pipeline.data import images, tar
 from pipeline.data.cache import ShardCache
 from pipeline.data.dataset import DataSet
-from pipeline.data.manifest import REMEDY, Integers, Shard
-from pipeline.data.records import Index, checksum
+from pipeline.data.records import REMEDY, Index, Integers, Shard, checksum
 from pipeline.errors import DamagedData, UserError
 from pipeline.storage.base import ObjectNotFound, ObjectTooShort, Storage
 from pipeline.storage.pieces import Pieces

@@ -31,7 +31,8 @@ from pipeline.config.sections import (
 from pipeline.data import manifest
 from pipeline.data.images import BadImage
 from pipeline.data.journal import Journal
-from pipeline.data.manifest import Manifest, Shard
+from pipeline.data.manifest import Manifest
+from pipeline.data.records import Shard
 from pipeline.data.sources import open_source
 from pipeline.data.sources.base import ImageSource
 from pipeline.data.writer import write_images

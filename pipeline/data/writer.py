@@ -10,8 +10,7 @@ import webdataset
 from pipeline.config.sections import Encoding
 from pipeline.data import tar
 from pipeline.data.images import encode
-from pipeline.data.manifest import Shard
-from pipeline.data.records import Index, checksum
+from pipeline.data.records import Index, Shard, checksum
 from pipeline.data.sources.base import ImageSource, Labels
 from pipeline.storage.base import Storage
 

@@ -26,7 +26,7 @@ import vlae
 from pipeline.config.sections import Binarization
 from pipeline.data.batch import Batch, binarize
 from pipeline.data.loader import EvalLoader
-from pipeline.data.manifest import Integers
+from pipeline.data.records import Integers
 from pipeline.errors import UserError
 from pipeline.evaluation.measure import map_batches
 from pipeline.noise import Purpose, normal

@@ -36,7 +36,7 @@ from pipeline.data.images import BadImage, array, decode, encode, measure
 from pipeline.data.journal import Journal
 from pipeline.data.loader import EvalLoader, TrainLoader
 from pipeline.data.reader import ReadOptions
-from pipeline.data.records import Index
+from pipeline.data.records import Index, Shard
 from pipeline.data.sources import open_source
 from pipeline.data.sources.account import Account
 from pipeline.data.sources.members import SampleReader
@@ -198,9 +198,7 @@ def test_shards_on_the_web_are_resized_as_they_are_read(web: str, tmp_path: Path
     journal = Journal(storage, {})
     for number, url in enumerate(urls(indexing.expand(options.train, None, Account()))):
         indexing.index_shard(storage, journal, f"train-{number:06d}", url, options)
-    shards = tuple(
-        manifest.Shard(**journal.read(name)["shard"]) for name in sorted(journal.finished())
-    )
+    shards = tuple(Shard(**journal.read(name)["shard"]) for name in sorted(journal.finished()))
     contents = manifest.Manifest(
         "web", (1, 4, 4), 7, 1, {"train": shards}, encoding="image", fit="crop"
     )
@@ -491,7 +489,7 @@ class Fixed(FolderStorage):
         yield self.content[start:]  # type: ignore[attr-defined]
 
 
-SHARD = manifest.Shard("a.tar", 9000, "b", 4, "c", "d")
+SHARD = Shard("a.tar", 9000, "b" * 64, 4, "c", "d" * 64)
 CONTENTS = manifest.Manifest("x", (1, 2, 3), 4, 5, {"train": (SHARD,)})
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -538,7 +536,7 @@ def test_a_manifest_that_was_forged_is_one_or_is_refused(data: st.DataObject) ->
         loaded = manifest.load(Fixed(json.dumps(content).encode()))
         for split in loaded.splits:
             assert int(loaded.num_samples(split)) >= 0
-            assert all(isinstance(each, manifest.Shard) for each in loaded.shards(split))
+            assert all(isinstance(each, Shard) for each in loaded.shards(split))
     except UserError:
         pass
 

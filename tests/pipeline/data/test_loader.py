@@ -21,7 +21,7 @@ from pipeline.data import DataSet
 from pipeline.data.batch import Batch, binarize
 from pipeline.data.images import BadImage, array
 from pipeline.data.loader import EvalLoader, TrainLoader, one_ahead
-from pipeline.data.manifest import Shard
+from pipeline.data.records import Shard
 from pipeline.errors import UserError
 from pipeline.storage.base import Storage
 from pipeline.storage.folder import FolderStorage

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import xxhash
 
-from pipeline.data import DataSet, manifest
-from pipeline.data.manifest import Manifest, PagedShards, Shard
-from pipeline.data.records import Index
+from pipeline.data import DataSet, manifest, records
+from pipeline.data.manifest import Manifest
+from pipeline.data.records import Index, PagedShards, Shard, paginate
 from pipeline.errors import UserError
 from pipeline.storage.base import Storage
 
@@ -105,13 +105,13 @@ def test_an_altered_index_is_refused(storage: Storage, numbered: DataSet) -> Non
 def test_very_many_shards_are_kept_in_pages(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest, "PAGE", 10)
+    monkeypatch.setattr(records, "PAGE", 10)
     shards = [
         Shard(f"{n}.tar", n, f"{n:064x}", 7 * n + 1, f"{n}.json", f"{n + 1:064x}")
         for n in range(37)
     ]
-    few = manifest.paginate(storage, "valid", shards[:10])
-    many = manifest.paginate(storage, "train", shards)
+    few = paginate(storage, "valid", shards[:10])
+    many = paginate(storage, "train", shards)
     assert isinstance(few, tuple)
     assert isinstance(many, PagedShards)
     written = Manifest("many", (1, 2, 3), None, 4, {"train": many, "valid": few})

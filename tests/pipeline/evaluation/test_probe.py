@@ -11,7 +11,7 @@ from pipeline.commands import load
 from pipeline.config.sections import Binarization
 from pipeline.data.batch import Batch, binarize
 from pipeline.data.loader import EvalLoader
-from pipeline.data.manifest import Integers
+from pipeline.data.records import Integers
 from pipeline.errors import UserError
 from pipeline.evaluation.probe import Codes, Floats, Probes, encode
 from pipeline.noise import Purpose, normal
