@@ -12,6 +12,7 @@ import ray
 import ray.util
 from ray.exceptions import RayTaskError
 
+from pipeline import places
 from pipeline.config.sections import ClusterOptions, StorageOptions
 from pipeline.errors import UserError
 from pipeline.machine import WORKER_ENVIRONMENT
@@ -73,6 +74,7 @@ def _start(cluster: ClusterOptions) -> None:
     env_vars = WORKER_ENVIRONMENT | {
         name: os.environ[name] for name in ("AWS_ENDPOINT_URL",) if name in os.environ
     }
+    env_vars[places.VARIABLE] = " ".join(places.followed_everywhere())
     if address:
         if _has_token():
             # Ray makes and uses a token for a cluster that it starts here. A driver that joins a
@@ -161,12 +163,12 @@ def _has_token() -> bool:
 
 def check_capacity(cluster: ClusterOptions) -> None:
     """Raise UserError unless the cluster has room for at least ``cluster.min_workers`` workers."""
-    places = num_places(cluster)
-    if places < cluster.min_workers:
+    room = num_places(cluster)
+    if room < cluster.min_workers:
         wanted = " and ".join(f"{count:g} {name}" for name, count in resources(cluster).items())
         raise UserError(
             f"cluster.num_workers={cluster.min_workers} workers of {wanted} each do not fit: the"
-            f" cluster has room for {places}; use fewer or smaller workers, or a larger cluster"
+            f" cluster has room for {room}; use fewer or smaller workers, or a larger cluster"
         )
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 import vlae
-from pipeline.config import sections
 from pipeline.config.run import TrainConfig
+from pipeline.config.sections import Binarization, StorageOptions
 from pipeline.data import DataSet
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
@@ -96,10 +96,6 @@ class Run:
         identity: JsonObject = self.storage.read_json(IDENTITY)
         return identity
 
-    def checked_manifest(self) -> str | None:
-        """The checksum of the manifest that ``launch.check`` found, if it has passed."""
-        return self.identity()["manifest"] if self.storage.exists(IDENTITY) else None
-
     def rows(self) -> list[dict[str, float]]:
         """The metrics that it has logged so far, row by row; none if it has not started."""
         if not self.storage.exists(METRICS):
@@ -166,8 +162,8 @@ class OpenedModel:
         return cls(reference, load(folder), training, weights, version)
 
     @property
-    def binarization(self) -> sections.Binarization:
-        return sections.Binarization[self.training["config"]["dataset"]["binarization"]]
+    def binarization(self) -> Binarization:
+        return Binarization[self.training["config"]["dataset"]["binarization"]]
 
 
 def load(folder: Path) -> vlae.VLAE:
@@ -178,10 +174,11 @@ def load(folder: Path) -> vlae.VLAE:
         raise UserError(str(error)) from None
 
 
-def open_data(model: OpenedModel, url: str | None, storage: sections.StorageOptions) -> DataSet:
+def open_data(model: OpenedModel, url: str | None, storage: StorageOptions) -> DataSet:
     """The data set at ``url``, by default that of the model's training.
 
-    Raises UserError if there is none, or its images have another shape than the model's.
+    Raises UserError if there is none, or its images have another shape or other pixels than the
+    model's.
     """
     url = url or str(model.training["config"]["dataset"]["url"])
     data = DataSet.load(open_storage(url, storage.endpoint_url))
@@ -190,7 +187,31 @@ def open_data(model: OpenedModel, url: str | None, storage: sections.StorageOpti
             f"{model.reference} was made for images of shape {model.network.image_shape}, but those"
             f" of {data.storage.url} are {data.manifest.image_shape}"
         )
+    if data.manifest.pixels == "binary" and model.binarization is Binarization.none:
+        raise UserError(
+            f"{model.reference} was made for images of 256 values, but those of {data.storage.url}"
+            " are black and white"
+        )
     return data
+
+
+def check_pixels(data: DataSet, binarization: Binarization) -> None:
+    """Raise UserError unless a model that sees pixels like this suits the images of ``data``."""
+    contents = data.manifest
+    if binarization is Binarization.auto:
+        raise UserError(
+            f"data set {contents.name} did not exist when the options were loaded; load them again"
+        )
+    if contents.image_shape[0] > 1 and binarization is not Binarization.none:
+        raise UserError(
+            f"dataset.binarization={binarization.value} makes pixels black or white, but the images"
+            f" of data set {contents.name} are in colour; leave it out"
+        )
+    if contents.pixels == "binary" and binarization is Binarization.none:
+        raise UserError(
+            "dataset.binarization=none is for images of 256 values, but those of data set"
+            f" {contents.name} are black and white; leave it out"
+        )
 
 
 def sha256_of_file(path: Path) -> str:

@@ -12,7 +12,7 @@ JsonObject: TypeAlias = dict[str, Any]
 UNITS = ("nats", "bits")
 """The units that end the key of a figure in JSON: ``elbo_nats``."""
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 def is_name(value: object) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from pipeline.config import compose
+from pipeline.config.options import require_name
 from pipeline.errors import UserError
 from pipeline.values import JsonObject
 
@@ -33,6 +34,10 @@ NAMES = (
     "demo",
 )
 """The commands, in the order in which ``vlae --help`` lists them."""
+
+
+AUTO = "auto"
+"""The preset and the binarization that follow the images."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,10 @@ class Command(Generic[Config]):
     """The words of which one has to come first: the value of the option ``action``."""
     flags: Mapping[str, str] = field(default_factory=dict)
     """Words that stand for options: ``{"--yes": "yes=true"}``."""
-    follows: bool = False
-    """Whether its model and its pixels follow the manifest of its data set."""
+    follow: compose.Follow | None = None
+    """From the options, unchecked, and the choices of config groups: the overrides that ``auto``
+    stands for.
+    """
 
 
 def find(name: str) -> Command[Any]:
@@ -71,39 +78,39 @@ def find(name: str) -> Command[Any]:
 
 
 def load(name: str, overrides: list[str]) -> Any:
-    """The checked options of a command, from its YAML and ``key=value`` overrides.
-
-    If the command trains a model, ``model=auto`` and ``dataset.binarization=auto`` become what the
-    data set's manifest asks for; they stay as they are if there is none to be read. Raises
+    """The checked options of a command, from its YAML and ``key=value`` overrides. Raises
     UserError.
     """
     command = find(name)
-    config = compose.load(name, command.config, overrides)
-    if not command.follows:
-        return config
-    return compose.load(name, command.config, [*overrides, *_followed(config, overrides)])
+    return compose.load(name, command.config, overrides, command.follow)
 
 
-def _followed(config: Any, overrides: list[str]) -> list[str]:
-    """The overrides that a data set's manifest adds to those of the user."""
+def follow_manifest(config: Any, presets: Mapping[str, str | None]) -> list[str]:
+    """What ``auto`` stands for, by the manifest of the data set in ``config``. See
+    ``Command.follow``.
+
+    Nothing if there is none to be read. Raises UserError if ``preset`` is given.
+    """
     from pipeline.config.run import preset_for
     from pipeline.config.sections import Binarization
     from pipeline.data import manifest
     from pipeline.storage import open_storage
 
-    binarization = config.dataset.binarization
-    is_auto = not any(text.startswith("model=") and text != "model=auto" for text in overrides)
-    storage = open_storage(config.dataset.url, config.storage.endpoint_url)
-    if not (is_auto or binarization is Binarization.auto):
-        return []
-    try:
-        binarization_of_data = Binarization(manifest.load(storage).binarization)
-    except UserError:
-        return []  # the command itself will say what is wrong
-    added = []
-    if binarization is Binarization.auto:
-        binarization = binarization_of_data
-        added.append(f"dataset.binarization={binarization.value}")
-    if is_auto:
-        added.append(f"model={preset_for(binarization)}")
-    return added
+    require_name("dataset.name", config.dataset.name)
+    preset, binarization = presets["model"], Binarization(config.dataset.binarization)
+    if config.preset is not None:
+        raise UserError(f"preset is a record; choose a preset by model={config.preset}")
+    followed = []
+    if AUTO in (preset, binarization.value):
+        storage = open_storage(config.dataset.url, config.storage.endpoint_url)
+        try:
+            contents = manifest.load(storage)
+        except UserError:
+            return []  # the command itself will say what is wrong
+        if binarization is Binarization.auto:
+            binarization = Binarization(contents.binarization)
+            followed.append(f"dataset.binarization={binarization.value}")
+        if preset == AUTO:
+            preset = preset_for(contents.image_shape, binarization)
+            followed.append(f"model={preset}")
+    return [*followed, f"preset={preset}"]

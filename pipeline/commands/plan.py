@@ -1,10 +1,12 @@
 """``vlae plan``: estimate what a training run needs, before it starts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from pipeline.commands import Command
+from pipeline.commands import AUTO, Command
 from pipeline.config.options import option, require, section, to_dict
-from pipeline.config.run import ModelOptions
+from pipeline.config.run import ModelOptions, preset_for
 from pipeline.config.sections import Binarization
 from pipeline.errors import UserError
 from pipeline.values import JsonObject
@@ -17,7 +19,9 @@ class PlanConfig:
     num_images: int = option("training images of the data set", 50_000, at_least=1)
     image_size: int = option("their height and width in pixels", 28, at_least=1)
     channels: int = option("1 is grey, 3 is RGB", 1, at_least=1)
-    binarization: Binarization = option("as dataset.binarization", Binarization.dynamic)
+    binarization: Binarization = option(
+        "as dataset.binarization; auto: dynamic for grey images, none for RGB", Binarization.auto
+    )
     num_workers: list[int] = option(
         "numbers of workers; each gets a row in the table", [1, 2, 4, 8], at_least=1
     )
@@ -27,6 +31,18 @@ class PlanConfig:
 
     def check(self) -> None:
         require(bool(self.num_workers), "num_workers is empty; give numbers of workers")
+
+
+def follow(config: Any, presets: Mapping[str, str | None]) -> list[str]:
+    """What ``auto`` stands for, by the shape of the images. See ``Command.follow``."""
+    binarization = Binarization(config.binarization)
+    if binarization is Binarization.auto:
+        binarization = Binarization.none if config.channels > 1 else Binarization.dynamic
+    followed = [f"binarization={binarization.value}"]
+    if presets["model"] == AUTO:
+        size = config.image_size
+        followed.append(f"model={preset_for((config.channels, size, size), binarization)}")
+    return followed
 
 
 def run(config: PlanConfig) -> JsonObject:
@@ -71,4 +87,4 @@ def format_result(config: PlanConfig, result: JsonObject) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-COMMAND = Command(PlanConfig, run, format_result, lambda config: config.output)
+COMMAND = Command(PlanConfig, run, format_result, lambda config: config.output, follow=follow)

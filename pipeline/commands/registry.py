@@ -34,7 +34,7 @@ class RegistryConfig:
     """List, show, register, compare and promote models, and roll a promotion back."""
 
     action: Action = option("what to do; the first word after the command")
-    name: str | None = option("the name of a registered model", None)
+    name: str | None = option("the name of a registered model", None, name=True)
     version: int | None = option(
         "one of its versions; for compare and promote by default the challenger", None
     )

@@ -10,7 +10,7 @@ from functools import partial
 from tqdm import tqdm
 
 from pipeline import background
-from pipeline.commands import Command
+from pipeline.commands import Command, follow_manifest
 from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
 from pipeline.errors import Interrupted
@@ -149,4 +149,4 @@ def _folder(config: TrainConfig) -> str:
     return f"{config.storage.root}/runs/{config.run_name}"
 
 
-COMMAND = Command(TrainConfig, run, format_result, _folder, follows=True)
+COMMAND = Command(TrainConfig, run, format_result, _folder, follow=follow_manifest)

@@ -7,7 +7,7 @@ alone: Ray Tune runs the trials, but its own state is not read back.
 
 from typing import TYPE_CHECKING
 
-from pipeline.commands import Command
+from pipeline.commands import Command, follow_manifest
 from pipeline.config.goals import QUANTITIES
 from pipeline.config.search import TuneConfig
 from pipeline.errors import UserError
@@ -140,4 +140,4 @@ def _folder(config: TuneConfig) -> str:
     return f"{config.storage.root}/searches/{config.search_name}"
 
 
-COMMAND = Command(TuneConfig, run, format_result, _folder, follows=True)
+COMMAND = Command(TuneConfig, run, format_result, _folder, follow=follow_manifest)

@@ -11,10 +11,10 @@ import functools
 import importlib.resources
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import hydra
 from hydra import initialize_config_module
@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config.options import Config, check_all, describe, to_dict
 from pipeline.errors import UserError
 
+Follow: TypeAlias = Callable[[Any, Mapping[str, str | None]], list[str]]
 SQLITE = "sqlite:///"
 """What the address of a SQLite file begins with; its path follows, relative or absolute."""
 
@@ -66,15 +67,56 @@ def options_of(group: str) -> list[str]:
     )
 
 
-def load(command: str, schema: type[Config], overrides: list[str]) -> Config:
+def load(
+    command: str, schema: type[Config], overrides: list[str], follow: Follow | None = None
+) -> Config:
     """The configuration of a command, of type ``schema``, from its YAML and ``key=value``
     overrides.
 
     A key that names a config group chooses a file of it (``model=fast``); any other sets a value
-    (``model.window=7x4``). Raises UserError, in one sentence, on everything that is wrong with it.
+    (``model.window=7x4``). ``follow`` gets the options that result, before they are checked, and
+    the choices of groups, and gives overrides for those that are left to the data. Raises
+    UserError, in one sentence, on everything that is wrong with it.
     """
     groups = choices(command)
-    chosen, values = [], {}
+    chosen, values = _parse(groups, overrides)
+    composed, names = _composed(command, chosen)
+    if follow and (config := _merged(schema, composed, values)) is not None:
+        more_chosen, more_values = _parse(groups, follow(config, names))
+        composed, _ = _composed(command, chosen | more_chosen)
+        values |= more_values
+    return build(schema, composed, values)
+
+
+def _composed(
+    command: str, chosen: Mapping[str, str]
+) -> tuple[DictConfig, Mapping[str, str | None]]:
+    """``compose`` for the user's choices of config groups. Raises UserError."""
+    try:
+        return compose(command, *chosen.values())
+    except HydraException as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def _merged(schema: type[Config], composed: DictConfig, values: Mapping[str, Any]) -> Any:
+    """The options before any is checked; None if ``build`` will refuse one of them."""
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(schema), composed)
+        for key, value in values.items():
+            OmegaConf.update(config, key, value)
+        return OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    except (OmegaConfBaseException, TypeError, ValueError, AttributeError, RuntimeError):
+        return None
+
+
+def _parse(
+    groups: Mapping[str, str | None], overrides: Iterable[str]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """The choices of config groups, as they were written, and the values in ``key=value`` words.
+
+    Raises UserError.
+    """
+    chosen, values = dict[str, str](), dict[str, Any]()
     for text in overrides:
         try:
             key, equals, value = text.partition("=")
@@ -105,14 +147,10 @@ def load(command: str, schema: type[Config], overrides: list[str]) -> Config:
                 raise UserError(
                     f"{text!r}: there is no such {key}; choose one of {', '.join(options_of(key))}"
                 )
-            chosen.append(text)
+            chosen[key] = text
         else:
             values[key] = override.value()
-    try:
-        composed, _ = compose(command, *chosen)
-    except HydraException as error:
-        raise UserError(" ".join(str(error).split())) from None
-    return build(schema, composed, values)
+    return chosen, values
 
 
 def build(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, OmegaConf
 
 from pipeline.errors import UserError
-from pipeline.values import JsonObject
+from pipeline.values import JsonObject, is_name
 
 Config = TypeVar("Config")
 
@@ -61,20 +61,23 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     path: bool = False,
+    name: bool = False,
     identity: bool = True,
     shared: bool = False,
 ) -> Any:
     """A field of a section of options, with its sentence for ``--help`` and its bounds.
 
-    path: a local folder or file, made absolute. identity: whether a run or a search with another
-    value is another one; if not, it may change when the same one is resumed. shared: the trials of
-    a search must have it in common, so that they can be compared.
+    path: a local folder or file, made absolute. name: a name as ``is_name`` defines it. identity:
+    whether a run or a search with another value is another one; if not, it may change when the same
+    one is resumed. shared: the trials of a search must have it in common, so that they can be
+    compared.
     """
     bounds = Bounds(at_least, above, at_most, below)
     metadata = {
         "help": help,
         "bounds": None if bounds == Bounds() else bounds,
         "path": path,
+        "name": name,
         "identity": identity,
         "shared": shared,
     }
@@ -92,6 +95,15 @@ def require(condition: bool, sentence: str) -> None:
     """Raise UserError with ``sentence`` unless ``condition`` holds."""
     if not condition:
         raise UserError(sentence)
+
+
+def require_name(key: str, value: object) -> None:
+    """Raise UserError unless an option's value is a name as ``is_name`` defines it."""
+    require(
+        is_name(value),
+        f"{key}={value} is no name; use up to 200 letters, digits, dots, underscores and hyphens,"
+        " the first a letter or a digit",
+    )
 
 
 def describe(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
@@ -122,7 +134,9 @@ def has_secret(value: object) -> bool:
 
 
 def check_all(config: Any, prefix: str = "") -> None:
-    """Hold every option to its bounds, and call each section's ``check``. Raises UserError."""
+    """Hold every option to its bounds and every name to its form, and call each section's
+    ``check``. Raises UserError.
+    """
     for item in dataclasses.fields(config):
         value, key = getattr(config, item.name), prefix + item.name
         if dataclasses.is_dataclass(value):
@@ -136,6 +150,8 @@ def check_all(config: Any, prefix: str = "") -> None:
                 require(held, f"{key} is {value}; its numbers must be {bounds}")
             elif value is not None:
                 require(bounds.hold(value), f"{key} is {value}; it must be {bounds}")
+        elif item.metadata["name"] and value is not None:
+            require_name(key, value)
     if hasattr(config, "check"):
         config.check()
 

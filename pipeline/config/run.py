@@ -1,7 +1,6 @@
 """The options of a training run: its model, optimizer and course."""
 
 import math
-import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -121,8 +120,14 @@ class ModelOptions:
         return vlae.build(image_shape=image_shape, likelihood=likelihood, **to_dict(self))
 
 
-def preset_for(binarization: Binarization) -> str:
-    """The preset in ``configs/model`` that ``model=auto`` stands for."""
+LARGE = 64
+"""The least height and width in pixels of images that ``model=auto`` gives a code of maps."""
+
+
+def preset_for(image_shape: tuple[int, int, int], binarization: Binarization) -> str:
+    """The preset in ``configs/model`` that ``model=auto`` stands for, for images of this shape."""
+    if min(image_shape[1:]) >= LARGE:
+        return "large"
     return "colour" if binarization is Binarization.none else "fast"
 
 
@@ -280,6 +285,13 @@ class TrainConfig:
     name: str | None = option(
         "the run's name; by default one made from the data set and the configuration",
         None,
+        name=True,
+        identity=False,
+    )
+    preset: str | None = option(
+        "the preset that the model's options started from: a record of what model=NAME chose, or"
+        " model=auto found",
+        None,
         identity=False,
     )
     storage: StorageOptions = section(StorageOptions, "where data is stored")
@@ -291,11 +303,6 @@ class TrainConfig:
     registry: RegistryOptions = section(RegistryOptions, "where MLflow keeps account of it")
 
     def check(self) -> None:
-        require(
-            self.name is None or bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name)),
-            f"name={self.name} is no name for a run; use letters, digits, dots, underscores and"
-            " hyphens",
-        )
         workers, streams = self.cluster.max_workers, self.train.num_streams
         require(
             workers <= streams,

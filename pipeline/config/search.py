@@ -146,7 +146,9 @@ class TuneConfig(TrainConfig):
     register_best: int = option(
         "the number of best models to register", 1, at_least=1, identity=False
     )
-    model_name: str = option("their name in the registry", "vlae-${dataset.name}", identity=False)
+    model_name: str = option(
+        "their name in the registry", "vlae-${dataset.name}", name=True, identity=False
+    )
 
     def check(self) -> None:
         typed = self._typed_space()

@@ -62,7 +62,7 @@ class Binarization(Enum):
 
 @dataclass
 class DatasetOptions:
-    name: str = option("the name of the data set")
+    name: str = option("the name of the data set", name=True)
     source: Source = option(
         "what path holds: mnist (fetched), idx (IDX files), folder (images, one sub-folder per"
         " class), npz (arrays), tar (a folder tree), webdataset (shards), parquet (as Hugging Face"

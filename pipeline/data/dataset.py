@@ -16,11 +16,10 @@ class DataSet:
     manifest: Manifest
 
     @classmethod
-    def load(cls, storage: Storage, checked: str | None = None) -> "DataSet":
-        """The data set in ``storage``; ``checked`` is the digest of a manifest that was loaded
-        before, on another machine for example.
+    def load(cls, storage: Storage) -> "DataSet":
+        """The data set in ``storage``.
 
         Raises ``UserError`` if there is none, or one that is damaged or of another version, or
-        whose shards lie where they are not followed (``pipeline.storage.places``).
+        whose shards lie where they are not followed (``pipeline.places``).
         """
-        return cls(storage, manifests.load(storage, checked))
+        return cls(storage, manifests.load(storage))

@@ -34,10 +34,10 @@ from pipeline.data.sources.listing import Label, is_dense
 from pipeline.data.sources.members import SampleReader
 from pipeline.data.sources.names import split_of_file
 from pipeline.errors import UserError
+from pipeline.places import is_address, is_below, remember
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.storage.pieces import Counted, Pieces
-from pipeline.storage.places import is_address, is_below, remember
 from pipeline.values import JsonObject
 
 REPORT_KEY = "report.json"
@@ -251,19 +251,19 @@ def _index_all(
             raise UserError(f"the shards for {split} hold no images")
     labels = max(each["largest_label"] for each in found)
     channels = options.channels or max(each["channels"] for each in found)
-    binarization = dataset.binarization
-    if binarization is Binarization.auto:
-        binarization = Binarization.none
+    image_shape = (channels, *_image_size(options, found))
     return Manifest(
         name=dataset.name,
-        image_shape=(channels, *_image_size(options, found)),
+        image_shape=image_shape,
         num_classes=labels + 1 if labels >= 0 else None,
         block_size=1,
         splits={split: paginate(storage, split, shards[split], places) for split in splits},
         source=recipe,
         encoding="image",
         fit=options.fit.value if options.image_size else None,
-        binarization=binarization.value,
+        binarization=manifest.chosen_binarization(
+            dataset.binarization, Binarization.none, image_shape, is_binary=False
+        ),
         class_names=class_names,
         places=places,
     )

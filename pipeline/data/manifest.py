@@ -14,7 +14,7 @@ The manifest is written last: a data set exists once it is there. Nothing in it 
 number of samples; what does is in an index, which is read when its shard is opened. Shards may also
 be elsewhere and belong to someone else (``vlae index``): then their names are whole addresses below
 ``places``, and only the indices are beside the manifest. Nothing in a manifest is trusted: every
-value is checked for its type and form, and ``pipeline.storage.places`` says which places are
+value is checked for its type and form, and ``pipeline.places`` says which places are
 followed.
 
 The encoding says what a record is:
@@ -39,6 +39,8 @@ from typing import get_args
 
 import numpy as np
 
+from pipeline import places as trusted
+from pipeline.config.sections import Binarization
 from pipeline.data.images import MAX_PIXELS, Fit
 from pipeline.data.records import (
     REMEDY,
@@ -51,7 +53,6 @@ from pipeline.data.records import (
     shards_to_json,
 )
 from pipeline.errors import UserError
-from pipeline.storage import places as trusted
 from pipeline.storage.base import ObjectNotFound, Storage, to_json
 from pipeline.storage.recipe import differing
 from pipeline.values import JsonObject, is_name
@@ -59,7 +60,8 @@ from pipeline.values import JsonObject, is_name
 VERSION = 3
 ENCODINGS = ("npy", "image")
 PIXELS = ("binary", "values")
-BINARIZATIONS = ("dynamic", "static", "none")
+STATED = tuple(each.value for each in Binarization if each is not Binarization.auto)
+"""What a manifest may say of binarization."""
 MANIFEST_KEY = "manifest.json"
 
 
@@ -158,12 +160,11 @@ def _digest(content: JsonObject) -> str:
     ).hexdigest()
 
 
-def load(storage: Storage, checked: str | None = None) -> Manifest:
+def load(storage: Storage) -> Manifest:
     """The manifest in ``storage``.
 
-    ``checked`` is the digest of a manifest whose places were allowed before, on another machine for
-    example. Raises ``UserError`` if there is none, or one that is damaged or of another version, or
-    whose shards lie where they are not followed.
+    Raises ``UserError`` if there is none, or one that is damaged or of another version, or whose
+    shards lie where they are not followed.
     """
     try:
         content = storage.read_json(MANIFEST_KEY)
@@ -189,8 +190,7 @@ def load(storage: Storage, checked: str | None = None) -> Manifest:
         loaded = _from_json(storage, content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{url} is damaged ({error}); {REMEDY}") from None
-    if actual != checked:
-        trusted.check(url, loaded.places)
+    trusted.check(url, loaded.places)
     return loaded
 
 
@@ -226,7 +226,7 @@ def _check(contents: Manifest) -> None:
         raise ValueError(f"its encoding is {contents.encoding!r}, and its fit {contents.fit!r}")
     if not isinstance(contents.source, dict):
         raise TypeError("its source is no source")
-    if contents.pixels not in PIXELS or contents.binarization not in BINARIZATIONS:
+    if contents.pixels not in PIXELS or contents.binarization not in STATED:
         raise ValueError(
             f"its pixels are {contents.pixels!r}, and their binarization {contents.binarization!r}"
         )
@@ -261,6 +261,25 @@ def load_made_by(storage: Storage, recipe: JsonObject) -> Manifest | None:
             f" {storage.url}/{MANIFEST_KEY} to write it anew"
         )
     return contents
+
+
+def chosen_binarization(
+    asked: Binarization, suggested: Binarization, image_shape: tuple[int, int, int], is_binary: bool
+) -> str:
+    """How models see the images: as ``asked`` for, else as the source ``suggested``, else as their
+    values are.
+
+    Raises UserError if images in colour were to be binarized.
+    """
+    if asked not in (Binarization.auto, Binarization.none) and image_shape[0] > 1:
+        raise UserError(
+            f"dataset.binarization={asked.value} makes pixels black or white, but the images are in"
+            " colour; leave it out, or make them grey (channels=1)"
+        )
+    for choice in (asked, suggested):
+        if choice is not Binarization.auto:
+            return choice.value
+    return (Binarization.static if is_binary else Binarization.none).value
 
 
 def summary(contents: Manifest) -> JsonObject:

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from pipeline import places as trusted
 from pipeline.errors import UserError
-from pipeline.storage import places as trusted
 from pipeline.storage.base import Storage
 
 REMEDY = (

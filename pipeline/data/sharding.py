@@ -21,7 +21,6 @@ from tqdm import tqdm
 from pipeline import cluster
 from pipeline.config.options import digest
 from pipeline.config.sections import (
-    Binarization,
     ClusterOptions,
     DatasetOptions,
     Encoding,
@@ -83,6 +82,8 @@ def _write(
 ) -> Manifest:
     """Write the data set and publish its manifest, which is returned."""
     source.prepare()
+    asked = dataset.binarization, source.binarization
+    manifest.chosen_binarization(*asked, source.image_shape, False)  # refused before any compute
     encoding = options.encoding
     if encoding is Encoding.auto:
         encoding = Encoding.npy if np.prod(source.image_shape) <= SMALL else Encoding.png
@@ -90,12 +91,8 @@ def _write(
     journal = Journal(storage, recipe | {"version": manifest.VERSION})
     jobs = list(_jobs(source.splits, options.samples_per_shard, digest(recipe)))
     done = _write_all(storage, source, journal, jobs, options, block_size, encoding)
-    is_binary = all(made["binary"] for made in done.values())
-    binarization = source.binarization
-    if dataset.binarization is not Binarization.auto:
-        binarization = dataset.binarization
-    elif binarization is Binarization.auto:
-        binarization = Binarization.static if is_binary else Binarization.none
+    # Pixels of two values are black and white in grey images alone: pure colours have them, too.
+    is_binary = source.image_shape[0] == 1 and all(made["binary"] for made in done.values())
     contents = Manifest(
         name=dataset.name,
         image_shape=source.image_shape,
@@ -108,7 +105,7 @@ def _write(
         source=recipe,
         encoding="npy" if encoding is Encoding.npy else "image",
         pixels="binary" if is_binary else "values",
-        binarization=binarization.value,
+        binarization=manifest.chosen_binarization(*asked, source.image_shape, is_binary),
         class_names=source.class_names,
     )
     try:

@@ -17,10 +17,9 @@ from ray.train.v2.api.exceptions import ControllerError
 from pipeline.config.compose import build
 from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
-from pipeline.config.sections import Binarization, DatasetOptions
 from pipeline.data import DataSet
 from pipeline.errors import UserError
-from pipeline.runs import CONFIG, IDENTITY, RESULT, Run
+from pipeline.runs import CONFIG, IDENTITY, RESULT, Run, check_pixels
 from pipeline.storage import open_storage
 from pipeline.storage.recipe import begin_named
 from pipeline.storage.uploads import MAX_OUTAGE, retry
@@ -47,7 +46,7 @@ def check_data(config: TrainConfig) -> DataSet:
     Raises UserError if not.
     """
     data = DataSet.load(open_storage(config.dataset.url, config.storage.endpoint_url))
-    check_pixels(config.dataset, data)
+    check_pixels(data, config.dataset.binarization)
     try:
         config.build(data.manifest.image_shape)
     except ValueError as error:
@@ -62,25 +61,6 @@ def check_data(config: TrainConfig) -> DataSet:
             " smaller batch"
         )
     return data
-
-
-def check_pixels(options: DatasetOptions, data: DataSet) -> None:
-    """Raise UserError unless ``dataset.binarization`` suits the images."""
-    manifest, binarization = data.manifest, options.binarization
-    if binarization is Binarization.auto:
-        raise UserError(
-            f"the options were loaded before data set {manifest.name} existed; load them again"
-        )
-    if manifest.image_shape[0] > 1 and binarization is not Binarization.none:
-        raise UserError(
-            f"dataset.binarization={binarization.value} makes pixels black or white, but the"
-            f" images of data set {manifest.name} are in colour; leave it out"
-        )
-    if manifest.pixels == "binary" and binarization is Binarization.none:
-        raise UserError(
-            f"dataset.binarization=none is for images of 256 values, but those of data set"
-            f" {manifest.name} are black and white; leave it out"
-        )
 
 
 def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:

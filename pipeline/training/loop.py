@@ -62,7 +62,7 @@ def fit(
     keep_freed_memory()
     train, run = config.train, Run.of(config).storage
     place = open_storage(config.dataset.url, config.storage.endpoint_url)
-    data = retry(partial(DataSet.load, place, retry(Run.of(config).checked_manifest)))
+    data = retry(partial(DataSet.load, place))
     reading = ReadOptions(open_cache(config.dataset), config.dataset.max_skipped)
     learner = Learner(config, data.manifest.image_shape, world_size, device)
     step = agreed(retry(partial(checkpoint.resume, run, learner.state)), device)

@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.storage.base import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +65,9 @@ def remember(places: Iterable[str]) -> None:
     if not new:
         return
     try:
-        with atomic_file(_file()) as file:
-            file.write("".join(f"{place}\n" for place in [*known, *new]).encode())
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        with _file().open("a") as file:
+            file.write("".join(f"{place}\n" for place in new))
     except OSError as error:
         logger.warning(
             "cannot remember in %s (%s) that shards lie below %s; set %s to that",
@@ -80,7 +80,7 @@ def remember(places: Iterable[str]) -> None:
 
 def check(url: str, places: Iterable[str]) -> None:
     """Raise UserError unless the shards of a manifest at ``url`` are followed to all ``places``."""
-    followed = [*_remembered(), *os.environ.get(VARIABLE, "").split(), *_own(url)]
+    followed = [*followed_everywhere(), *_own(url)]
     for place in places:
         if not is_below(place, followed):
             raise UserError(
@@ -88,6 +88,11 @@ def check(url: str, places: Iterable[str]) -> None:
                 f" index of yours has read; if you trust whoever wrote it, set"
                 f" {VARIABLE}={place}"
             )
+
+
+def followed_everywhere() -> list[str]:
+    """The places that are followed whatever the manifest; workers get them by ``VARIABLE``."""
+    return [*_remembered(), *os.environ.get(VARIABLE, "").split()]
 
 
 def _own(url: str) -> list[str]:
