@@ -65,8 +65,8 @@ class Command(Generic[Config]):
     flags: Mapping[str, str] = field(default_factory=dict)
     """Words that stand for options: ``{"--yes": "yes=true"}``."""
     follow: compose.Follow | None = None
-    """From the options, unchecked, and the choices of config groups: the overrides that ``auto``
-    stands for.
+    """Gives the overrides that ``auto`` stands for, from the options, which are not checked yet,
+    and the choices of config groups.
     """
 
 
@@ -97,7 +97,7 @@ def follow_manifest(config: Any, presets: Mapping[str, str | None]) -> list[str]
     from pipeline.storage import open_storage
 
     require_name("dataset.name", config.dataset.name)
-    preset, binarization = presets["model"], Binarization(config.dataset.binarization)
+    preset, binarization = presets["model"], config.dataset.binarization
     if config.preset is not None:
         raise UserError(f"preset is a record; choose a preset by model={config.preset}")
     followed = []

@@ -35,7 +35,7 @@ class PlanConfig:
 
 def follow(config: Any, presets: Mapping[str, str | None]) -> list[str]:
     """What ``auto`` stands for, by the shape of the images. See ``Command.follow``."""
-    binarization = Binarization(config.binarization)
+    binarization = config.binarization
     if binarization is Binarization.auto:
         binarization = Binarization.none if config.channels > 1 else Binarization.dynamic
     followed = [f"binarization={binarization.value}"]

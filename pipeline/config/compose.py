@@ -28,6 +28,8 @@ from pipeline.config.options import Config, check_all, describe, to_dict
 from pipeline.errors import UserError
 
 Follow: TypeAlias = Callable[[Any, Mapping[str, str | None]], list[str]]
+REFUSALS = (OmegaConfBaseException, TypeError, ValueError, AttributeError, RuntimeError)
+"""What is raised for values that a configuration does not take."""
 SQLITE = "sqlite:///"
 """What the address of a SQLite file begins with; its path follows, relative or absolute."""
 
@@ -81,8 +83,8 @@ def load(
     groups = choices(command)
     chosen, values = _parse(groups, overrides)
     composed, names = _composed(command, chosen)
-    if follow and (config := _merged(schema, composed, values)) is not None:
-        more_chosen, more_values = _parse(groups, follow(config, names))
+    if follow:
+        more_chosen, more_values = _parse(groups, follow(_typed(schema, composed, values), names))
         composed, _ = _composed(command, chosen | more_chosen)
         values |= more_values
     return build(schema, composed, values)
@@ -96,17 +98,6 @@ def _composed(
         return compose(command, *chosen.values())
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from None
-
-
-def _merged(schema: type[Config], composed: DictConfig, values: Mapping[str, Any]) -> Any:
-    """The options before any is checked; None if ``build`` will refuse one of them."""
-    try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), composed)
-        for key, value in values.items():
-            OmegaConf.update(config, key, value)
-        return OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    except (OmegaConfBaseException, TypeError, ValueError, AttributeError, RuntimeError):
-        return None
 
 
 def _parse(
@@ -158,6 +149,20 @@ def build(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:
 
     Used for the command line, and for the samples of a search. Raises UserError as ``load`` does.
     """
+    built = _typed(schema, base, values)
+    try:
+        check_all(built)
+        to_dict(built)  # so that what is left to resolve is resolved now or never
+    except REFUSALS as error:
+        raise _refusal(error, "the configuration") from None
+    return built
+
+
+def _typed(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:
+    """A configuration whose values have their types, and are not checked otherwise.
+
+    Raises UserError.
+    """
     known = dict(describe(schema))
     mappings = tuple(
         f"{key}." for key, item in known.items() if typing.get_origin(item.type) is dict
@@ -178,12 +183,13 @@ def build(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:
             path = OmegaConf.select(config, key)
             if path:
                 OmegaConf.update(config, key, absolute(path))
-        built = typing.cast(Config, OmegaConf.to_object(config))
-        check_all(built)
-        to_dict(built)  # so that what is left to resolve is resolved now or never
-    except (OmegaConfBaseException, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{getattr(error, 'full_key', None) or key}: {reason_of(error)}") from None
-    return built
+        return typing.cast(Config, OmegaConf.to_object(config))
+    except REFUSALS as error:
+        raise _refusal(error, key) from None
+
+
+def _refusal(error: Exception, key: str) -> UserError:
+    return UserError(f"{getattr(error, 'full_key', None) or key}: {reason_of(error)}")
 
 
 def absolute(address: str) -> str:

@@ -137,8 +137,9 @@ def test_every_key_of_a_groups_file_is_an_option_and_is_heeded(file: Path) -> No
         assert all((CONFIGS / group / f"{each}.yaml").exists() for each in values["defaults"])
         return
     is_global = "@package _global_" in (CONFIGS / file).read_text()
+    values = {key: value for key, value in values.items() if key != "defaults"}
     expected = values if is_global else {f"{group}.{key}": value for key, value in values.items()}
-    assert expected
+    assert expected or name == "auto"
     commands = [command for command in COMMANDS if group in groups_of(command)]
     for command in commands:
         assert set(expected) <= {key for key, _ in describe(COMMANDS[command])}
@@ -168,8 +169,10 @@ def changed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
     }
     if key in special:
         return special[key]
+    if item.metadata["name"]:
+        return f"other-{key}"
     if isinstance(value, Enum):
-        return next(other for other in type(value) if other is not value)
+        return next(other for other in [*type(value)][::-1] if other is not value)
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -179,9 +182,7 @@ def changed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
     if isinstance(value, list):
         return value[::-1]
     if value is None:
-        return (
-            7 if re.search("int|float", str(item.type)) else "other" if key == "name" else "/other"
-        )
+        return 7 if re.search("int|float", str(item.type)) else "/other"
     return f"/other/{key}"
 
 
@@ -207,7 +208,11 @@ EXCLUSIVE = ("train.free_bits", "train.free_groups")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_can_be_set_from_the_command_line(command: str) -> None:
     before = defaults(command)
-    options = [(key, item) for key, item in describe(COMMANDS[command]) if key not in EXCLUSIVE]
+    options = [
+        (key, item)
+        for key, item in describe(COMMANDS[command])
+        if key not in {*EXCLUSIVE, "preset"}
+    ]
     wanted = {key: changed(key, item, value_at(before, key)) for key, item in options}
     after = load(command, [f"{key}={as_text(value)}" for key, value in wanted.items()])
     for key, value in wanted.items():
@@ -708,7 +713,7 @@ def test_other_folders_are_absolute_too(key: str) -> None:
 
 @pytest.mark.parametrize("root", ["s3://bucket/some/prefix", "s3://bucket", "s3://bucket/~/x"])
 def test_an_s3_address_is_left_as_it_is(root: str) -> None:
-    config = load("tune", [f"storage.root='{root}'"])
+    config = load("tune", [f"storage.root='{root}'", "model=fast", "dataset.binarization=dynamic"])
     assert config.storage.root == root
     assert config.dataset.url == f"{root}/datasets/mnist"
     assert config.registry.artifacts == f"{root}/registry"
@@ -717,7 +722,7 @@ def test_an_s3_address_is_left_as_it_is(root: str) -> None:
 # --- what a run is --------------------------------------------------------------------------------
 
 OF_NO_MATTER = re.compile(
-    r"name|(storage|cluster|registry)\..*|dataset\.(source|path|cache.*|max_skipped)"
+    r"name|preset|(storage|cluster|registry)\..*|dataset\.(source|path|cache.*|max_skipped)"
     r"|train\.(keep_checkpoints|valid_.*|.*_seconds|micro_batch)"
 )
 """What the weights of a run do not depend on; where its data is, is dataset.url."""
