@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from pipeline.commands import NAMES, find
-from pipeline.config.compose import choices, compose, options_of
+from pipeline.config.compose import choices, compose, meaning, options_of
 from pipeline.config.options import describe
 
 EXAMPLE = """a first session:
@@ -17,6 +17,10 @@ EXAMPLE = """a first session:
   vlae train model.window=7x4               one model
   vlae tune search.num_trials=12            many models, the best into the registry
   vlae evaluate model=models:/vlae-mnist@champion"""
+
+
+PRESETS = "model"
+"""The config group whose choices are explained one by one."""
 
 
 def overview() -> str:
@@ -47,6 +51,8 @@ def help_page(name: str) -> str:
             names = [f"{each} (default)" if each == default else each for each in options_of(group)]
             lines.append(f"  {group + '=':<12}{', '.join(names)}")
         lines.append("")
+    if PRESETS in groups:
+        lines += ["model presets:", *(_preset(name) for name in options_of(PRESETS)), ""]
     lines.append("options:")
     values = _defaults(name, command.config)
     for key, item in describe(command.config):
@@ -57,6 +63,12 @@ def help_page(name: str) -> str:
         text = textwrap.fill(sentence, 96, initial_indent=indent, subsequent_indent=indent)
         lines += [head, text]
     return "\n".join(lines)
+
+
+def _preset(name: str) -> str:
+    """A model preset, and what it is for."""
+    text = meaning(PRESETS, name)
+    return textwrap.fill(text, 96, initial_indent=f"  {name:<14}", subsequent_indent=" " * 16)
 
 
 def _properties(metadata: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from pipeline.commands import Command, load
 from pipeline.config.evaluation import BoundOptions
 from pipeline.config.options import option, section
 from pipeline.config.search import TuneConfig
+from pipeline.config.sections import Binarization
 from pipeline.errors import UserError
 from pipeline.values import JsonObject, Measured
 
@@ -48,6 +49,10 @@ def run(config: DemoConfig) -> JsonObject:
         _print(
             f"data set {config.dataset.name}: "
             + ", ".join(f"{split['images']:,} {name}" for name, split in data["splits"].items())
+        )
+        binarization = Binarization(data["binarization"])
+        config = dataclasses.replace(
+            config, dataset=dataclasses.replace(config.dataset, binarization=binarization)
         )
         found = tune.run(config)
         searched = open_storage(found["url"])

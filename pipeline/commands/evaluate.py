@@ -102,6 +102,9 @@ def format_report(result: JsonObject, split: str) -> str:
         lines.append(f"no probe: {measured['probe_skipped']}")
     if "probe" in measured:
         note = SPLIT_NOTES.get(split, "")
+        labelled, total = measured.get("probe_labelled"), measured["num_images"]
+        if labelled is not None and labelled < total:
+            note += f", on the {labelled:,} of {total:,} images that have a label"
         lines.append(f"class predicted from the code, accuracy in %{note}:")
         for name, label in PROBES.items():
             probe = measured["probe"][name]

@@ -9,6 +9,7 @@ data, so that a mistake ends before any compute.
 import difflib
 import functools
 import importlib.resources
+import itertools
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -67,6 +68,14 @@ def options_of(group: str) -> list[str]:
     return sorted(
         file.name.removesuffix(".yaml") for file in files.iterdir() if file.name.endswith(".yaml")
     )
+
+
+def meaning(group: str, name: str) -> str:
+    """What a choice of a config group is for: the first sentence of its file's comment."""
+    text = (importlib.resources.files("configs") / group / f"{name}.yaml").read_text()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    words = " ".join(line[1:].strip() for line in comment if "@package" not in line)
+    return re.split(r"(?<=[.)])\s+(?=[A-Z])", words)[0].rstrip(".")
 
 
 def load(

@@ -137,8 +137,7 @@ def find_shards(
     for tar in itertools.chain(*found.values()):
         if not is_address(tar.url):
             raise UserError(
-                f"cannot index {tar.url!r}: an address is s3://, http(s):// or a path, without '..'"
-                " and odd characters; rename it"
+                f"cannot index {tar.url!r}: its address has '..' or odd characters; rename it"
             )
     return {split: found[split] for split in SPLITS}
 
@@ -147,10 +146,9 @@ def find_places(options: IndexOptions, splits: dict[str, list[Tar]]) -> list[str
     """The folders and addresses below which the options say that shards lie."""
     found = set[str]()
     for pattern in filter(None, (options.train, options.valid, options.test)):
-        if pattern.lower().endswith(".tar"):
-            found.add(open_storage(pattern.partition("{")[0].rpartition("/")[0] or ".").url)
-        else:
-            found.add(open_storage(pattern).url)
+        is_folder = not pattern.lower().endswith(".tar")
+        above = pattern.partition("{")[0].rpartition("/")[0] or "."
+        found.add(open_storage(pattern if is_folder else above).url)
     others = (tar for tar in itertools.chain(*splits.values()) if not is_below(tar.url, found))
     return sorted(found | {tar.url.rpartition("/")[0] for tar in others})
 
@@ -197,9 +195,8 @@ def _versions(folder: str) -> Iterator[tuple[str, str]]:
     """The addresses of a folder's files, and what changes when they are written again."""
     if "://" in folder:  # an object store or the web: the sha256 in the index will tell
         return
-    place = open_storage(folder or ".")
-    for entry in place.entries():
-        yield f"{place.url}/{entry.key}", f"{entry.size} {entry.version}"
+    for entry in open_storage(folder).entries():
+        yield f"{folder}/{entry.key}", f"{entry.size} {entry.version}"
 
 
 def _index_all(

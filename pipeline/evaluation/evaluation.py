@@ -111,8 +111,8 @@ class Evaluation:
         """Measure the images of the evaluated split.
 
         ``latents`` holds the figures of each latent, and ``probe``, if there are classes, the
-        accuracy with which classifiers predict them from the code; ``probe_skipped`` says why
-        labelled images could not be probed.
+        accuracy with which classifiers predict them from the code, on ``probe_labelled`` images
+        that have a label; ``probe_skipped`` says why labelled images could not be probed.
         """
         bounds = self.config.bounds
         # The groups of latents that had free bits of their own.
@@ -154,6 +154,7 @@ class Evaluation:
         if skipped:
             measured["probe_skipped"] = skipped
         if probes and right.sums:
+            measured["probe_labelled"] = right.count("linear")
             measured["probe"] = {
                 name: {
                     **right.measured(name).to_json("accuracy"),
