@@ -1,11 +1,12 @@
-"""Work in a background thread."""
+"""Work in background threads."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 def start(work: Callable[[], Result], name: str) -> Future[Result]:
@@ -25,3 +26,38 @@ def start(work: Callable[[], Result], name: str) -> Future[Result]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
+
+
+def in_parallel(
+    function: Callable[[Item], Any], items: Iterable[Item], num_threads: int, name: str
+) -> None:
+    """Call ``function`` on every item from several threads.
+
+    The first error is raised when all threads have stopped. They are daemons: a read that hangs
+    does not keep the interpreter alive.
+    """
+    if num_threads < 2:
+        for item in items:
+            function(item)
+        return
+    remaining, errors, turn = iter(items), list[BaseException](), threading.Lock()
+
+    def work() -> None:
+        while not errors:
+            try:
+                with turn:
+                    item = next(remaining, done)
+                if item is done:
+                    return
+                function(item)  # type: ignore[arg-type]
+            except BaseException as error:  # noqa: BLE001  (it belongs to the caller)
+                errors.append(error)
+
+    done = object()
+    threads = [threading.Thread(target=work, name=name, daemon=True) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

@@ -1,15 +1,18 @@
-"""A local cache of shards, bounded in bytes and shared by all processes of a machine.
+"""A local cache of shards or their pixels, bounded in bytes, shared by all processes of a machine.
 
-Each file is named after the sha256 of its shard, so that data sets cannot be confused and a
-changed shard is another file. It takes that name only when it is complete and its sha256 is
-verified. Space is reserved before a shard is fetched, by deleting the least recently used files. If
-the disk is full or a shard is larger than the cache, the shard is read from storage instead.
+It is a sub-folder that the cache makes, and of the files there it counts and deletes only those
+whose names it gives. Each file of a shard is named after the sha256 of its shard, so that data sets
+cannot be confused and a changed shard is another file. It takes that name only when it is complete
+and its sha256 is verified. Space is reserved before a shard is fetched, by deleting the least
+recently used files. If the disk is full or a shard is larger than the cache, the shard is read from
+storage instead. ``pixels.py`` keeps what image files were decoded to.
 """
 
 import errno
 import fcntl
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,13 +26,19 @@ from pipeline.storage.pieces import Counted
 
 logger = logging.getLogger(__name__)
 
+SUBFOLDER = "vlae-cache"
+"""Below the folder in the options: whatever else is there is not the cache's."""
+NAME = re.compile(rf"({re.escape(PARTIAL)})?[0-9a-f]{{64}}(-[0-9a-f]{{16}}\.pixels)?")
+"""The names that the cache gives: a shard, its pixels, and either while it is being made."""
 NUM_LOCKS = 256
 """Locks of a cache. Two shards that share one are not fetched at the same time."""
 
 
 def open_cache(dataset: DatasetOptions) -> "ShardCache | None":
     """The cache in the options, if any."""
-    return ShardCache(Path(dataset.cache), int(dataset.cache_gb * 1e9)) if dataset.cache else None
+    if not dataset.cache:
+        return None
+    return ShardCache(Path(dataset.cache, SUBFOLDER), int(dataset.cache_gb * 1e9))
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,21 @@ class ShardCache:
                 break
         yield from storage.stream(key, start, length)
 
+    def reserve(self, name: str, size: int) -> None:
+        """Make a file of ``size`` zeros, unless it is there, for which others make way.
+
+        Raises ``OSError`` if there is no room.
+        """
+        if size > self.max_bytes:
+            raise OSError(errno.EFBIG, "it is larger than the cache")
+        path, partial = self.folder / name, self.folder / f"{PARTIAL}{name}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked(name):
+            if not path.exists():
+                with self._room(partial, size):
+                    pass
+                self._publish(partial, path)
+
     def drop(self, sha256: str) -> None:
         """Delete a shard whose local copy is damaged."""
         with suppress(OSError):
@@ -83,9 +107,7 @@ class ShardCache:
                 try:
                     with self._room(partial, size) as file:
                         _download(file, storage, key, size, sha256)
-                    # Locked, so that whoever adds up the files finds it under exactly one name.
-                    with self._locked("room"):
-                        os.replace(partial, path)
+                    self._publish(partial, path)
                 finally:
                     partial.unlink(missing_ok=True)
             return True
@@ -108,12 +130,14 @@ class ShardCache:
         with self._locked("room"):
             files = []
             for entry in os.scandir(self.folder):
+                if not NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                    continue
                 with suppress(FileNotFoundError):
                     if entry.name.startswith(PARTIAL) and self._abandoned(
                         entry.name.removeprefix(PARTIAL)
                     ):
                         os.unlink(entry.path)
-                    elif not entry.name.startswith("lock-") and entry.path != str(partial):
+                    elif entry.path != str(partial):
                         files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
             excess = sum(taken for _, taken, _ in files) + size - self.max_bytes
             for _, taken, path in sorted(files):
@@ -136,6 +160,11 @@ class ShardCache:
         with file:
             yield file
 
+    def _publish(self, partial: Path, path: Path) -> None:
+        # Locked, so that whoever adds up the files finds it under exactly one name.
+        with self._locked("room"):
+            os.replace(partial, path)
+
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         """Hold a lock against all processes and threads; it is released however its holder ends."""
@@ -143,9 +172,9 @@ class ShardCache:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _abandoned(self, sha256: str) -> bool:
-        """Whether the process that was fetching that shard was killed."""
-        with self._lock_file(sha256).open("wb") as lock:
+    def _abandoned(self, name: str) -> bool:
+        """Whether the process that was making that file was killed."""
+        with self._lock_file(name).open("wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

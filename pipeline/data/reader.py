@@ -3,18 +3,21 @@
 import logging
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeVar
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline import machine
+from pipeline.background import in_parallel
 from pipeline.data import images, tar
 from pipeline.data.cache import ShardCache
 from pipeline.data.dataset import DataSet
+from pipeline.data.pixels import PixelCache
 from pipeline.data.records import REMEDY, Index, Integers, Shard, checksum
 from pipeline.errors import DamagedData, UserError
 from pipeline.storage.base import ObjectNotFound, ObjectTooShort, Storage
@@ -24,10 +27,11 @@ logger = logging.getLogger(__name__)
 
 Images = npt.NDArray[np.uint8]
 Booleans = npt.NDArray[np.bool_]
-Item = TypeVar("Item")
 
 THREADS = 8
 """Concurrent reads: one connection to object storage has a tenth of a network card's bandwidth."""
+DECODED = 16
+"""Image files that a thread decodes at a time; those of one shape are resized together."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,17 @@ class Span:
     def rows(self) -> slice:
         return slice(self.row, self.row + self.stop - self.start)
 
+    def part(self, start: int, stop: int) -> "Span":
+        """Some of its samples, and their rows."""
+        return Span(self.shard, start, stop, self.row + start - self.start)
+
 
 @dataclass(frozen=True)
 class ReadOptions:
     """How shards are read."""
 
     cache: ShardCache | None = None
-    """Keeps the shards that were read on this machine."""
+    """Keeps what was read on this machine: pixels of image files if there is room, else shards."""
     max_skipped: int = 0
     """How many damaged or missing samples a reader may skip in all; each is logged."""
 
@@ -94,7 +102,9 @@ class Reader:
         self.image_shape = manifest.image_shape
         self.image_bytes = int(np.prod(manifest.image_shape))
         self._storage, self._manifest = storage, manifest
-        self._cache, self._max_skipped = options.cache, options.max_skipped
+        self._max_skipped = options.max_skipped
+        self._pixels = PixelCache.open(options.cache, manifest)
+        self._cache = options.cache if self._pixels is None else None
         self._skipped, self._skipping = set[int](), threading.Lock()
         self._first_samples = np.concatenate([[0], np.cumsum(self.sizes)])  # (num_shards + 1,)
         self._index = lru_cache(maxsize=64)(lambda shard: Index.load(storage, shard))
@@ -123,20 +133,18 @@ class Reader:
                 spans.append(Span(shard, start, stop, row))
             row += stop - start
         present = np.ones(row, dtype=bool)
-        decoders = max(1, THREADS // len(spans)) if self._manifest.encoding == "image" else 1
+        read_records = (
+            self._read_images if self._manifest.encoding == "image" else self._read_blocks
+        )
+        # One more than there are cores: one of them waits for the storage.
+        decoders = -(-(machine.num_cores() + 1) // max(1, len(spans)))
 
         def read(span: Span) -> None:
             first = self._first_samples[span.shard]
             rows.samples[span.rows] = first + np.arange(span.start, span.stop)
             shard = self.shards[span.shard]
             try:
-                index = self._index(shard)
-                records = self._records(shard, index, span)
-                in_parallel(
-                    lambda record: self._unpack_record(shard, index, span, *record, rows, present),
-                    records,
-                    decoders,
-                )
+                read_records(shard, self._index(shard), span, rows, present, decoders)
             except ObjectNotFound as error:
                 lost = (
                     f"{error}, though the manifest of {self._storage.url} lists it ({shard.size}"
@@ -146,7 +154,7 @@ class Reader:
             except (ObjectTooShort, DamagedData) as error:
                 self._skip(error, rows, present, span.rows)
 
-        in_parallel(read, spans, min(THREADS, len(spans)))
+        in_parallel(read, spans, min(THREADS, len(spans)), "loader")
         return present
 
     def keys(self, samples: Integers) -> list[str] | None:
@@ -184,42 +192,97 @@ class Reader:
             yield number, pieces.read(size)
             position = offset + size
 
-    def _unpack_record(
+    def _read_blocks(
+        self, shard: Shard, index: Index, span: Span, rows: Rows, present: Booleans, _: int
+    ) -> None:
+        """Read the blocks of a span, and put those of their samples that belong to it into rows."""
+        for number, content in self._records(shard, index, span):
+            begin, end = int(index.starts[number]), int(index.starts[number + 1])
+            start, stop = max(span.start, begin), min(span.stop, end)
+            to = span.part(start, stop).rows
+            try:
+                block, labels = self._block(self._checked(shard, index, number, content))
+                part = slice(start - begin, stop - begin)
+                rows.images[to], rows.labels[to] = block[part], labels[part]
+            except (ObjectNotFound, ObjectTooShort, DamagedData) as error:
+                self._skip(error, rows, present, to)
+            except (images.BadImage, tar.BadTar) as error:
+                self._skip(self._unusable(shard, index, number, error), rows, present, to)
+
+    def _read_images(
+        self, shard: Shard, index: Index, span: Span, rows: Rows, present: Booleans, decoders: int
+    ) -> None:
+        """Read and decode the image files of a span, except those whose pixels are cached."""
+        assert index.labels is not None
+        rows.labels[span.rows] = index.labels[span.start : span.stop]
+        wanted = np.ones(span.stop - span.start, dtype=bool)
+        if self._pixels is not None:
+            wanted = ~self._pixels.read(shard, span.start, rows.images[span.rows])
+        for start, stop in runs(wanted):
+            records = self._records(shard, index, span.part(span.start + start, span.start + stop))
+            in_parallel(
+                lambda some: self._decode(shard, index, span, some, rows, present),
+                in_portions(records, DECODED),
+                decoders,
+                "decoder",
+            )
+
+    def _decode(
         self,
         shard: Shard,
         index: Index,
         span: Span,
-        number: int,
-        content: bytes,
+        records: Sequence[tuple[int, bytes]],
         rows: Rows,
         present: Booleans,
     ) -> None:
-        """Check a record, and put those of its samples that belong to the span into their rows."""
-        begin, end = int(index.starts[number]), int(index.starts[number + 1])
-        start, stop = max(span.start, begin), min(span.stop, end)
-        to, part = (
-            slice(span.row + start - span.start, span.row + stop - span.start),
-            slice(start - begin, stop - begin),
+        """Check and decode consecutive image files, and keep their pixels."""
+        channels, height, width = self.image_shape
+        fit, intact = self._manifest.fit, list[tuple[int, bytes]]()
+        for number, content in records:
+            try:
+                intact.append((number, self._checked(shard, index, number, content)))
+            except (ObjectNotFound, ObjectTooShort, DamagedData) as error:
+                self._skip(error, rows, present, span.part(number, number + 1).rows)
+        found = images.decode_all(
+            [content for _, content in intact],
+            channels,
+            (height, width) if fit else None,
+            fit or "crop",
         )
-        try:
-            if checksum(content) != index.checksum[number]:
-                content = self._reread(shard, index, number)
-            if index.labels is not None:
-                rows.images[to], rows.labels[to] = (
-                    self._image(content).transpose(2, 0, 1),
-                    index.labels[number],
+        first, done = records[0][0], np.zeros(len(records), dtype=bool)
+        for (number, _), pixels in zip(intact, found, strict=True):
+            to = span.part(number, number + 1).rows
+            if not isinstance(pixels, images.BadImage) and pixels.shape != (
+                height,
+                width,
+                channels,
+            ):
+                pixels = images.BadImage(
+                    f"it is {pixels.shape[1]} x {pixels.shape[0]}, but images here are {width} x"
+                    f" {height}"
                 )
+            if isinstance(pixels, images.BadImage):
+                self._skip(self._unusable(shard, index, number, pixels), rows, present, to)
             else:
-                block, labels = self._block(content)
-                rows.images[to], rows.labels[to] = block[part], labels[part]
-        except (ObjectNotFound, ObjectTooShort, DamagedData) as error:
-            self._skip(error, rows, present, to)
-        except (images.BadImage, tar.BadTar) as error:
-            key = f" ({index.keys[number]})" if index.keys and index.labels is not None else ""
-            damage = DamagedData(
-                f"{self._url(shard)}: record {number}{key} cannot be used: {error}"
-            )
-            self._skip(damage, rows, present, to)
+                rows.images[to] = pixels.transpose(2, 0, 1)
+                done[number - first] = True
+        if self._pixels is not None:
+            for start, stop in runs(done):
+                part = span.part(first + start, first + stop)
+                self._pixels.write(shard, part.start, rows.images[part.rows])
+
+    def _checked(self, shard: Shard, index: Index, number: int, content: bytes) -> bytes:
+        """The content of a record, read again if it does not match its checksum."""
+        if checksum(content) == index.checksum[number]:
+            return content
+        return self._reread(shard, index, number)
+
+    def _unusable(
+        self, shard: Shard, index: Index, number: int, error: ValueError | UserError
+    ) -> DamagedData:
+        key = f" ({index.keys[number]})" if index.keys and index.labels is not None else ""
+        return DamagedData(f"{self._url(shard)}: record {number}{key} cannot be used: {error}")
 
     def _reread(self, shard: Shard, index: Index, record: int) -> bytes:
         """Read a record again whose checksum was wrong.
@@ -256,18 +319,6 @@ class Reader:
                 f" {self.image_shape}"
             )
         return block, labels
-
-    def _image(self, content: bytes) -> Images:
-        """A record's pixels ``(height, width, channels)``."""
-        channels, height, width = self.image_shape
-        fit = self._manifest.fit
-        pixels = images.decode(content, channels, (height, width) if fit else None, fit or "crop")
-        if pixels.shape != (height, width, channels):
-            raise images.BadImage(
-                f"it is {pixels.shape[1]} x {pixels.shape[0]}, but images here are {width} x"
-                f" {height}"
-            )
-        return pixels
 
     def _skip(self, error: UserError, rows: Rows, present: Booleans, missing: slice) -> None:
         """Skip the samples of some rows. Raises ``error``, or UserError if they are too many."""
@@ -324,36 +375,15 @@ def substitute(rows: Rows, present: Booleans, group: slice) -> None:
         column[bad] = column[source]
 
 
-def in_parallel(function: Callable[[Item], Any], items: Iterable[Item], num_threads: int) -> None:
-    """Call ``function`` on every item from several threads.
+def runs(true: Booleans) -> list[tuple[int, int]]:
+    """The first and last + 1 places of each run of True."""
+    edges = np.flatnonzero(np.diff(true, prepend=False, append=False))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
-    The first error is raised when all threads have stopped. They are daemons: a read that hangs
-    does not keep the interpreter alive.
-    """
-    if num_threads < 2:
-        for item in items:
-            function(item)
-        return
-    remaining, errors, turn = iter(items), list[BaseException](), threading.Lock()
 
-    def work() -> None:
-        while not errors:
-            try:
-                with turn:
-                    item = next(remaining, done)
-                if item is done:
-                    return
-                function(item)  # type: ignore[arg-type]
-            except BaseException as error:  # noqa: BLE001  (it belongs to the caller)
-                errors.append(error)
-
-    done = object()
-    threads = [
-        threading.Thread(target=work, name="loader", daemon=True) for _ in range(num_threads)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+def in_portions(
+    records: Iterator[tuple[int, bytes]], size: int
+) -> Iterator[list[tuple[int, bytes]]]:
+    """Up to ``size`` records at a time."""
+    while portion := list(islice(records, size)):
+        yield portion

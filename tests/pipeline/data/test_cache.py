@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.background import in_parallel
 from pipeline.config.sections import DatasetOptions
 from pipeline.data import DataSet, cache
 from pipeline.data.cache import ShardCache, open_cache
 from pipeline.data.loader import EvalLoader, TrainLoader
-from pipeline.data.reader import ReadOptions, in_parallel
+from pipeline.data.reader import ReadOptions
 from pipeline.errors import DamagedData, UserError
 from pipeline.storage.base import PARTIAL, Storage
 from pipeline.storage.folder import FolderStorage
@@ -150,7 +151,7 @@ def test_threads_that_fetch_at_once_never_take_more_than_the_bound(tmp_path: Pat
     )
     made = [shard(storage, number) for number in range(3)]
     for _ in range(200):
-        in_parallel(lambda each: read(cache, storage, each, 0, 100), made, 3)
+        in_parallel(lambda each: read(cache, storage, each, 0, 100), made, 3, "reader")
         assert sum((cache.folder / name).stat().st_size for name in files(cache)) <= cache.max_bytes
 
 
@@ -175,7 +176,7 @@ def test_the_room_of_a_fetch_under_way_is_not_given_away(
 def test_the_configuration_names_a_cache(tmp_path: Path) -> None:
     assert open_cache(DatasetOptions(name="x")) is None
     assert open_cache(DatasetOptions(name="x", cache=str(tmp_path), cache_gb=0.5)) == ShardCache(
-        tmp_path, 500_000_000
+        tmp_path / "vlae-cache", 500_000_000
     )
     assert cache.NUM_LOCKS < 1000  # three digits in their names
 
