@@ -14,7 +14,8 @@ from pipeline.errors import UserError
 from pipeline.values import JsonObject, Measured
 
 if TYPE_CHECKING:
-    from pipeline.registry.versions import Registry, Version
+    from pipeline.registry.summaries import Version
+    from pipeline.registry.versions import Registry
     from pipeline.runs import Run
 
 Value = TypeVar("Value")

@@ -21,7 +21,8 @@ import xxhash
 
 from pipeline.data import images
 from pipeline.data.cache import ShardCache
-from pipeline.data.manifest import Manifest, Shard
+from pipeline.data.manifest import Manifest
+from pipeline.data.records import Shard
 
 logger = logging.getLogger(__name__)
 

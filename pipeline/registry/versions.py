@@ -13,7 +13,6 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,54 +28,15 @@ from pipeline.config import sections
 from pipeline.errors import UserError
 from pipeline.registry import card, champions, files
 from pipeline.registry.champions import PROMOTED, ROLLED_BACK, ChampionChange
+from pipeline.registry.summaries import ModelSummary, Version
 from pipeline.registry.tracking import Connection, ignore_existing, short_timeouts, training_run
 from pipeline.runs import MODEL_FILES, Run, sha256_of_file
-from pipeline.values import JsonObject
 from vlae.factory import WEIGHTS_FILE
 
 CHECKSUM = "sha256."
 """The prefix of a version's tags that hold the checksums of its files."""
 EVALUATED = "evaluation/"
 """The prefix of the metrics that evaluations measured; the others are from training."""
-
-
-@dataclass(frozen=True)
-class ModelSummary:
-    """A registered model, as a list shows it."""
-
-    name: str
-    versions: int
-    """The number of its versions."""
-    aliases: dict[str, str]
-    """The version that each alias stands for."""
-
-    def to_json(self) -> JsonObject:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Version:
-    """A version of a registered model."""
-
-    name: str
-    number: int
-    aliases: list[str]
-    run: str | None
-    """The address of the run that trained it."""
-    tags: dict[str, str]
-    parameters: dict[str, str]
-    """The options of its training, such as ``model.window``, and the data set's checksum."""
-    metrics: dict[str, float]
-    """The figures of its evaluations, such as ``valid/elbo_nats``."""
-
-    @property
-    def reference(self) -> str:
-        """``models:/NAME/NUMBER``, as commands and MLflow take it."""
-        return f"models:/{self.name}/{self.number}"
-
-    def to_json(self) -> JsonObject:
-        fields = asdict(self)
-        return {"name": fields.pop("name"), "version": fields.pop("number"), **fields}
 
 
 class Registry:
