@@ -1,5 +1,8 @@
 """Addresses in a manifest that somebody else wrote lead nowhere that the user did not name."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -153,3 +156,28 @@ def test_what_the_user_indexed_is_followed_and_the_same_manifest_is_not_for_othe
         DataSet.load(storage.child("manifest"))
     monkeypatch.setenv("VLAE_PLACES", str(tmp_path))
     assert DataSet.load(storage.child("manifest")) == data
+
+
+CODE = (
+    "import os, ray\n"
+    "from pipeline.cluster import connect\n"
+    "from pipeline.config.sections import ClusterOptions, StorageOptions\n"
+    "connect(ClusterOptions(), StorageOptions())\n"
+    "read = ray.remote(num_cpus=0)(lambda: os.environ['VLAE_PLACES'])\n"
+    "print(ray.get(read.remote()))\n"
+)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_follow_what_the_user_of_the_command_follows(tmp_path: Path) -> None:
+    (tmp_path / "vlae").mkdir()
+    (tmp_path / "vlae" / "places").write_text("/data/tars\ns3://public\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", CODE],
+        env=os.environ | {"XDG_CONFIG_HOME": str(tmp_path), "VLAE_PLACES": "https://host/x"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert ended.stdout.split() == ["/data/tars", "s3://public", "https://host/x"]
