@@ -6,10 +6,11 @@ A new source is a module beside this one, a row in ``SOURCES``, and a name in ``
 from collections.abc import Callable
 
 from pipeline.config.sections import DatasetOptions, ShardOptions, Source
-from pipeline.data.sources.arrays import IdxSource, NpzSource
 from pipeline.data.sources.base import ImageSource
 from pipeline.data.sources.files import FolderSource
+from pipeline.data.sources.idx import IdxSource
 from pipeline.data.sources.mnist import MnistSource
+from pipeline.data.sources.npz import NpzSource
 from pipeline.data.sources.parquet import ParquetSource
 from pipeline.data.sources.synthetic import SyntheticSource
 from pipeline.data.sources.tars import TarSource, WebDatasetSource

@@ -1,15 +1,14 @@
-"""Image sources held in memory: IDX files and ``.npz`` arrays."""
+"""Image sources held in memory: what arrays of images and labels have in common."""
 
-import gzip
-import zipfile
-import zlib
+import math
+import os
+from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from pipeline.config.sections import DatasetOptions, ShardOptions
 from pipeline.data.sources.base import (
     SPLITS,
     Images,
@@ -17,24 +16,75 @@ from pipeline.data.sources.base import (
     Labels,
     content_sha256,
     hash_fraction,
-    local_path,
-    required_path,
 )
+from pipeline.data.sources.listing import class_names
+from pipeline.data.sources.members import as_label
 from pipeline.errors import UserError
 from pipeline.values import JsonObject
 
+Array = npt.NDArray[Any]
 
-def _last_part(count: int, fraction: float) -> int:
-    """Where the last ``fraction`` of ``count`` images begins; neither part is empty."""
-    return min(max(round(count * (1 - fraction)), 1), count - 1)
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+"""Bytes of this machine's memory."""
+CHUNK = 1 << 12
+"""Images whose values are converted at a time."""
 
 
 class ArraySource(ImageSource):
-    """Images in memory."""
+    """Images in memory.
 
-    _arrays: dict[str, tuple[Images, Labels]]
-    """By split: images ``(n, height, width, channels)`` and labels ``(n,)``."""
+    ``found`` holds, by split, images (n, height, width), (n, height, width, channels) or
+    (n, channels, height, width), and their labels, if there are any. Splits that are missing are
+    taken from the training images by the hash of their number; each has at least one image.
+    """
+
     _kind: str
+    _arrays: dict[str, tuple[Images, Labels]]
+    """By split: images (n, height, width, channels) and labels (n,)."""
+
+    def __init__(
+        self,
+        where: str,
+        found: Mapping[str, tuple[Array, Array | None]],
+        origins: dict[str, str],
+        fractions: Mapping[str, float],
+    ) -> None:
+        for split, (images, labels) in found.items():
+            if not images.size:
+                raise UserError(f"{where} holds no images for {split}")
+            if labels is not None and labels.size != len(images):
+                raise UserError(
+                    f"{where}: {len(images)} images for {split} need as many labels, but these have"
+                    f" the shape {labels.shape}"
+                )
+        splits = list(found)
+        pixels = as_bytes(where, [channels_last(where, found[split][0]) for split in splits])
+        numbers, self._names = as_labels(where, [found[split][1] for split in splits], pixels)
+        self._arrays = dict(zip(splits, zip(pixels, numbers, strict=True), strict=True))
+        for split in ("test", "valid"):
+            if split not in found:
+                origins[split] = self._take(where, split, fractions[split])
+        self._arrays = {split: self._arrays[split] for split in SPLITS}
+        if len({images.shape[1:] for images, _ in self._arrays.values()}) > 1:
+            shapes = ", ".join(f"{split} {found[split][0].shape[1:]}" for split in splits)
+            raise UserError(f"{where}: its splits have images of different shapes: {shapes}")
+        self.account.origins = origins
+
+    def _take(self, where: str, split: str, fraction: float) -> str:
+        """Take a split from the training images; returns what decided it."""
+        images, labels = self._arrays["train"]
+        places = np.array([hash_fraction(f"{split} {number}") for number in range(len(labels))])
+        chosen, origin = places < fraction, "hash of the number"
+        if not chosen.any():
+            chosen, origin = places == places.min(), f"{origin} (one image, so that it has any)"
+        if chosen.all():
+            raise UserError(
+                f"{where} has {len(labels)} images for train and {split}; there must be at least"
+                " one for each"
+            )
+        self._arrays[split] = images[chosen], labels[chosen]
+        self._arrays["train"] = images[~chosen], labels[~chosen]
+        return origin
 
     @cached_property
     def description(self) -> JsonObject:
@@ -47,7 +97,19 @@ class ArraySource(ImageSource):
 
     @property
     def num_classes(self) -> int | None:
+        if self._names:
+            return len(self._names)
         return 1 + max(int(labels.max(initial=-1)) for _, labels in self._arrays.values()) or None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self._names
+
+    @property
+    def num_unlabelled(self) -> int:
+        if self.num_classes is None:
+            return 0
+        return sum(int((labels < 0).sum()) for _, labels in self._arrays.values())
 
     @property
     def splits(self) -> dict[str, int]:
@@ -58,194 +120,101 @@ class ArraySource(ImageSource):
         return images[start:stop], labels[start:stop]
 
 
-class IdxSource(ArraySource):
-    """The four IDX files in which MNIST, Fashion-MNIST, KMNIST and others are published.
-
-    ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte``,
-    ``t10k-labels-idx1-ubyte``, plain or gzipped as ``.gz``. The last ``valid_fraction`` of the
-    training file is the split ``valid``.
-    """
-
-    _kind = "idx"
-
-    @classmethod
-    def open(
-        cls, dataset: DatasetOptions, options: ShardOptions, endpoint_url: str | None
-    ) -> "IdxSource":
-        path = local_path(required_path(dataset))
-        if not path.is_dir():
-            raise UserError(f"dataset.path={dataset.path} is not a folder")
-        return cls(path, options.valid_fraction)
-
-    def __init__(self, path: Path, valid_fraction: float) -> None:
-        train_images, train_labels = _read_idx_pair(path, "train")
-        test_images, test_labels = _read_idx_pair(path, "t10k")
-        if train_images.shape[1:] != test_images.shape[1:]:
-            raise UserError(
-                f"{path}: training images are {train_images.shape[1:]}, but test images"
-                f" {test_images.shape[1:]}"
-            )
-        if len(train_images) < 2:
-            raise UserError(
-                f"{path} has {len(train_images)} training images; there must be 2 at least, for"
-                " train and valid"
-            )
-        cut = _last_part(len(train_images), valid_fraction)
-        self._arrays = {
-            "train": (train_images[:cut], train_labels[:cut]),
-            "valid": (train_images[cut:], train_labels[cut:]),
-            "test": (test_images, test_labels),
-        }
-
-
-def _read_idx_pair(folder: Path, part: str) -> tuple[Images, Labels]:
-    """Images ``(n, height, width, 1)`` and labels ``(n,)``."""
-    images = _read_idx(folder, f"{part}-images-idx3-ubyte", dimensions=3)
-    labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", dimensions=1)
-    if len(images) != len(labels):
+def check_fits(where: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> int:
+    """The bytes of an array; UserError if they are more than half of this machine's memory."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size > MEMORY // 2:
         raise UserError(
-            f"{folder}: {part}-images-idx3-ubyte has {len(images)} images, but there are"
-            f" {len(labels)} labels"
+            f"{where} says that it holds {shape}, which takes {size / 1e9:,.1f} GB, more than half"
+            f" of this machine's {MEMORY / 1e9:,.1f} GB of memory; give the images as files, tars"
+            " or Parquet"
         )
-    if not images.size:
-        raise UserError(f"{folder}: {part}-images-idx3-ubyte holds no images")
-    return images[..., None], labels.astype(np.int64)
+    return size
 
 
-def _read_idx(folder: Path, name: str, dimensions: int) -> Images:
-    """The array of one IDX file.
-
-    Its format: two zero bytes, the type (8: bytes), the number of dimensions, 4 big-endian bytes
-    for each dimension, the data.
-    """
-    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-    if path is None:
-        raise UserError(f"there is no {name} or {name}.gz in {folder}")
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    header = 4 + 4 * dimensions
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < header:
-        raise UserError(
-            f"{path} is not an IDX file of unsigned bytes in {dimensions} dimensions: it begins"
-            f" with {content[:4].hex(' ')}"
-        )
-    shape = tuple(np.frombuffer(content[4:header], dtype=">u4").tolist())
-    data = np.frombuffer(content, dtype=np.uint8, offset=header)
-    if data.size != np.prod(shape, dtype=object):  # object: Python's integers do not overflow
-        raise UserError(
-            f"{path} is damaged: its header says {shape}, but {data.size} bytes of data follow"
-        )
-    return data.reshape(shape)
-
-
-class NpzSource(ArraySource):
-    """An ``.npz`` file of images and labels, under any of the usual names.
-
-    ``images`` and ``labels``; ``x_train``, ``y_train``, ``x_test``, ``y_test`` (Keras);
-    ``train_images``, ``train_labels``, ``val_images``, ... (MedMNIST). Images are bytes of shape n
-    x height x width, x channels, or n x channels x height x width. Splits that the file does not
-    have are taken from the training images by the hash of their number.
-    """
-
-    _kind = "npz"
-    _names: ClassVar = {
-        "train": (
-            ("images", "labels"),
-            ("x_train", "y_train"),
-            ("train_images", "train_labels"),
-            ("x", "y"),
-        ),
-        "valid": (
-            ("x_valid", "y_valid"),
-            ("x_val", "y_val"),
-            ("val_images", "val_labels"),
-            ("valid_images", "valid_labels"),
-        ),
-        "test": (("x_test", "y_test"), ("test_images", "test_labels")),
-    }
-
-    @classmethod
-    def open(
-        cls, dataset: DatasetOptions, options: ShardOptions, endpoint_url: str | None
-    ) -> "NpzSource":
-        path = local_path(required_path(dataset))
-        return cls(path, options.valid_fraction, options.test_fraction)
-
-    def __init__(self, path: Path, valid_fraction: float, test_fraction: float) -> None:
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                found = {
-                    split: (file[images], file[labels] if labels in file.files else None)
-                    for split, pairs in self._names.items()
-                    for images, labels in pairs
-                    if images in file.files
-                }
-                held = file.files
-        except (
-            OSError,
-            ValueError,
-            EOFError,
-            zipfile.BadZipFile,
-            zlib.error,
-            AttributeError,
-            TypeError,
-        ) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
-        if "train" not in found:
-            raise UserError(
-                f"{path} has no training images: it holds {', '.join(held)}, but images or x_train"
-                " is needed"
-            )
-        self._arrays = {
-            split: _checked_arrays(path, *found[split]) for split in SPLITS if split in found
-        }
-        for split, fraction in (("test", test_fraction), ("valid", valid_fraction)):
-            if split not in self._arrays:
-                images, labels = self._arrays["train"]
-                places = [hash_fraction(f"{split} {number}") for number in range(len(labels))]
-                chosen = np.array([place < fraction for place in places], dtype=bool)
-                self._arrays[split], self._arrays["train"] = (
-                    (images[chosen], labels[chosen]),
-                    (images[~chosen], labels[~chosen]),
-                )
-        self._arrays = {split: self._arrays[split] for split in SPLITS}
-        for split, (images, _) in self._arrays.items():
-            if not len(images):
-                raise UserError(
-                    f"{path}: none of its images falls to {split}; add images or change"
-                    " shard.*_fraction"
-                )
-        if len({images.shape[1:] for images, _ in self._arrays.values()}) > 1:
-            raise UserError(f"{path}: its splits have images of different shapes")
-
-
-def _checked_arrays(path: Path, images: Any, labels: Any) -> tuple[Images, Labels]:
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise UserError(
-            f"{path}: its images are {images.dtype} of shape {images.shape}, but must be uint8 in 3"
-            " or 4 dimensions"
-        )
+def channels_last(where: str, images: Array) -> Array:
+    """Images as (n, height, width, channels), 1 or 3 channels. Raises UserError if impossible."""
     if images.ndim == 3:
-        images = images[..., None]
-    elif images.shape[3] not in (1, 3):
-        images = images.transpose(0, 2, 3, 1)
-    if images.shape[3] not in (1, 3):
+        return images[..., None]
+    if images.ndim == 4 and images.shape[3] in (1, 3):
+        return images
+    if images.ndim == 4 and images.shape[1] in (1, 3):
+        return images.transpose(0, 2, 3, 1)
+    raise UserError(
+        f"{where}: its images have the shape {images.shape}; it must be (n, height, width), or have"
+        " 1 or 3 channels as the second or the last of 4 dimensions"
+    )
+
+
+def as_bytes(where: str, arrays: list[Array]) -> list[Images]:
+    """Pixel values of any type as bytes, all on one scale.
+
+    Values are black and white (0 and 1), numbers in 0..1, in 0..255, or of 16 bits. Raises
+    UserError on others, for whose scale there is no rule.
+    """
+    kinds = "/".join(sorted({str(array.dtype) for array in arrays}))
+    if any(array.dtype.kind not in "biuf" for array in arrays):
+        raise UserError(f"{where}: its images are {kinds}, not numbers")
+    low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
+    whole = all(array.dtype.kind != "f" for array in arrays)
+    if low >= 0 and high <= 1:
+        factor = 255.0
+    elif low >= 0 and high <= 255:
+        factor = 1.0
+    elif whole and low >= 0 and 1 << 15 <= high < 1 << 16:
+        factor = 255 / 65535
+    else:
         raise UserError(
-            f"{path}: its images have shape {images.shape}, where no dimension is 1 or 3 channels"
+            f"{where}: its images are {kinds} with values from {low:g} to {high:g}, but must be in"
+            " 0..1 or 0..255, or use the whole range of 16 bits; bring them to one of these"
         )
-    if labels is None:
-        return images, np.full(len(images), -1, dtype=np.int64)
-    if (
-        labels.size != len(images)
-        or not np.issubdtype(labels.dtype, np.integer)
-        or labels.min(initial=0) < 0
-    ):
+    return [_scaled(array, factor) for array in arrays]
+
+
+def _scaled(array: Array, factor: float) -> Images:
+    if array.dtype == np.uint8 and factor == 1:
+        return array
+    scaled = np.empty(array.shape, np.uint8)
+    for start in range(0, len(array), CHUNK):
+        part = array[start : start + CHUNK].astype(np.float64)
+        scaled[start : start + CHUNK] = np.rint(part * factor)
+    return scaled
+
+
+def as_labels(
+    where: str, arrays: list[Array | None], images: list[Images]
+) -> tuple[list[Labels], list[str] | None]:
+    """Labels as numbers from 0, -1 where there are none, and the names of the classes.
+
+    Labels are whole numbers or names; a missing array, NaN, -1 and "" are none. Raises UserError
+    on others.
+    """
+    try:
+        found = [
+            (np.char.decode(array) if array.dtype.kind == "S" else array).reshape(-1).tolist()
+            for array in arrays
+            if array is not None
+        ]
+        # NaN is the only value that differs from itself.
+        meanings = {
+            value: None if value != value else as_label(value)
+            for value in {value for values in found for value in values}
+        }
+    except (ValueError, TypeError) as error:
         raise UserError(
-            f"{path}: {len(images)} images need as many labels, whole numbers from 0, but they are"
-            f" {labels.dtype} of shape {labels.shape}"
-        )
-    return images, labels.reshape(-1).astype(np.int64)
+            f"{where}: a label is neither a whole number nor a name ({error})"
+        ) from None
+    labels = {label for label in meanings.values() if label is not None}
+    names = class_names(labels)
+    order = {name: number for number, name in enumerate(names or [])}
+    numbers = {
+        value: -1 if label is None else order[str(label)] if names else int(label)
+        for value, label in meanings.items()
+    }
+    values = iter(found)
+    return [
+        np.full(len(pixels), -1, dtype=np.int64)
+        if array is None
+        else np.array([numbers.get(value, -1) for value in next(values)], dtype=np.int64)
+        for array, pixels in zip(arrays, images, strict=True)
+    ], names

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -131,19 +131,13 @@ class Listing:
         """
         found = self._rows.execute("SELECT DISTINCT label FROM found WHERE label IS NOT NULL")
         labels = [label for (label,) in islice(found, MAX_CLASSES + 1)]
-        if len(labels) > MAX_CLASSES:
-            raise UserError(
-                f"there are more than {MAX_CLASSES:,} different labels, which are no classes"
-            )
-        numbers = [label for label in labels if isinstance(label, int)]
-        if len(numbers) == len(labels) and is_dense(numbers):
+        names = class_names(labels)
+        if names is None:
             return None
-        named = [str(number) for number in sorted(numbers) if number != -1]
-        words = sorted({str(label) for label in labels if isinstance(label, str)} - set(named))
-        order = {name: number for number, name in enumerate([*named, *words])}
+        order = {name: number for number, name in enumerate(names)}
         self._define("number_of", lambda label: -1 if label == -1 else order[str(label)])
         self._rows.execute("UPDATE found SET label = number_of(label) WHERE label IS NOT NULL")
-        return list(order)
+        return names
 
     def largest_label(self) -> int:
         """The largest label, of numbers; -1 if there is none."""
@@ -235,6 +229,24 @@ class Listing:
 
     def _define(self, name: str, function: Callable[..., str | int | bytes | None]) -> None:
         self._rows.create_function(name, 1, function, deterministic=True)
+
+
+def class_names(labels: Collection[Label]) -> list[str] | None:
+    """The names of the classes of different labels, in their order; None if all are numbers.
+
+    Numbers too large or too sparse to count classes by are names, too. Raises UserError if there
+    are too many.
+    """
+    if len(labels) > MAX_CLASSES:
+        raise UserError(
+            f"there are more than {MAX_CLASSES:,} different labels, which are no classes"
+        )
+    numbers = [label for label in labels if isinstance(label, int)]
+    if len(numbers) == len(labels) and is_dense(numbers):
+        return None
+    named = [str(number) for number in sorted(numbers) if number != -1]
+    words = sorted({str(label) for label in labels if isinstance(label, str)} - set(named))
+    return [*named, *words]
 
 
 def is_huge(label: Label) -> bool:

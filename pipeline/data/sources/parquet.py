@@ -1,11 +1,14 @@
 """Parquet files with a column of images."""
 
+import itertools
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from pipeline.data.sources.files import FileSource
+from pipeline.data.images import BadImage, num_channels
+from pipeline.data.sources.base import SPLITS
+from pipeline.data.sources.files import HEADERS, FileSource
 from pipeline.data.sources.listing import Candidate, Item, Label, Listing
 from pipeline.data.sources.members import LABEL_KEYS, as_label
 from pipeline.data.sources.names import split_of_file
@@ -14,8 +17,8 @@ from pipeline.storage.folder import FolderStorage
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo", "image_bytes", "jpg", "png", "webp")
 """Usual names of the column of images: the first that is there is taken."""
-MAX_GROUP = 4 << 30
-"""Bytes that a group of rows may unpack to."""
+ROWS = 16
+"""Rows that are unpacked at a time: one large value may stand for all rows of a small file."""
 
 
 class ParquetSource(FileSource):
@@ -23,7 +26,7 @@ class ParquetSource(FileSource):
 
     Images are bytes, or ``{bytes, path}`` as on Hugging Face, whose names of classes are kept.
     Files, or folders, that are named after splits are these; for others, the hash of the file's
-    name and the row decides. Rows keep their order; one row group is read at a time.
+    name and the row decides. Rows keep their order.
     """
 
     _kind = "parquet"
@@ -76,9 +79,7 @@ class ParquetSource(FileSource):
         self._names = self._names or names
         row = 0
         for group in range(table.metadata.num_row_groups):
-            with self._readable(file):
-                labels = table.read_row_group(group, [column]).column(0).to_pylist()
-            for label in labels:
+            for label in self._values(file, table, group, column):
                 try:
                     yield as_label(label)
                 except ValueError:
@@ -102,30 +103,46 @@ class ParquetSource(FileSource):
     def num_classes(self) -> int | None:
         return len(self.class_names) if self.class_names else super().num_classes
 
-    def _contents(self, items: list[Item]) -> Iterator[bytes]:
-        file, table, group, first, last, images = "", None, -1, 0, 0, []
+    def _all_channels(self) -> Iterator[int]:
+        # In one pass: for each image alone, its group would be unpacked up to it.
+        for split in SPLITS:
+            starts = range(0, self._splits[split], HEADERS)
+            parts = (self._items(split, start, start + HEADERS) for start in starts)
+            for content in self._contents(itertools.chain.from_iterable(parts)):
+                with suppress(BadImage):  # whoever reads it will say so
+                    channels = num_channels(content, self._max_pixels)
+                    yield channels
+                    if channels == 3:
+                        return
+
+    def _contents(self, items: Iterable[Item]) -> Iterator[bytes]:
+        file, rows, place = "", iter(()), 0
         for item in items:
-            if item.file != file:
-                file, table, group, last = item.file, self._open(item.file), -1, 0
-                column, _ = self._columns(file, table)
-            assert table is not None
-            if not first <= item.offset < last or group < 0:
-                with self._readable(file):
-                    group, last = 0, table.metadata.row_group(0).num_rows
-                    while item.offset >= last:
-                        group += 1
-                        last += table.metadata.row_group(group).num_rows
-                    first = last - table.metadata.row_group(group).num_rows
-                    size = table.metadata.row_group(group).total_byte_size
-                    if size > MAX_GROUP:
-                        raise ValueError(
-                            f"a group of its rows unpacks to {size:,} bytes; write it with smaller"
-                            " groups"
-                        )
-                    images = table.read_row_group(group, [column]).column(0).to_pylist()
-            image = images[item.offset - first] if item.offset - first < len(images) else None
+            if item.file != file or item.offset < place:
+                file, rows, place = item.file, self._images(item.file, item.offset), item.offset
+            image = next(itertools.islice(rows, item.offset - place, None), None)
+            place = item.offset + 1
             content = image.get("bytes") if isinstance(image, dict) else image
             yield content if isinstance(content, bytes) else b""
+
+    def _images(self, file: str, first: int) -> Iterator[Any]:
+        """What the column of images holds, from row ``first`` on."""
+        table = self._open(file)
+        column, _ = self._columns(file, table)
+        begin = 0
+        for group in range(table.metadata.num_row_groups):
+            end = begin + table.metadata.row_group(group).num_rows
+            skipped, begin = max(first - begin, 0), end
+            if first < end:
+                rows = self._values(file, table, group, column)
+                yield from itertools.islice(rows, skipped, None)
+
+    def _values(self, file: str, table: Any, group: int, column: str) -> Iterator[Any]:
+        """The values of a column in a group of rows."""
+        with self._readable(file):
+            for batch in table.iter_batches(ROWS, row_groups=[group], columns=[column]):
+                for value in batch.column(0):
+                    yield value.as_py()
 
     def _open(self, file: str) -> Any:
         import pyarrow

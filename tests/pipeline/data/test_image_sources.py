@@ -202,10 +202,23 @@ def test_wrong_arrays_are_named(tmp_path: Path) -> None:
     images = np.zeros((9, 4, 4), np.uint8)
     for arrays, message in (
         ({"pictures": images}, "has no training images: it holds pictures"),
-        ({"images": images.astype(float)}, "its images are float64"),
-        ({"images": np.zeros((9, 4, 4, 7), np.uint8)}, "no dimension is 1 or 3 channels"),
-        ({"images": images, "labels": np.zeros(8, int)}, "9 images need as many labels"),
-        ({"images": images, "labels": np.array([{}] * 9)}, "cannot read .*allow_pickle"),
+        ({}, "it holds no array"),
+        ({"images": images[:0]}, "holds no images for train"),
+        ({"images": images[:1]}, "has 1 images for train and test"),
+        ({"images": images.astype("U1")}, "its images are <U1, not numbers"),
+        ({"images": images + 0.5j}, "its images are complex128, not numbers"),
+        ({"images": images - 0.5}, "float64 with values from -0.5 to -0.5"),
+        ({"images": images + 300.5}, "float64 with values from 300.5"),
+        ({"images": images + np.nan}, "float64 with values from nan"),
+        ({"images": images.astype(np.int16) - 1}, "int16 with values from -1"),
+        ({"images": images.astype(np.uint16) + 4095}, "uint16 with values from 4095"),
+        ({"images": np.zeros((9, 4, 4, 7), np.uint8)}, r"have the shape \(9, 4, 4, 7\)"),
+        ({"images": np.zeros((9, 16), np.uint8)}, r"have the shape \(9, 16\)"),
+        ({"images": images, "x_test": np.zeros((9, 4, 5), np.uint8)}, "test \\(4, 5\\)"),
+        ({"images": images, "labels": np.zeros(8, int)}, "9 images for train need as many labels"),
+        ({"images": images, "labels": np.zeros((9, 2))}, r"these have the shape \(9, 2\)"),
+        ({"images": images, "labels": np.full(9, 0.5)}, "neither a whole number nor a name"),
+        ({"images": images, "labels": np.array([{}] * 9)}, "labels.npy holds Python objects"),
     ):
         np.savez(tmp_path / "x.npz", **arrays)  # type: ignore[arg-type]
         with pytest.raises(UserError, match=message):
@@ -213,6 +226,67 @@ def test_wrong_arrays_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(UserError, match="cannot read"):
         opened("npz", tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor"),
+    [
+        ("u1", 1), ("i2", 1), ("i8", 1), ("u4", 1), ("f4", 1), ("f8", 1),
+        ("f2", 1 / 255), ("f4", 1 / 255), ("f8", 1 / 255), ("u2", 257), (">u2", 257), ("i4", 257),
+    ],
+)  # fmt: skip
+def test_values_of_any_type_become_the_same_bytes(tmp_path: Path, kind: str, factor: float) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (60, 4, 5, 3))
+    images[0, 0, 0], images[0, 0, 1] = 0, 255
+    np.savez(tmp_path / "plain.npz", images=images.astype(np.uint8))
+    np.savez_compressed(tmp_path / "other.npz", images=np.multiply(images, factor).astype(kind))
+    plain, other = (opened("npz", tmp_path / f"{name}.npz") for name in ("plain", "other"))
+    assert plain.description == other.description
+
+
+@pytest.mark.parametrize("kind", ["?", "u1", "i8", "f4"])
+def test_zeros_and_ones_are_black_and_white(tmp_path: Path, kind: str) -> None:
+    images = np.random.default_rng(0).integers(0, 2, (60, 4, 4))
+    np.savez(tmp_path / "x.npz", images=images.astype(kind))
+    found = opened("npz", tmp_path / "x.npz").read("train", 0, 60)[0]
+    assert set(np.unique(found)) == {0, 255}
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "names"),
+    [
+        (["b", "a", "c"], [1, 0, 2], ["a", "b", "c"]),
+        ([b"b", b"a", b""], [1, 0, -1], ["a", "b"]),
+        ([2, 0, -1], [2, 0, -1], None),
+        ([1.0, 0.0, np.nan], [1, 0, -1], None),
+        ([True, False, True], [1, 0, 1], None),
+        ([0, 0, 0], [0, 0, 0], None),
+        ([1 << 40, 5, -3], [2, 1, 0], ["-3", "5", str(1 << 40)]),
+    ],
+)
+def test_labels_are_numbers_or_names(
+    tmp_path: Path, labels: list[Any], numbers: list[int], names: list[str] | None
+) -> None:
+    images = np.stack([pixels(number) for number in range(90)])
+    for shape in ((90,), (90, 1)):
+        repeated = np.array(labels * 30).reshape(shape)
+        np.savez(tmp_path / "x.npz", images=images, labels=repeated, meta=[1])
+        source = opened("npz", tmp_path / "x.npz")
+        found = {
+            number: label for part in content(source).values() for number, label in part.items()
+        }
+        assert found == {number: numbers[number % 3] for number in range(90)}
+        assert source.class_names == names
+        assert source.num_classes == (len(names) if names else max(numbers) + 1)
+        assert source.account.unlabelled == 30 * numbers.count(-1)
+        assert source.account.notes == ["arrays that are not used: meta"]
+
+
+def test_a_few_arrays_fill_every_split(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", X=np.stack([pixels(number) for number in range(3)]))
+    source = opened("npz", tmp_path / "x.npz", valid_fraction=0.01, test_fraction=0.01)
+    assert source.splits == {"train": 1, "valid": 1, "test": 1}
+    assert "one image" in source.account.origins["test"]
 
 
 def test_images_that_are_added_move_none_to_another_split(tmp_path: Path) -> None:

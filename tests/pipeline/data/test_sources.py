@@ -15,9 +15,9 @@ from pipeline.config.sections import DatasetOptions, ShardOptions, Source
 from pipeline.data.images import BadImage, decode
 from pipeline.data.sources import SOURCES, open_source
 from pipeline.data.sources import mnist as mnist_module
-from pipeline.data.sources.arrays import IdxSource
 from pipeline.data.sources.base import content_sha256
 from pipeline.data.sources.files import FolderSource
+from pipeline.data.sources.idx import IdxSource
 from pipeline.data.sources.mnist import MnistSource
 from pipeline.data.sources.synthetic import SyntheticSource
 from pipeline.errors import UserError
@@ -199,9 +199,59 @@ def test_damaged_idx_files_are_named(tmp_path: Path) -> None:
     assert f"cannot read {tmp_path / name}.gz" in message(gzip.compress(whole)[:-20], ".gz")
     assert f"cannot read {tmp_path / name}.gz" in message(b"no gzip", ".gz")
     assert "has 59 images, but there are 60 labels" in message(idx_bytes(np.zeros((59, 5, 4))))
-    assert "training images are (6, 4, 1), but test images (5, 4, 1)" in message(
+    assert "images of different shapes: train (6, 4), test (5, 4)" in message(
         idx_bytes(np.zeros((60, 6, 4)))
     )
+
+
+FORMS = {
+    "dots": "{part}-{what}.idx{n}-ubyte",
+    "emnist": "emnist-letters-{part}-{what}-idx{n}-ubyte",
+    "upper": "{part}-{what}-idx{n}-ubyte.GZ",
+    "test": "{part}_{what}_idx{n}_ubyte",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_idx_files_may_have_the_names_that_others_give_them(tmp_path: Path, form: str) -> None:
+    packed = form == "upper"
+    write_idx(tmp_path, packed=packed)
+    before = IdxSource(tmp_path, 0.2).description
+    for path in list(tmp_path.iterdir()):
+        part, what, kind, *_ = path.name.split("-")
+        part = "test" if part == "t10k" and form in ("test", "emnist") else part
+        path.rename(tmp_path / FORMS[form].format(part=part, what=what, n=kind[-1]))
+    source = IdxSource(tmp_path, 0.2)
+    assert source.description == before
+    assert source.account.origins["valid"] == "the end of the training file"
+
+
+def test_idx_files_without_test_or_without_labels_are_used_and_said_to_be(tmp_path: Path) -> None:
+    arrays = write_idx(tmp_path)
+    (tmp_path / "notes.txt").write_text("...")
+    for name in ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        (tmp_path / name).unlink()
+    source = IdxSource(tmp_path, 0.2, 0.1)
+    assert sum(source.splits.values()) == 60
+    assert min(source.splits.values()) > 0
+    assert source.account.origins["test"] == "hash of the number"
+    assert source.account.notes == [f"other files in {tmp_path}: notes.txt"]
+    (tmp_path / "train-labels-idx1-ubyte").unlink()
+    assert IdxSource(tmp_path, 0.2).num_classes is None
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(arrays["t10k-labels-idx1-ubyte"]))
+    with pytest.raises(UserError, match="has labels for test, but no t10k-images-idx3-ubyte"):
+        IdxSource(tmp_path, 0.2)
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(arrays["t10k-images-idx3-ubyte"]))
+    with pytest.raises(UserError, match="has no labels for train, but t10k-labels-idx1-ubyte"):
+        IdxSource(tmp_path, 0.2)
+
+
+def test_a_folder_with_the_idx_files_of_several_data_sets_is_refused(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    for path in list(tmp_path.iterdir()):
+        (tmp_path / f"emnist-digits-{path.name}").write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="holds several data sets"):
+        IdxSource(tmp_path, 0.2)
 
 
 # --- folders --------------------------------------------------------------------------------------
