@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.machine import keep_freed_memory
-from vlae.flow import AutoregressiveFlow, _scale_and_shift, _turned
+from vlae.flow import AutoregressiveFlow, _scale_and_shift, turned
 from vlae.networks.made import MapMADE
 
 BATCH = 64
@@ -39,11 +39,11 @@ def naive_sample(flow: AutoregressiveFlow, noise: Tensor) -> Tensor:
     After pass i, the first i + 1 latents in the step's order are final.
     """
     for number, step in enumerate(flow.steps):
-        noise = _turned(noise, number)
+        noise = turned(noise, number)
         z = torch.zeros_like(noise)
         for _ in range(noise.shape[-1]):
             z = _scale_and_shift(noise, step(z))
-        noise = _turned(z, number)
+        noise = turned(z, number)
     return noise
 
 

@@ -46,6 +46,11 @@ class Purpose(IntEnum):
     IMPORTANCE = 7
     CODE = 8
     SYNTHETIC = 9
+    INITIAL_BITS = 10
+    CODEBOOK = 11
+    SELECTION = 12
+    REDRAWING = 13
+    CANARY = 14
     STATIC_BINARIZATION = 3
     SHARD_ORDER = 4
     EPOCH_OFFSET = 5

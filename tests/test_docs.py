@@ -28,9 +28,13 @@ PROGRAMS = {"vlae", "make", "python", "ray", "kubectl", "docker", ".venv/bin/pyt
 SEPARATORS = {"&&", "||", "|", ";", ">"}
 PLACEHOLDERS = {"COMMAND": "train", "NAME": "name", "FOLDER": "folder", "ROOT": "root"}
 NEEDED = {
-    **{name: ["model=somewhere"] for name in ("evaluate", "encode", "reconstruct", "sample")},
+    **{
+        name: ["model=somewhere"]
+        for name in ("evaluate", "encode", "compress", "reconstruct", "sample")
+    },
     "data": ["action=inspect"],
     "registry": ["action=list"],
+    "decompress": ["model=somewhere", "file=images.vlae"],
     "index": ["dataset.name=theirs", "index.train=s3://bucket/{0..9}.tar"],
 }
 """Options that a command must be given: sentences that only mention a command leave them out."""

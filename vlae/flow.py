@@ -68,10 +68,8 @@ class AutoregressiveFlow(nn.Module):
         self._check(context)
         log_det = torch.zeros_like(z)
         for number, step in reversed(list(enumerate(self.steps))):
-            outputs = step(
-                _turned(z, number), None if context is None else _turned(context, number)
-            )
-            mean, log_scale = _mean_and_log_scale(_turned(outputs, number))
+            outputs = step(turned(z, number), None if context is None else turned(context, number))
+            mean, log_scale = mean_and_log_scale(turned(outputs, number))
             z = (z - mean) * torch.exp(-log_scale)
             log_det = log_det - log_scale
         return z, log_det
@@ -91,8 +89,8 @@ class AutoregressiveFlow(nn.Module):
         if context is not None:
             context = context.expand(*noise.shape[:-1], -1).reshape(len(z), -1)
         for number, step in enumerate(cast("list[MADE | MapMADE]", list(self.steps))):
-            turned = None if context is None else _turned(context, number)
-            z = _turned(step.solve(_turned(z, number), _scale_and_shift, turned), number)
+            turned_context = None if context is None else turned(context, number)
+            z = turned(step.solve(turned(z, number), _scale_and_shift, turned_context), number)
         return z.reshape(noise.shape)
 
     def _check(self, context: Tensor | None) -> None:
@@ -104,7 +102,7 @@ class AutoregressiveFlow(nn.Module):
             )
 
 
-def _turned(vector: Tensor, number: int) -> Tensor:
+def turned(vector: Tensor, number: int) -> Tensor:
     """A vector in the order of step ``number``, or back: odd steps take it reversed.
 
     Maps are flattened, so reversing the vector also rotates the maps by 180 degrees. The context
@@ -115,11 +113,11 @@ def _turned(vector: Tensor, number: int) -> Tensor:
 
 def _scale_and_shift(noise: Tensor, outputs: Tensor) -> Tensor:
     """One step from noise to z: (..., latents), (..., outputs, latents) -> (..., latents)."""
-    mean, log_scale = _mean_and_log_scale(outputs)
+    mean, log_scale = mean_and_log_scale(outputs)
     return noise * torch.exp(log_scale) + mean
 
 
-def _mean_and_log_scale(outputs: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_log_scale(outputs: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and log scale in a step's outputs: (..., 1 or 2, latents) -> two (..., latents).
 
     The log scale of a mean-only step is 0.

@@ -6,12 +6,15 @@ a distribution of pixels. Pixels lie in [0, 1]. In this module channels are the 
 (..., height, width, channels).
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vlae.coding.decisions import Cells, Decide, digits
 
 
 class Distribution(Protocol):
@@ -23,6 +26,16 @@ class Distribution(Protocol):
     def sample(self, uniform: Tensor) -> Tensor:
         """Pixels from noise in [0, 1): (..., uniforms) -> (..., channels)."""
 
+    def mode(self) -> Tensor:
+        """The most likely pixels, channel by channel: (..., channels)."""
+
+    def draw(self, decide: Decide) -> Tensor:
+        """Pixels by binary decisions, whose probabilities are this distribution's: (..., channels).
+
+        Probabilities are computed in double precision. The order of the decisions is that of
+        ``Likelihood.digits``.
+        """
+
 
 class Likelihood(Protocol):
     """A family of distributions of a pixel."""
@@ -32,18 +45,30 @@ class Likelihood(Protocol):
     num_uniforms: int
     """Uniform random numbers that a sample of a pixel takes."""
 
+    levels: int
+    """Bits of a sub-pixel: its values are k / (2^levels - 1)."""
+
     def __call__(self, parameters: Tensor) -> Distribution:
         """The distribution with these parameters: (..., num_parameters)."""
+
+    def digits(self, x: Tensor) -> Iterator[Tensor]:
+        """The decisions that ``Distribution.draw`` takes to draw pixels x, (..., channels)."""
 
 
 class BernoulliLikelihood:
     """Binary sub-pixels, 0 or 1, independent given their logits."""
+
+    levels = 1
 
     def __init__(self, channels: int) -> None:
         self.num_parameters = self.num_uniforms = channels
 
     def __call__(self, parameters: Tensor) -> "Bernoulli":
         return Bernoulli(parameters)
+
+    def digits(self, x: Tensor) -> Iterator[Tensor]:
+        """The pixels themselves."""
+        yield x.round().to(torch.int64)
 
 
 @dataclass(frozen=True)
@@ -60,6 +85,14 @@ class Bernoulli:
         """1 where ``uniform`` noise in [0, 1) falls below the probability, else 0."""
         return (uniform < torch.sigmoid(self.logits)).to(self.logits.dtype)
 
+    def mode(self) -> Tensor:
+        """The most likely pixels: (..., channels)."""
+        return (self.logits > 0).to(self.logits.dtype)
+
+    def draw(self, decide: Decide) -> Tensor:
+        """Pixels by one decision for each sub-pixel: (..., channels)."""
+        return decide(torch.sigmoid(self.logits.double())).to(self.logits.dtype)
+
 
 class LogisticMixtureLikelihood:
     """8-bit sub-pixels k / 255: a mixture of logistics, discretized to the 256 values.
@@ -69,6 +102,8 @@ class LogisticMixtureLikelihood:
 
     Reference: Salimans, Karpathy, Chen, Kingma, *PixelCNN++*, ICLR 2017, arXiv:1701.05517.
     """
+
+    levels = 8
 
     def __init__(self, channels: int, mixtures: int) -> None:
         self.channels, self.mixtures = channels, mixtures
@@ -88,6 +123,11 @@ class LogisticMixtureLikelihood:
         return LogisticMixture(
             logits.squeeze(-2), means, raw.clamp(*LogisticMixture.LOG_SCALES), coefficients
         )
+
+    def digits(self, x: Tensor) -> Iterator[Tensor]:
+        """The bits of each channel's value, one channel after the other."""
+        for channel in (255 * x).round().to(torch.int64).unbind(-1):
+            yield from digits(channel, self.levels)
 
 
 @dataclass(frozen=True)
@@ -151,3 +191,50 @@ class LogisticMixture:
             y = (mean + scale * logistic[..., channel]).clamp(-1, 1)
             drawn.append(torch.round((y + 1) * 127.5) / 127.5 - 1)
         return (torch.stack(drawn, -1) + 1) / 2
+
+    def mode(self) -> Tensor:
+        """The most likely value of each channel given those before: (..., channels)."""
+
+        def choose(cells: Cells) -> Tensor:
+            values = torch.arange(256)
+            masses = [
+                cells.masses(value.expand(len(cells.weight))).sum(-1) for value in values.unbind()
+            ]
+            return torch.stack(masses, -1).argmax(-1)
+
+        return self._by_channel(choose)
+
+    def draw(self, decide: Decide) -> Tensor:
+        """Pixels by eight decisions for each channel: (..., channels)."""
+        return self._by_channel(lambda cells: cells.draw(decide))
+
+    def _by_channel(self, choose: Callable[[Cells], Tensor]) -> Tensor:
+        """Pixels whose channels are chosen in order, each given those before: (..., channels).
+
+        Once a channel is known, each component counts as much as it had predicted it.
+        """
+        logits, means, log_scales, coefficients = (
+            value.double().flatten(0, self.logits.dim() - 2)
+            for value in (self.logits, self.means, self.log_scales, self.coefficients)
+        )
+        weight, drawn = torch.softmax(logits, -1), list[Tensor]()
+        for channel in range(means.shape[1]):
+            mean = means[:, channel]
+            for earlier, value in enumerate(drawn):
+                mean = mean + coefficients[:, channel, earlier] * (value[:, None] / 127.5 - 1)
+            inverse_scale = torch.exp(-log_scales[:, channel])
+            # The edge below value v lies at (2 v - 1) / 255 - 1 on the scale of the means.
+            cells = Cells(
+                (-1 / 255 - 1 - mean) * inverse_scale,
+                2 / 255 * inverse_scale,
+                weight,
+                LogisticMixtureLikelihood.levels,
+                torch.sigmoid,
+            )
+            drawn.append(choose(cells))
+            masses = cells.masses(drawn[-1])
+            weight = torch.where(
+                (total := masses.sum(-1, keepdim=True)) > 0, masses / total, weight
+            )
+        pixels = torch.stack(drawn, -1) / 255
+        return pixels.to(self.logits.dtype).unflatten(0, self.logits.shape[:-1])

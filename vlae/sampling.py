@@ -7,12 +7,19 @@ or *wavefront*, can be drawn together once the wavefronts before them are drawn.
 width + (right + 1)(height - 1) rounds on a few pixels each, instead of width * height.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from vlae.distributions import at_least_float32
+from vlae.likelihood import Distribution
 from vlae.model import VLAE
 from vlae.networks.decoder import Decoder
+
+Draw = Callable[[Distribution, Tensor, Tensor], Tensor]
+"""The distribution of some pixels, (batch, points, channels), and their rows and columns, (points,)
+-> the pixels."""
 
 
 @torch.no_grad()
@@ -25,19 +32,35 @@ def decode(decoder: Decoder, z: Tensor, uniform: Tensor) -> Tensor:
     ValueError on noise of another shape, or in half precision: there 0.999 is 1, which would draw
     an improbable pixel now and then.
     """
-    channels, height, width = decoder.image_shape
-    shape = (len(z), decoder.likelihood.num_uniforms, height, width)
+    shape = (len(z), decoder.likelihood.num_uniforms, *decoder.image_shape[1:])
     if uniform.shape != shape or uniform.dtype != at_least_float32(uniform.dtype):
         raise ValueError(
             f"uniform is {uniform.dtype} of the shape {tuple(uniform.shape)}; it must be float32 "
             f"or float64 of the shape {shape}"
         )
-    condition, noise = decoder.condition(z), uniform.permute(0, 2, 3, 1)
-    if decoder.context is None:
-        return decoder.predict(condition).sample(noise).permute(0, 3, 1, 2).to(uniform.dtype)
-    front = decoder.context.front(len(z), height, width)
-    x = uniform.new_zeros(len(z), channels, height, width)
+    noise = uniform.permute(0, 2, 3, 1)
+
+    def draw(distribution: Distribution, row: Tensor, column: Tensor) -> Tensor:
+        return distribution.sample(noise[:, row, column])
+
+    return walk(decoder, z, draw, uniform.dtype)
+
+
+def walk(decoder: Decoder, z: Tensor, draw: Draw, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images whose pixels ``draw`` chooses given the code and the pixels before them.
+
+    z: (batch, latents). ``draw`` is called for one wavefront after the other. Returns (batch,
+    channels, height, width), of the given dtype.
+    """
+    channels, height, width = decoder.image_shape
+    condition = decoder.condition(z)
     rows = torch.arange(height, device=z.device)
+    if decoder.context is None:
+        row, column = rows.repeat_interleave(width), rows.new_tensor(range(width)).repeat(height)
+        pixels = draw(decoder.predict(condition.flatten(1, 2)), row, column)
+        return pixels.transpose(1, 2).unflatten(-1, (height, width)).to(dtype)
+    front = decoder.context.front(len(z), height, width)
+    x = condition.new_zeros(len(z), channels, height, width, dtype=dtype)
     for wave in range(-front.ahead, width + front.shear * (height - 1)):
         column = wave - front.shear * rows
         inside = (column >= -front.ahead) & (column < width)
@@ -47,7 +70,7 @@ def decode(decoder: Decoder, z: Tensor, uniform: Tensor) -> Tensor:
         if not len(row):
             continue
         distribution = decoder.predict(condition[:, row, column] + seen)
-        pixels = distribution.sample(noise[:, row, column]).transpose(1, 2)
+        pixels = draw(distribution, row, column).transpose(1, 2)
         x[:, :, row, column] = pixels.to(x.dtype)
         front.draw(row, column, decoder.show(pixels))
     return x

@@ -26,6 +26,8 @@ NAMES = (
     "tune",
     "evaluate",
     "encode",
+    "compress",
+    "decompress",
     "reconstruct",
     "sample",
     "registry",

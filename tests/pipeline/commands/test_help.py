@@ -19,9 +19,13 @@ from tests.pipeline import strokes
 
 COMMANDS = {name: find(name).config for name in NAMES}
 NEEDED = {
-    **{command: ["model=somewhere"] for command in ("evaluate", "encode", "reconstruct", "sample")},
+    **{
+        command: ["model=somewhere"]
+        for command in ("evaluate", "encode", "compress", "reconstruct", "sample")
+    },
     **{command: ["action=list"] for command in ("registry",)},
     "data": ["action=inspect"],
+    "decompress": ["model=somewhere", "file=images.vlae"],
     "index": ["dataset.name=theirs", "index.train=s3://bucket/{0..9}.tar"],
 }
 
