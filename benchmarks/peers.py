@@ -66,17 +66,19 @@ def ours_write(images: np.ndarray, labels: np.ndarray, folder: Path, prefix: str
     Manifest("benchmark", images.shape[1:], 10, 250, {"train": shards}).publish(storage)
 
 
-def ours(folder: Path, prefix: str, epochs: int, cached: bool = True) -> Epoch:
+def ours(folder: Path, prefix: str, epochs: int) -> Epoch:
+    return batches_of(f"s3://benchmark/{prefix}", folder / "cache", epochs)
+
+
+def batches_of(url: str, cache: Path | None, epochs: int) -> Epoch:
     from pipeline.data import DataSet
     from pipeline.data.cache import ShardCache
     from pipeline.data.loader import TrainLoader
     from pipeline.data.reader import ReadOptions
     from pipeline.storage import open_storage
 
-    data = DataSet.load(open_storage(f"s3://benchmark/{prefix}"))
+    data = DataSet.load(open_storage(url))
     steps = data.manifest.num_samples("train") // BATCH
-    cache = ShardCache(folder / "cache", 10**10) if cached else None
-
     batches = iter(
         TrainLoader(
             data,
@@ -84,7 +86,7 @@ def ours(folder: Path, prefix: str, epochs: int, cached: bool = True) -> Epoch:
             global_batch=BATCH,
             num_streams=8,
             num_steps=epochs * steps,
-            options=ReadOptions(cache),
+            options=ReadOptions(ShardCache(cache, 10**10) if cache else None),
         )
     )
     return lambda number: (
@@ -93,7 +95,7 @@ def ours(folder: Path, prefix: str, epochs: int, cached: bool = True) -> Epoch:
 
 
 def ours_uncached(folder: Path, prefix: str, epochs: int) -> Epoch:
-    return ours(folder, prefix.replace("ours_uncached", "ours"), epochs, cached=False)
+    return batches_of(f"s3://benchmark/{prefix.replace('ours_uncached', 'ours')}", None, epochs)
 
 
 # --- webdataset ------------------------------------------------------------------------------
@@ -304,14 +306,19 @@ def main() -> None:
         int(sys.argv[5]),
     )
     random.seed(0)
+    loaders = dict(globals())
+    if prefix.startswith("jpeg"):
+        sys.modules["peers"] = sys.modules["__main__"]  # which photographs.py imports
+        loaders |= vars(importlib.import_module("photographs"))
     if action == "write":
-        images, labels = (
-            np.load(folder.parent / "images.npy"),
-            np.load(folder.parent / "labels.npy"),
-        )
-        globals()[f"{name}_write"](images, labels, folder, prefix)
+        source = folder.parent
+        if prefix.startswith("jpeg"):
+            loaders[f"{name}_write"](loaders["load"](source), folder, prefix)
+        else:
+            images, labels = np.load(source / "images.npy"), np.load(source / "labels.npy")
+            loaders[f"{name}_write"](images, labels, folder, prefix)
         return
-    epoch = globals()[name](folder, prefix, epochs)
+    epoch = loaders[name](folder, prefix, epochs)
     count, wall, cpu = 0, time.perf_counter(), time.process_time()
     for number in range(epochs):
         for images, labels in epoch(number):

@@ -88,8 +88,8 @@ class DatasetOptions:
         Binarization.auto,
     )
     cache: str | None = option(
-        "a folder on each machine in which training caches the shards that it reads; none is no"
-        " cache",
+        "a folder on each machine in which training caches shards, or the decoded pixels of image"
+        " files if all fit; none is no cache",
         None,
         path=True,
         identity=False,
