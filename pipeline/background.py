@@ -1,12 +1,13 @@
 """Work in background threads."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
-Result = TypeVar("Result")
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def start(work: Callable[[], Result], name: str) -> Future[Result]:
@@ -61,3 +62,20 @@ def in_parallel(
         thread.join()
     if errors:
         raise errors[0]
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each made in the background while the previous one is in use.
+
+    An error in making an item is raised where the item would have come. Each thread makes one item
+    and ends, so a consumer that stops early leaves at most one thread running.
+    """
+    make = partial(start, partial(next, items), "loader")
+    future = make()
+    while True:
+        try:
+            item = future.result()
+        except StopIteration:
+            return
+        future = make()
+        yield item

@@ -44,6 +44,11 @@ import numpy.typing as npt
 from pipeline.noise import Purpose, below, permutation
 
 Indices = npt.NDArray[np.int64]
+GROUP_BYTES = 128 << 20
+"""Bytes of images that are shuffled together, over all streams."""
+MAX_DEFAULT_STREAMS = 32
+"""Most streams that ``default_streams`` chooses: a rank keeps a shard of each of its streams open.
+"""
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,23 @@ class Order:
         first = stream * self.stream_length
         key = (self.seed, Purpose.GROUP_ORDER, epoch, stream, index)
         return Group(circle.segments(first + start, first + stop), permutation(key, stop - start))
+
+
+def default_streams(global_batch: int) -> int:
+    """The number of streams for a batch if nobody chose one.
+
+    Of the batch's divisors up to ``MAX_DEFAULT_STREAMS``, the one that most world sizes divide; the
+    lowest of several. It does not depend on the world size, which may change.
+
+    >>> [default_streams(batch) for batch in (1, 7, 32, 100, 192, 256)]
+    [1, 7, 32, 20, 24, 32]
+    """
+
+    def divisors(number: int, most: int) -> list[int]:
+        return [each for each in range(1, min(number, most) + 1) if number % each == 0]
+
+    choices = divisors(global_batch, MAX_DEFAULT_STREAMS)
+    return max(choices, key=lambda streams: (len(divisors(streams, streams)), -streams))
 
 
 def in_manifest_order(sizes: Sequence[int] | Indices) -> Circle:

@@ -15,8 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 import vlae
-from pipeline.data.loader import GROUP_BYTES
-from pipeline.data.order import Order
+from pipeline.data.order import GROUP_BYTES, Order
 from pipeline.errors import UserError
 from pipeline.values import JsonObject
 

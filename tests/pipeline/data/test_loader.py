@@ -16,11 +16,12 @@ import torch
 import webdataset
 
 from pipeline import noise
+from pipeline.background import one_ahead
 from pipeline.config.sections import Binarization
 from pipeline.data import DataSet
 from pipeline.data.batch import Batch, binarize
 from pipeline.data.images import BadImage, array
-from pipeline.data.loader import EvalLoader, TrainLoader, one_ahead
+from pipeline.data.loader import EvalLoader, TrainLoader
 from pipeline.data.records import Shard
 from pipeline.errors import UserError
 from pipeline.storage.base import Storage

@@ -14,9 +14,9 @@ from PIL import Image
 from pipeline.data import DataSet, images, tar
 from pipeline.data.cache import ShardCache
 from pipeline.data.loader import EvalLoader, TrainLoader
-from pipeline.data.manifest import Manifest, Shard
+from pipeline.data.manifest import Manifest
 from pipeline.data.reader import ReadOptions
-from pipeline.data.records import Index, checksum
+from pipeline.data.records import Index, Shard, checksum
 from pipeline.errors import DamagedData
 from pipeline.storage.base import Storage
 from pipeline.storage.folder import FolderStorage
