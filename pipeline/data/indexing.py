@@ -25,7 +25,7 @@ from pipeline.config.sections import (
 )
 from pipeline.data import images, manifest
 from pipeline.data.journal import Journal
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Decoding, Manifest
 from pipeline.data.records import Index, Shard, checksum, paginate
 from pipeline.data.sources.account import Account
 from pipeline.data.sources.base import SPLITS, hash_fraction
@@ -237,12 +237,9 @@ def _index_all(
             " key of their .json"
         )
     class_names = _number_labels(storage, found)
-    shards = {
-        split: [
-            Shard(**each["shard"]) for each, job in zip(found, jobs, strict=True) if job[0] == split
-        ]
-        for split in splits
-    }
+    shards = {split: list[Shard]() for split in splits}
+    for each, (split, _, _) in zip(found, jobs, strict=True):
+        shards[split].append(Shard(**each["shard"]))
     for split in splits:
         if not sum(shard.num_samples for shard in shards[split]):
             raise UserError(f"the shards for {split} hold no images")
@@ -257,6 +254,7 @@ def _index_all(
         splits={split: paginate(storage, split, shards[split], places) for split in splits},
         source=recipe,
         encoding="image",
+        decoding=Decoding(images.METHOD, images.FILTER, images.library()),
         fit=options.fit.value if options.image_size else None,
         binarization=manifest.chosen_binarization(
             dataset.binarization, Binarization.none, image_shape, is_binary=False

@@ -32,9 +32,10 @@ from pipeline.config.sections import (
 )
 from pipeline.data import DataSet, indexing, manifest, tar
 from pipeline.data.cache import ShardCache
-from pipeline.data.images import BadImage, array, decode, encode, measure
+from pipeline.data.images import BadImage, array, decode, encode, library, measure
 from pipeline.data.journal import Journal
 from pipeline.data.loader import EvalLoader, TrainLoader
+from pipeline.data.manifest import Decoding
 from pipeline.data.reader import ReadOptions
 from pipeline.data.records import Index, Shard
 from pipeline.data.sources import open_source
@@ -121,6 +122,7 @@ def test_other_peoples_shards_become_a_data_set_where_they_lie(
     assert not storage.list("manifest/work")
     place = storage.child("manifest")
     data_set = DataSet.load(place)
+    assert data_set.manifest.decoding == Decoding("scaled", "lanczos", library())
     for split, first in (("train", 0), ("valid", 40), ("test", 60)):
         for batch in EvalLoader(data_set, split=split, batch_size=7):
             np.testing.assert_array_equal(batch.images[:, 0, 0, 0], batch.samples + first)
