@@ -73,7 +73,7 @@ class Run:
 
     def __init__(self, folder: Path, name: str, *options: str) -> None:
         self.storage = open_storage(f"{folder}/runs/{name}")
-        self.log = folder / "runs" / name / "metrics.jsonl"
+        self.log = folder / "runs" / name / runs.METRICS  # a folder
         fixed = [
             f"storage.root={folder}",
             f"registry.uri=sqlite:///{folder}/registry.db",

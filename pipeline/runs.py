@@ -13,19 +13,21 @@ from pipeline.config.sections import Binarization, StorageOptions
 from pipeline.data import DataSet
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
-from pipeline.storage.base import Storage
+from pipeline.storage.base import ObjectNotFound, Storage
 from pipeline.values import JsonObject
 from vlae.factory import MODEL_FILE, WEIGHTS_FILE
 
 Metrics: TypeAlias = JsonObject
 """What a run measured, by name."""
+Row: TypeAlias = dict[str, float]
+"""A row of a run's log: what was measured after ``step`` steps, by name."""
 
 IDENTITY = "identity.json"
 """The options that determine the run's weights, and the checksum of its data set's manifest."""
 CONFIG = "config.json"
 """All options of the command that ran last."""
-METRICS = "metrics.jsonl"
-"""The metrics log: one JSON object for each row."""
+METRICS = "metrics"
+"""The folder of the metrics log; see ``MetricReader``."""
 RESULT = "result.json"
 """The result. It is written last: a run that has one is finished."""
 CHECKPOINTS = "checkpoints"
@@ -96,11 +98,9 @@ class Run:
         identity: JsonObject = self.storage.read_json(IDENTITY)
         return identity
 
-    def rows(self) -> list[dict[str, float]]:
+    def rows(self) -> list[Row]:
         """The metrics that it has logged so far, row by row; none if it has not started."""
-        if not self.storage.exists(METRICS):
-            return []
-        return [json.loads(line) for line in self.storage.read(METRICS).decode().splitlines()]
+        return MetricReader(self.storage).rows()
 
     def publish(self, model: vlae.VLAE, training: JsonObject) -> None:
         """Write a model, ready for ``vlae.load``, and the record of its training to ``model/``."""
@@ -136,6 +136,61 @@ class Run:
             return None
         found: JsonObject = self.storage.read_json(f"{EVALUATION}/{RESULT}")
         return found if found.get("weights") == weights and found["pictures"] else None
+
+
+class MetricReader:
+    """Reads a run's log of metrics, and reads nothing twice but the end of it.
+
+    The log is written to the objects ``metrics/00000.jsonl``, ``metrics/00001.jsonl``, ... with one
+    JSON object in each line: a row, or ``{"resumed": step}`` where a run was resumed from the
+    checkpoint of that step, which voids the earlier rows of later steps. Objects are only added.
+    Once the next one exists, an object does not change.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.number = 0
+        """The number of the object that is read next, or again."""
+        self._lines_read = 0  # of that object
+
+    def rows(self) -> list[Row]:
+        """The log from where the last call ended, without the rows that a resumed run voided."""
+        rows: list[Row] = []
+        for line in self._new_lines():
+            if (resumed := line.get("resumed")) is not None:
+                rows = [row for row in rows if row["step"] <= resumed]
+                continue
+            # A run that was resumed at its last step logs that step's rows again.
+            place = len(rows)
+            while place and rows[place - 1]["step"] >= line["step"]:
+                place -= 1
+                if rows[place].keys() == line.keys():
+                    del rows[place]
+            rows.append(line)
+        return rows
+
+    def _new_lines(self) -> list[Row]:
+        number, lines_read, found = self.number, self._lines_read, list[Row]()
+        while True:
+            # Asked first: then the object that is read next is complete.
+            is_complete = self.storage.exists(metrics_key(number + 1))
+            try:
+                lines = self.storage.read(metrics_key(number)).decode().splitlines()
+            except ObjectNotFound:
+                break
+            found += map(json.loads, lines[lines_read:])
+            lines_read = len(lines)
+            if not is_complete:
+                break
+            number, lines_read = number + 1, 0
+        # At the end: an error above loses no line.
+        self.number, self._lines_read = number, lines_read
+        return found
+
+
+def metrics_key(number: int) -> str:
+    """The key of an object of the metrics log."""
+    return f"{METRICS}/{number:05d}.jsonl"
 
 
 @dataclass(frozen=True)

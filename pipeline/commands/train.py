@@ -88,14 +88,19 @@ def fit_until_stopped(config: TrainConfig) -> int | None:
 @contextlib.contextmanager
 def progress(config: TrainConfig) -> Iterator[None]:
     """Show a progress bar for the length of a block, from the metrics in the run's storage."""
-    from pipeline.runs import Run
+    from pipeline.runs import MetricReader, Run
     from pipeline.storage.base import Unavailable
+    from pipeline.storage.uploads import retry
+    from pipeline.training import checkpoint
 
     run, done = Run.of(config), threading.Event()
+    resumed = retry(partial(checkpoint.newest_step, run.storage)) * config.train.global_batch
 
     def follow() -> None:
+        log, train, valid = MetricReader(run.storage), dict[str, float](), dict[str, float]()
         with tqdm(
             total=config.train.images,
+            initial=resumed,
             unit=" images",
             unit_scale=True,
             desc=config.run_name,
@@ -104,22 +109,22 @@ def progress(config: TrainConfig) -> Iterator[None]:
             while True:
                 stop = done.wait(2.0)
                 try:
-                    rows = run.rows()
+                    rows = log.rows()
                 except Unavailable:
                     bar.set_postfix_str("the storage is unavailable")
                     rows = []
-                train = [row for row in rows if "train/code_length" in row]
-                valid = [row["valid/elbo_nats"] for row in rows if "valid/elbo_nats" in row]
-                if train:
-                    row = train[-1]
+                for row in rows:
+                    train = row if "train/code_length" in row else train
+                    valid = row if "valid/elbo_nats" in row else valid
+                if rows and train:
                     shown = (
-                        f"code length {row['train/code_length']:.2f} nats, rate"
-                        f" {row['train/rate']:.2f} nats"
+                        f"code length {train['train/code_length']:.2f} nats, rate"
+                        f" {train['train/rate']:.2f} nats"
                     )
-                    bar.set_postfix_str(
-                        shown + (f", valid {valid[-1]:.2f} nats" if valid else ""), refresh=False
-                    )
-                    bar.update(row["images"] - bar.n)
+                    if valid:
+                        shown += f", valid {valid['valid/elbo_nats']:.2f} nats"
+                    bar.set_postfix_str(shown, refresh=False)
+                    bar.update(train["images"] - bar.n)
                 if stop:
                     return
 

@@ -2,7 +2,7 @@
 
 The run's own folder is authoritative. Its copy in MLflow has the folder's address as the tag
 ``run``, so that a resumed run continues in the same MLflow run, and rows that a server missed
-while it was down are sent later, from ``metrics.jsonl``. Only the driver of a run writes to MLflow:
+while it was down are sent later, from its log. Only the driver of a run writes to MLflow:
 by default the registry is a SQLite file, which workers on other machines could not reach.
 """
 
@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 from pipeline.config import options, sections
 from pipeline.config.options import identity
 from pipeline.config.run import TrainConfig
-from pipeline.runs import Run
+from pipeline.runs import MetricReader, Run
 from pipeline.storage.base import Storage
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -66,6 +66,8 @@ class TrackedRun:
     """Whether an earlier command finished it."""
     logged: dict[str, int] = field(default_factory=dict, init=False)
     """The last step of each metric that MLflow has."""
+    log: MetricReader = field(init=False)
+    """Reads the rows that were logged since the last update."""
 
 
 def training_run(
@@ -115,7 +117,7 @@ class Connection:
             now = int(time.time() * 1000)
             new = [
                 Metric(name, value, now, int(row["step"]))
-                for row in Run(run.folder).rows()
+                for row in run.log.rows()
                 for name, value in row.items()
                 if name != "step" and row["step"] > run.logged.get(name, -1)
             ]
@@ -167,6 +169,7 @@ class Connection:
             name: max(metric.step for metric in self.client.get_metric_history(run_id, name))
             for name in kept.data.metrics
         }
+        run.log = MetricReader(run.folder)
         run.finished = kept.info.status == "FINISHED"
         if kept.info.status in ("FAILED", "KILLED"):
             self.client.update_run(run_id, "RUNNING")

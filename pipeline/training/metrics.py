@@ -4,6 +4,7 @@ import json
 import math
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,8 +17,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.data.batch import Batch
 from pipeline.evaluation.moments import sum_over_ranks
-from pipeline.runs import METRICS, TENSORBOARD, Run
+from pipeline.runs import TENSORBOARD, MetricReader, Row, metrics_key
 from pipeline.storage.base import Storage
+
+OBJECT_BYTES = 256 << 10
+"""Bytes after which the log continues in another object, and the events in another file."""
 
 
 class StepMeter:
@@ -78,52 +82,83 @@ class StepMeter:
 
 
 class MetricLog:
-    """A run's rows of metrics: ``metrics.jsonl`` and TensorBoard event files in the run's storage.
+    """A run's rows of metrics: ``metrics/`` and TensorBoard event files in the run's storage.
 
-    A context manager. Rows stay in a local folder until ``flush`` uploads them. A resumed run
-    continues the log at the step of its checkpoint; later rows are dropped, since the run is about
-    to log them again. With ``writes=False``, on ranks other than 0, it does nothing.
+    A context manager. Rows are kept in memory until ``flush`` uploads them. A flush writes the new
+    rows and the last object of the log again, which has at most about OBJECT_BYTES, and likewise
+    the last event file. A resumed run continues the log at the step of its checkpoint, and voids
+    later rows, since it is about to log them again. With ``writes=False``, on ranks other than 0,
+    it does nothing.
     """
 
     def __init__(self, storage: Storage, step: int, writes: bool) -> None:
         self.storage, self.writes = storage, writes
         if not writes:
             return
+        reader = MetricReader(storage)
+        self._lowest = dict[str, float]()
+        for row in reader.rows():
+            if row["step"] <= step:
+                self._note(row)
+        self._waiting = deque[tuple[float, Row]]()  # rows and when they were added
+        self._number, self._content, self._written = reader.number, "", ""
+        if storage.exists(
+            metrics_key(0)
+        ):  # an object of its own: the earlier ones stay as they are
+            self._number, self._content = reader.number + 1, json.dumps({"resumed": step}) + "\n"
+            self._written = self._content  # not alone: only together with a row
         self.folder = tempfile.TemporaryDirectory(prefix="vlae-log-")
-        self.rows = [row for row in Run(storage).rows() if row["step"] <= step]
+        self._uploaded = 0  # bytes of the event file
         # TensorBoard drops the events that an earlier attempt logged after this step.
-        self.writer = SummaryWriter(self.folder.name, purge_step=step + 1 if step else None)
+        self._open_events(purge_step=step + 1 if step else None)
 
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
         """Log a row of values after ``step`` steps; values of None are left out."""
         if not self.writes:
             return
-        known = {name: value for name, value in values.items() if value is not None}
-        row = {"step": step, **known}
-        # A run that was resumed at its last step logs the same row again.
-        self.rows = [
-            earlier
-            for earlier in self.rows
-            if earlier["step"] < step or earlier.keys() != row.keys()
-        ]
-        self.rows.append(row)
-        for name, value in known.items():
-            self.writer.add_scalar(name, value, step)
+        row = {"step": step} | {name: value for name, value in values.items() if value is not None}
+        self._note(row)
+        self._waiting.append((time.time(), row))
 
     def lowest(self, name: str) -> float:
         """The lowest value of this name in the log; infinity if it has none."""
-        return min((row[name] for row in self.rows if name in row), default=math.inf)
+        return self._lowest.get(name, math.inf)
 
     def flush(self) -> None:
         """Upload the log. Safe to call while rows are added."""
         if not self.writes:
             return
-        self.writer.flush()
-        self.storage.write(
-            METRICS, "".join(json.dumps(row) + "\n" for row in list(self.rows)).encode()
-        )
-        for path in Path(self.folder.name).iterdir():
-            self.storage.upload(f"{TENSORBOARD}/{path.name}", path)
+        while self._waiting or self._content != self._written:
+            while self._waiting and len(self._content) < OBJECT_BYTES:
+                added, row = self._waiting.popleft()
+                self._content += json.dumps(row) + "\n"
+                for name, value in row.items():
+                    if name != "step":
+                        self.events.add_scalar(name, value, row["step"], walltime=added)
+            self.storage.write(metrics_key(self._number), self._content.encode())
+            self._written = self._content
+            if len(self._content) >= OBJECT_BYTES:
+                self._number, self._content, self._written = self._number + 1, "", ""
+        self.events.flush()
+        (path,) = Path(self.folder.name).iterdir()
+        size = path.stat().st_size
+        if size == self._uploaded:
+            return
+        self.storage.upload(f"{TENSORBOARD}/{path.name}", path)
+        self._uploaded = size
+        if size >= OBJECT_BYTES:
+            self.events.close()
+            path.unlink()
+            self._open_events()
+
+    def _open_events(self, purge_step: int | None = None) -> None:
+        """Begin an event file. TensorBoard reads those of a folder one after the other."""
+        self.events = SummaryWriter(self.folder.name, purge_step=purge_step)
+        self._uploaded = 0
+
+    def _note(self, row: Row) -> None:
+        for name, value in row.items():
+            self._lowest[name] = min(value, self._lowest.get(name, math.inf))
 
     def __enter__(self) -> Self:
         return self
@@ -136,5 +171,5 @@ class MetricLog:
     ) -> None:
         if not self.writes:
             return
-        self.writer.close()
+        self.events.close()
         self.folder.cleanup()

@@ -82,7 +82,7 @@ def test_two_workers_train_a_model_and_a_finished_run_is_not_trained_again(
         "model/model.safetensors",
         "model/model.json",
         "model/training.json",
-        "metrics.jsonl",
+        "metrics/00000.jsonl",
     } <= set(keys)
     again = call("train", f"storage.root={root}", *TWO)
     assert "was finished already" in again.stdout

@@ -246,7 +246,7 @@ def test_a_run_that_is_validated_on_one_image_ends_well(
     assert result["elbo_nats_se"] is None
     storage = open_storage(f"{root}/runs/single")
     strict(storage.read("model/training.json").decode())
-    for line in storage.read("metrics.jsonl").decode().splitlines():
+    for line in storage.read("metrics/00000.jsonl").decode().splitlines():
         strict(line)
 
 

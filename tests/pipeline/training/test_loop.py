@@ -98,7 +98,7 @@ def test_a_run_leaves_its_model_its_log_and_its_newest_checkpoints(
     for folder in ("model/", "best/model/"):
         files = {f"{folder}{name}" for name in ("model.json", "training.json", "model.safetensors")}
         assert {key for key in kept if key.startswith(folder)} == files
-    assert "metrics.jsonl" in kept
+    assert "metrics/00000.jsonl" in kept
     assert any(key.startswith("tensorboard/") for key in kept)
     training = whole.read_json("model/training.json")
     assert training["config"]["name"] == "whole"

@@ -5,14 +5,16 @@ import json
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -20,8 +22,10 @@ from torch.multiprocessing.spawn import spawn
 
 from pipeline.data.batch import Batch
 from pipeline.evaluation.moments import Moments, sum_over_ranks
-from pipeline.runs import METRICS, Run
-from pipeline.storage.base import Storage
+from pipeline.runs import METRICS, MetricReader, Run, metrics_key
+from pipeline.storage.base import Storage, Unavailable
+from pipeline.storage.folder import FolderStorage
+from pipeline.training import metrics
 from pipeline.training.metrics import MetricLog, StepMeter
 
 CPU = torch.device("cpu")
@@ -243,9 +247,9 @@ def test_a_log_resumed_twice_has_every_step_once(storage: Storage) -> None:
                 "nothing is in storage before it is flushed"
             )
             log.flush()
-            before = storage.read(METRICS)
+            before = {key: storage.read(key) for key in storage.list(METRICS)}
             log.flush()
-            assert storage.read(METRICS) == before
+            assert {key: storage.read(key) for key in storage.list(METRICS)} == before
     rows = Run(storage).rows()
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["x"] for row in rows] == [0.0] * 3 + [3.0] * 6 + [9.0] * 3
@@ -273,3 +277,118 @@ def test_only_rank_0_writes(storage: Storage) -> None:
         log.flush()
     assert storage.list() == []
     assert Run(storage).rows() == []
+
+
+def test_what_a_log_writes_and_reads_grows_with_its_length_and_not_faster(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "OBJECT_BYTES", 1000)
+    kind, moved = type(storage), Counter[str]()
+    write, upload, stream = kind.write, kind.upload, kind.stream
+
+    def counted_write(self: Storage, key: str, data: bytes) -> None:
+        moved["written"] += len(data)
+        assert len(data) < 1200, "one object and the row that fills it"
+        write(self, key, data)
+
+    def counted_upload(self: Storage, key: str, path: Path) -> None:
+        moved["uploaded"] += path.stat().st_size
+        upload(self, key, path)
+
+    def counted_stream(self: Storage, *arguments: Any) -> Iterator[bytes]:
+        for piece in stream(self, *arguments):
+            moved["read"] += len(piece)
+            yield piece
+
+    monkeypatch.setattr(kind, "write", counted_write)
+    monkeypatch.setattr(kind, "upload", counted_upload)
+    monkeypatch.setattr(kind, "stream", counted_stream)
+    after, follower, followed = dict[int, Counter[str]](), MetricReader(storage), list[Any]()
+    with MetricLog(storage, 0, writes=True) as log:
+        for step in range(1, 121):
+            log.add(step, {f"train/quantity_{number}": step + number / 7 for number in range(4)})
+            log.flush()
+            followed += follower.rows()
+            if step in (60, 120):
+                after[step] = Counter(moved)
+    assert [row["step"] for row in followed] == list(range(1, 121))
+    for name, moved_in_all in after[120].items():
+        # If every flush wrote all rows, twice the length would be four times the bytes.
+        assert moved_in_all < 2.5 * after[60][name], name
+    size = sum(storage.sizes(METRICS).values())
+    moved.clear()
+    assert Run(storage).rows() == followed
+    assert moved["read"] == size, "a reader that begins reads each object once"
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_log_that_is_killed_and_resumed_anywhere_has_the_rows_of_the_last_attempts(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    storage = FolderStorage(tmp_path_factory.mktemp("run"))
+    expected, saved, number = list[dict[str, float]](), list[dict[str, float]](), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "OBJECT_BYTES", data.draw(st.sampled_from([1, 60, 150, 10**6])))
+        follower, followed = MetricReader(storage), list[dict[str, float]]()
+        for _ in range(data.draw(st.integers(1, 4))):
+            step = data.draw(st.integers(0, int(saved[-1]["step"]) if saved else 0))
+            expected = [row for row in saved if row["step"] <= step]
+            with MetricLog(storage, step, writes=True) as log:
+                lowest = min((row["x"] for row in expected), default=math.inf)
+                assert log.lowest("x") == lowest
+                for gap in data.draw(st.lists(st.integers(1, 9), max_size=12)):
+                    step, number = step + gap, number + 1
+                    log.add(step, {"x": float(-number)})
+                    expected.append({"step": step, "x": float(-number)})
+                    if data.draw(st.booleans()):
+                        log.flush()
+                        saved = list(expected)
+                        followed += follower.rows()
+            assert Run(storage).rows() == saved
+        followed += follower.rows()
+    assert len({row["x"] for row in followed}) == len(followed), "nothing is read twice"
+    assert all(row in followed for row in saved)
+
+
+def test_a_reader_that_fails_has_lost_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = FolderStorage(tmp_path)
+    monkeypatch.setattr(metrics, "OBJECT_BYTES", 1)
+    with MetricLog(storage, 0, writes=True) as log:
+        for step in (1, 2, 3):
+            log.add(step, {"x": 1.0})
+        log.flush()
+    reader, read = MetricReader(storage), FolderStorage.read
+
+    def failing(self: FolderStorage, key: str) -> bytes:
+        if key == metrics_key(1):
+            raise Unavailable("the storage is away")
+        return read(self, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderStorage, "read", failing)
+        with pytest.raises(Unavailable):
+            reader.rows()
+    assert [row["step"] for row in reader.rows()] == [1, 2, 3]
+
+
+def test_tensorboard_reads_a_log_of_many_event_files_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = FolderStorage(tmp_path)
+    monkeypatch.setattr(metrics, "OBJECT_BYTES", 500)
+    with MetricLog(storage, 0, writes=True) as log:
+        for step in range(1, 61):
+            log.add(step, {"train/rate": float(step)})
+            log.flush()
+    keys = storage.list("tensorboard")
+    assert len(keys) > 3
+    # As above: TensorBoard cannot tell the order of files of one second.
+    for key in keys:
+        number = int(key.rpartition(".")[2])
+        (tmp_path / key).rename(tmp_path / "tensorboard" / f"events.out.tfevents.{number:010d}")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/rate")] == list(range(1, 61))
