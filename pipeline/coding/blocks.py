@@ -69,6 +69,8 @@ def decode(model: VLAE, block: Block, count: int, seed: int, number: int) -> Ten
     Raises DamagedData if the images or the initial bits are not those that were coded. The caller
     says which block it is.
     """
+    if len(block.payload) % 4 or not any(block.payload[-4:]):
+        raise DamagedData("its content is no stack of bits")
     stack = Stack(np.frombuffer(block.payload, "<u4").astype(np.uint32))
     with single_thread():
         parts = [

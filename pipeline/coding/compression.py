@@ -239,14 +239,13 @@ def decompress_block(
     """Decompress one block to a shard; returns the block's number and the shard."""
     keep_freed_memory()
     first, stop = even_part(header.images, frame.number, header.blocks)
-    named = container.unpack_names(frame.names) if frame.names else {}
     try:
+        keys, labels = container.unpack_names(frame.names, frame.images)
         if stop - first != frame.images:
             raise DamagedData(f"it has {frame.images} images, not {stop - first}")
         x = _images(model, codes, header, frame, first, most_likely)
     except DamagedData as error:
         raise DamagedData(f"{url} is damaged: block {frame.number}: {error}") from None
-    labels = named.get("labels") or [-1] * frame.images
     return frame.number, write_images(
         output,
         f"{header.split}/{frame.number:05d}.tar",
@@ -255,7 +254,7 @@ def decompress_block(
         np.array(labels, dtype=np.int64),
         RECORD,
         Encoding.npy,
-        named.get("keys"),
+        keys,
     )
 
 
@@ -284,6 +283,11 @@ def _check(header: Header, model: OpenedModel, network: VLAE, url: str, most_lik
         raise UserError(
             f"{url} was compressed with the model of sha256 {header.model[:12]}, not with"
             f" {model.reference} of sha256 {model.weights[:12]}; give model= that one"
+        )
+    if header.image_shape != list(network.image_shape):
+        raise DamagedData(
+            f"{url} is damaged: its images have the shape {header.image_shape}, those of its model"
+            f" {list(network.image_shape)}"
         )
     if header.bits is None and most_likely:
         raise UserError(

@@ -30,6 +30,7 @@ Every bit is under a checksum. A block is checked before anything in it is used.
 import dataclasses
 import hashlib
 import json
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -37,7 +38,6 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, get_type_hints
 
 from pipeline.errors import DamagedData, UserError
-from pipeline.values import JsonObject
 
 MAGIC = b"\x89VLAE\r\n\x1a"
 VERSION = 1
@@ -48,6 +48,8 @@ END = (1 << 32) - 1
 """The number of the block that ends a file."""
 MAX_HEADER = 1 << 24
 """Most bytes of a header, which a damaged length must not exceed."""
+MAX_BITS = 20
+"""Most bits of a code in a lossy file: the sender weighs 2^bits candidates for every image."""
 MAX_NAMES = 1 << 28
 """Most bytes of the names of a block once they are inflated."""
 Value = TypeVar("Value")
@@ -79,6 +81,19 @@ class Header:
     machine: str
     """The versions and the processor that the probabilities were computed with."""
     version: int = VERSION
+
+    def is_possible(self) -> bool:
+        """Whether every value has its type and range: a file may come from anybody."""
+        types = get_type_hints(Header) | {"image_shape": list, "class_names": list | None}
+        return (
+            all(isinstance(getattr(self, name), kind) for name, kind in types.items())
+            and len(self.image_shape) == 3
+            and 0 <= self.blocks <= self.images
+            and (self.blocks > 0) == (self.images > 0)
+            and 0 <= self.seed < 1 << 63
+            and (self.bits is None or 1 <= self.bits <= MAX_BITS)
+            and re.fullmatch(r"[\w-]+", self.split) is not None
+        )
 
     def to_bytes(self) -> bytes:
         """Magic, length, JSON and checksum."""
@@ -121,17 +136,26 @@ def pack_names(keys: list[str] | None, labels: list[int] | None) -> bytes:
     return zlib.compress(text.encode(), 9)
 
 
-def unpack_names(names: bytes) -> JsonObject:
-    """Undo ``pack_names``. Raises DamagedData if there are more than ``MAX_NAMES`` bytes."""
+def unpack_names(names: bytes, images: int) -> tuple[list[str] | None, list[int]]:
+    """The keys, if any, and the labels of a block of ``images`` images: undoes ``pack_names``.
+
+    Raises DamagedData if these are no names of so many images, or more than ``MAX_NAMES`` bytes.
+    """
+    if not names:
+        return None, [-1] * images
     inflate = zlib.decompressobj()
     try:
         text = inflate.decompress(names, MAX_NAMES)
-        if not inflate.eof:
-            raise DamagedData("the names of its images are too long")
-        found = json.loads(text)
-    except (zlib.error, ValueError):
-        raise DamagedData("the names of its images cannot be read") from None
-    return dict(found) if isinstance(found, dict) else {}
+        found: Any = json.loads(text) if inflate.eof else None
+        keys, labels = found["keys"], found["labels"]
+        lists = [(labels, int)] + ([] if keys is None else [(keys, str)])
+        if all(
+            len(each) == images and {type(one) for one in each} <= {kind} for each, kind in lists
+        ):
+            return keys, labels
+    except (zlib.error, ValueError, TypeError, KeyError):
+        pass
+    raise DamagedData(f"the names of its {images} images cannot be read")
 
 
 class Reader:
@@ -183,16 +207,8 @@ class Reader:
                     f" reads version {VERSION}; use the program that wrote it"
                 )
             header = Header(**values)
-            for name, kind in get_type_hints(Header).items():
-                value = getattr(header, name)
-                if name == "image_shape":
-                    fits = isinstance(value, list) and len(value) == 3
-                elif name == "class_names":
-                    fits = value is None or isinstance(value, list)
-                else:
-                    fits = isinstance(value, kind)
-                if not fits:
-                    raise self._damaged("its header")
+            if not header.is_possible():
+                raise ValueError
         except (ValueError, TypeError, AttributeError):
             raise self._damaged("its header") from None
         return header

@@ -12,8 +12,6 @@ from vlae.coding import codebook
 from vlae.model import VLAE
 from vlae.sampling import decode, walk
 
-MAX_BITS = 20
-"""Most bits of a code: the sender weighs 2^bits candidates for every image."""
 BATCH = 64
 """Images that are drawn or weighed at a time."""
 PART = 1 << 16

@@ -62,7 +62,7 @@ def run(config: CompressConfig) -> JsonObject:
 
     from pipeline.cluster import connect
     from pipeline.coding.compression import compress, rate_bits
-    from pipeline.coding.lossy import MAX_BITS
+    from pipeline.coding.container import MAX_BITS
     from pipeline.registry.models import open_model
     from pipeline.runs import open_data
     from pipeline.storage import open_storage

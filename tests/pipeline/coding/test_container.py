@@ -3,6 +3,7 @@
 import dataclasses
 import io
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -112,21 +113,41 @@ def test_another_version_and_another_kind_of_file_are_refused() -> None:
         read(written([], dataclasses.replace(HEADER, version=99)))
     with pytest.raises(UserError, match="no file that `vlae compress` wrote"):
         read(b"\x89PNG\r\n\x1a\n" * 9)
-    wrong = dataclasses.replace(HEADER, images="many")  # type: ignore[arg-type]
-    with pytest.raises(DamagedData, match="its header"):
-        read(written([], wrong))
 
 
 def test_names_come_back_and_a_bomb_of_names_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     packed = container.pack_names(["é/1.png"], [3])
-    assert container.unpack_names(packed) == {"keys": ["é/1.png"], "labels": [3]}
-    monkeypatch.setattr(container, "MAX_NAMES", 10)
-    with pytest.raises(DamagedData, match="too long"):
-        container.unpack_names(packed)
+    assert container.unpack_names(packed, 1) == (["é/1.png"], [3])
+    assert container.unpack_names(b"", 2) == (None, [-1, -1])
+    wrong = [b"no zlib", packed[:-3], container.pack_names(None, ["cat"])]  # type: ignore[list-item]
+    for names in [*wrong, container.pack_names(["a", "b"], [1])]:
+        with pytest.raises(DamagedData, match="cannot be read"):
+            container.unpack_names(names, 1)
     with pytest.raises(DamagedData, match="cannot be read"):
-        container.unpack_names(b"no zlib")
+        container.unpack_names(packed, 2)
+    monkeypatch.setattr(container, "MAX_NAMES", 10)
+    with pytest.raises(DamagedData, match="cannot be read"):
+        container.unpack_names(packed, 1)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"images": "many"},
+        {"bits": 60},
+        {"split": "../.."},
+        {"seed": -1},
+        {"blocks": 101},
+        {"image_shape": [8, 8]},
+        {"images": 0},
+    ],
+    ids=str,
+)
+def test_a_header_with_impossible_values_is_refused(value: dict[str, Any]) -> None:
+    with pytest.raises(DamagedData, match="its header"):
+        read(written([], dataclasses.replace(HEADER, **value)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 37, 300])
@@ -151,6 +172,9 @@ def test_a_damaged_block_with_a_right_checksum_is_no_wrong_image(network: vlae.V
     for each in wrong:
         with pytest.raises(DamagedData, match="not those that were compressed"):
             blocks.decode(network, each, 20, 0, 0)
+    for content in (block.payload[:-1], b"", block.payload + bytes(4)):
+        with pytest.raises(DamagedData, match="no stack of bits"):
+            blocks.decode(network, dataclasses.replace(block, payload=content), 20, 0, 0)
     with pytest.raises(DamagedData, match="not those that were compressed"):
         blocks.decode(network, block, 20, 1, 0)
 

@@ -1,0 +1,274 @@
+"""Files against the bound and against other coders, on binary MNIST and 8-bit Fashion-MNIST.
+
+    .venv/bin/python benchmarks/coding.py --fashion /usr/share/datasets/fashion-mnist
+
+Trains a model for each window of `--windows` and each data set (without Ray, on one core), unless
+the folder holds it. Then compresses the first `--images` test images in one block on one thread,
+decompresses them, compares every pixel, and times both. MNIST is binarized once, with seed 0.
+
+Peers compress the same images. Each image coder gets every image alone and all images on one sheet,
+and the smaller total counts; zstd and xz get all images as one string, of packed bits if they are
+binary. JPEG XL takes part if the package `imagecodecs` is installed.
+
+`FOLDER/coding.png` stacks, for each model, the bits in z, the bits in x given z, and what the file
+takes beyond the bound. `FOLDER/lossy-*.png` shows images redrawn from codes of 8 to 20 bits. The
+last line is JSON. Its bits include initial bits, but no header.
+"""
+
+import argparse
+import io
+import json
+import lzma
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Pixels = npt.NDArray[np.uint8]
+DATA = {
+    "binary_mnist": (["dataset=mnist"], 180_000),
+    "fashion_mnist": (
+        ["dataset=idx", "dataset.name=fashion", "dataset.binarization=none"],
+        120_000,
+    ),
+}
+"""The options of each data set, and the images that a model is trained on."""
+
+
+def train(folder: str, data: str, window: str, fashion: str, images: int | None) -> str:
+    """The folder of a trained model."""
+    from pipeline import commands
+    from pipeline.commands import shard
+    from pipeline.config.options import to_dict
+    from pipeline.runs import Run
+    from pipeline.training import loop
+
+    options, budget = DATA[data]
+    options = [f"storage.root={folder}", *options]
+    if data == "fashion_mnist":
+        options += [f"dataset.path={fashion}"]
+    name = f"{data}-{window}"
+    typed = commands.load(
+        "train",
+        [
+            *options,
+            "model=fast",
+            "train=standard",
+            f"model.window={window}",
+            f"name={name}",
+            f"train.images={images or budget}",
+        ],
+    )
+    if not (Path(to_dict(typed)["dataset"]["url"]) / "manifest.json").exists():
+        shard.run(commands.load("shard", [each for each in options if "binarization" not in each]))
+    run = Run.of(typed)
+    if not run.storage.exists("model/model.safetensors"):
+        loop.fit(typed)
+    return run.url
+
+
+def measure(url: str, images: int, samples: int) -> tuple[dict[str, Any], Pixels]:
+    """The figures of one model, and the images that it compressed, (count, height, width)."""
+    import torch
+
+    from pipeline import noise
+    from pipeline.coding import blocks
+    from pipeline.coding.compression import ready
+    from pipeline.config.sections import StorageOptions
+    from pipeline.data.batch import binarize
+    from pipeline.data.loader import EvalLoader
+    from pipeline.noise import Purpose
+    from pipeline.runs import Run, open_data
+    from vlae.objective import estimate
+
+    torch.set_num_threads(1)
+    opened = Run.at(url).open()
+    model = ready(opened.network)
+    data = open_data(opened, None, StorageOptions())
+    loader = EvalLoader(data, split="test", batch_size=50, num_images=images)
+    parts, sums = [], np.zeros(3)
+    for batch in loader:
+        x = binarize(batch, opened.binarization, 0)
+        parts.append(x)
+        normal = np.stack(
+            [
+                noise.normal((k, Purpose.IMPORTANCE), batch.samples, model.latents)
+                for k in range(samples)
+            ]
+        )
+        found = estimate(model, x, torch.from_numpy(normal))
+        each = (found.distortion, found.rate, found.slack)
+        sums += [value.double().sum().item() / math.log(2) for value in each]
+    x = torch.cat(parts)
+    count, size = len(x), x[0].numel()
+    begin = time.perf_counter()
+    block = blocks.encode(model, x, 0, 0)
+    middle = time.perf_counter()
+    back = blocks.decode(model, block, count, 0, 0)
+    end = time.perf_counter()
+    assert torch.equal(back, x)
+    distortion, rate, slack = sums / count
+    length = 8 * len(block.payload) / count
+    figures = {
+        "bits_per_dim": length / size,
+        "elbo_bits_per_dim": (distortion + rate) / size,
+        "initial_bits": block.initial_bits,
+        "encode_images_per_s": count / (middle - begin),
+        "decode_images_per_s": count / (end - middle),
+        "bits_per_image": length,
+        "distortion_bits": distortion,
+        "rate_bits": rate,
+        "slack_bits": slack,
+        "overhead_bits": length - block.initial_bits / count - distortion - rate,
+    }
+    return figures, blocks.to_bytes(x)[:, 0]
+
+
+def peers(images: Pixels) -> dict[str, float]:
+    """Bits a dimension of each general-purpose coder."""
+    from PIL import Image
+
+    is_binary = bool(np.isin(images, (0, 255)).all())
+    mode = "1" if is_binary else "L"
+
+    def picture(pixels: Pixels) -> Image.Image:
+        return Image.fromarray(pixels).convert(mode, dither=Image.Dither.NONE)
+
+    def pillow(form: str, **settings: Any) -> Callable[[Pixels], int]:
+        def size(pixels: Pixels) -> int:
+            file = io.BytesIO()
+            image = picture(pixels) if form == "PNG" else Image.fromarray(pixels).convert("RGB")
+            image.save(file, form, **settings)
+            return len(file.getvalue())
+
+        return size
+
+    coders = {
+        "png": pillow("PNG", optimize=True),
+        "webp": pillow("WEBP", lossless=True, quality=100, method=6),
+    }
+    try:
+        import imagecodecs
+
+        coders["jpeg_xl"] = lambda pixels: len(
+            imagecodecs.jpegxl_encode(pixels, lossless=True, effort=9)
+        )
+    except ImportError:
+        print("JPEG XL is left out: imagecodecs is not installed")
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    height, width = images.shape[1:]
+    sheet = np.zeros((rows * columns, height, width), np.uint8)
+    sheet[: len(images)] = images
+    sheet = sheet.reshape(rows, columns, height, width).swapaxes(1, 2)
+    sheet = np.ascontiguousarray(sheet.reshape(rows * height, columns * width))
+    found = {}
+    for name, size in coders.items():
+        found[name] = min(sum(map(size, images)), size(sheet))
+    import pyarrow
+
+    content = (np.packbits(images > 0) if is_binary else images).tobytes()
+    found["zstd"] = len(pyarrow.Codec("zstd", compression_level=22).compress(content, asbytes=True))
+    found["xz"] = len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
+    return {name: 8 * size / images.size for name, size in found.items()}
+
+
+def draw(models: dict[str, dict[str, Any]], path: Path) -> None:
+    """Stack the bits of each model's files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(1.5 + 1.1 * len(models), 4), layout="constrained")
+    names, bottom = list(models), np.zeros(len(models))
+    for key, label in (
+        ("distortion_bits", "x given z"),
+        ("rate_without_slack", "z"),
+        ("slack_bits", "posterior slack"),
+        ("overhead_bits", "coder"),
+    ):
+        values = [
+            each["rate_bits"] - each["slack_bits"] if key == "rate_without_slack" else each[key]
+            for each in models.values()
+        ]
+        axes.bar(names, values, bottom=bottom, label=label)
+        bottom += np.maximum(values, 0)
+    axes.set_ylabel("bits an image")
+    axes.tick_params(axis="x", rotation=30)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def redraw(url: str, bits: list[int], path: Path) -> None:
+    """A row of originals, and for each code length the images that it redraws, sampled and mode."""
+    import torch
+    from matplotlib import pyplot
+
+    from pipeline.coding import blocks, lossy
+    from pipeline.coding.compression import ready
+    from pipeline.config.sections import StorageOptions
+    from pipeline.data.batch import binarize
+    from pipeline.data.loader import EvalLoader
+    from pipeline.runs import Run, open_data
+
+    opened = Run.at(url).open()
+    model = ready(opened.network)
+    data = open_data(opened, None, StorageOptions())
+    (batch,) = EvalLoader(data, split="test", batch_size=16, num_images=16)
+    x = binarize(batch, opened.binarization, 0)
+    png = peers(blocks.to_bytes(x)[:, 0])["png"] * x[0].numel() / 8
+    rows = {f"original, {png:.0f} bytes as PNG": x}
+    for length in bits:
+        codes = lossy.candidates(model, length, 0)
+        numbers = lossy.unpack(lossy.encode(model, x, codes, 0), len(x), length)
+        z = codes[torch.from_numpy(numbers)]
+        for most_likely in (False, True):
+            name = f"{length} bits, {'mode' if most_likely else 'sample'}"
+            rows[name] = lossy.redraw(model, z, 0, 0, most_likely)
+    figure, axes = pyplot.subplots(len(rows), 1, figsize=(9, 0.8 * len(rows)), layout="constrained")
+    for axis, (name, images) in zip(axes, rows.items(), strict=True):
+        axis.imshow(torch.cat(list(images[:, 0]), -1).numpy(), cmap="gray_r")
+        axis.set_title(name, fontsize=8, loc="left")
+        axis.set_axis_off()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", default="coding", help="folder for all data")
+    parser.add_argument("--fashion", help="folder of the IDX files of Fashion-MNIST")
+    parser.add_argument("--images", type=int, default=10_000, help="test images to compress")
+    parser.add_argument("--samples", type=int, default=16, help="samples of the bound")
+    parser.add_argument(
+        "--windows", nargs="+", default=["5x2"], help="windows; the first is the one reported"
+    )
+    parser.add_argument("--train-images", type=int, help="train on so many images instead")
+    arguments = parser.parse_args()
+    folder = str(Path(arguments.folder).absolute())
+    result: dict[str, Any] = {}
+    accounts: dict[str, dict[str, Any]] = {}
+    for data in DATA:
+        if data == "fashion_mnist" and not arguments.fashion:
+            continue
+        for window in arguments.windows:
+            url = train(folder, data, window, arguments.fashion, arguments.train_images)
+            figures, images = measure(url, arguments.images, arguments.samples)
+            accounts[f"{data} {window}"] = figures
+            redraw(url, [8, 12, 16, 20], Path(folder) / f"lossy-{data}-{window}.png")
+            print(f"{data} {window}: {json.dumps(figures)}", flush=True)
+        found = peers(images)
+        print(f"{data} peers, bits/dim: {json.dumps(found)}", flush=True)
+        result[data] = accounts[f"{data} {arguments.windows[0]}"] | {"peers": found}
+    draw(accounts, Path(folder) / "coding.png")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
