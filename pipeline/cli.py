@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 from pipeline.commands import NAMES, find, load
-from pipeline.errors import Interrupted, UserError
+from pipeline.errors import Interrupted, UserError, lack_of_memory
 from pipeline.help import help_page, overview
 
 RESULT = "result.json"
@@ -33,6 +33,16 @@ def main(words: list[str]) -> NoReturn:
         sys.exit(_run(words[0], words[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        reason = lack_of_memory(error)
+        if reason is None:
+            raise
+        print(
+            f"error: there is not enough memory ({reason}); use smaller images, batches or models,"
+            " or a machine with more",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except BrokenPipeError:
         # The reader closed the pipe, as `head` does. What is still buffered must not fail at exit.

@@ -9,6 +9,19 @@ class UserError(Exception):
     """
 
 
+ALLOCATORS = ("out of memory", "allocate memory", "not enough memory", "Storage size")
+"""What the messages of PyTorch's allocators say, whose errors have no type of their own."""
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """What an error says about memory that could not be had; None if it is about another thing."""
+    reason = str(error).partition("\n")[0].rstrip(".")
+    if isinstance(error, MemoryError):
+        return reason or "no more could be allocated"
+    is_allocator = isinstance(error, RuntimeError) and any(word in reason for word in ALLOCATORS)
+    return reason if is_allocator else None
+
+
 class DamagedData(UserError):
     """Stored data is missing, altered or unreadable; reading it again would not help."""
 

@@ -24,7 +24,9 @@ class DataConfig:
 
     action: Action = option("inspect or verify; the first word after the command")
     output: str = option("where the report goes", "outputs/data", path=True)
-    pictures: int = option("how many images of each split the contact sheet shows", 50, at_least=1)
+    pictures: int = option(
+        "how many images of each split the contact sheet shows", 50, at_least=1, below=1 << 14
+    )
     storage: StorageOptions = section(StorageOptions, "where data is stored")
     dataset: DatasetOptions = section(DatasetOptions, "the data set")
     cluster: ClusterOptions = section(ClusterOptions, "where it runs")

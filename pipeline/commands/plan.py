@@ -16,16 +16,16 @@ from pipeline.values import JsonObject
 class PlanConfig:
     """Estimate what a training run needs: shards, streams, batches, and memory of each worker."""
 
-    num_images: int = option("training images of the data set", 50_000, at_least=1)
-    image_size: int = option("their height and width in pixels", 28, at_least=1)
-    channels: int = option("1 is grey, 3 is RGB", 1, at_least=1)
+    num_images: int = option("training images of the data set", 50_000, at_least=1, below=1 << 40)
+    image_size: int = option("their height and width in pixels", 28, at_least=1, below=1 << 14)
+    channels: int = option("1 is grey, 3 is RGB", 1, at_least=1, below=1 << 10)
     binarization: Binarization = option(
         "as dataset.binarization; auto: dynamic for grey images, none for RGB", Binarization.auto
     )
     num_workers: list[int] = option(
-        "numbers of workers; each gets a row in the table", [1, 2, 4, 8], at_least=1
+        "numbers of workers; each gets a row in the table", [1, 2, 4, 8], at_least=1, below=1 << 20
     )
-    local_batch: int = option("images of each worker in a step", 16, at_least=1)
+    local_batch: int = option("images of each worker in a step", 16, at_least=1, below=1 << 20)
     output: str = option("folder of the result", "outputs/plan", path=True)
     model: ModelOptions = section(ModelOptions, "the VLAE")
 

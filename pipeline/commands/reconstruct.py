@@ -16,7 +16,7 @@ class ReconstructConfig:
     model: str = option(A_MODEL)
     split: str = option("the part of the data set: train, valid or test", "test")
     dataset_url: str | None = option(ANOTHER_DATA_SET, None, path=True)
-    num_images: int = option("the number of images, the first ones", 40, at_least=1)
+    num_images: int = option("the number of images, the first ones", 40, at_least=1, below=1 << 14)
     seed: int = option("the seed of binarization and all noise", 0)
     output: str = option("where the picture goes", "outputs/reconstruct", path=True)
     storage: StorageOptions = section(StorageOptions, "where data is stored")

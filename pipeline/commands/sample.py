@@ -14,7 +14,7 @@ class SampleConfig:
     """Draw images from a model."""
 
     model: str = option(A_MODEL)
-    num_images: int = option("the number of images", 40, at_least=1)
+    num_images: int = option("the number of images", 40, at_least=1, below=1 << 14)
     seed: int = option("the seed of all random numbers", 0)
     output: str = option("where the picture goes", "outputs/sample", path=True)
     storage: StorageOptions = section(StorageOptions, "where data is stored")

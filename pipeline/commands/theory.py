@@ -14,7 +14,9 @@ class TheoryConfig:
     """Test the theory on images of known entropy: how much do three decoders leave to the code?"""
 
     images: int = option("fresh images that each decoder is trained on", 120_000, at_least=32)
-    num_images: int = option("held-out images that it is measured on", 10_000, at_least=2)
+    num_images: int = option(
+        "held-out images that it is measured on", 10_000, at_least=2, below=1 << 24
+    )
     seed: int = option(
         "determines the images, the initial weights and all noise", 0, at_least=0, below=1 << 60
     )

@@ -8,11 +8,13 @@ from pipeline.config.sections import RegistryOptions, StorageOptions
 
 @dataclass
 class BoundOptions:
-    samples: int = option("k, the number of importance samples of the IWAE bound", 64, at_least=1)
+    samples: int = option(
+        "k, the number of importance samples of the IWAE bound", 64, at_least=1, below=1 << 16
+    )
     num_images: int | None = option(
         "evaluate only the first images of the split; none is all", None, at_least=2
     )
-    pictures: int = option("images in each picture", 40, at_least=1)
+    pictures: int = option("images in each picture", 40, at_least=1, below=1 << 14)
     seed: int = option("the seed of binarization and all noise", 0)
 
 

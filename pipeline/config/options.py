@@ -29,7 +29,7 @@ class Bounds:
     def hold(self, value: float) -> bool:
         """Whether a number lies within; NaN never does."""
         return (
-            not math.isnan(value)
+            value == value
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
@@ -133,6 +133,10 @@ def has_secret(value: object) -> bool:
     return isinstance(value, str) and "://" in value and bool(SECRETS.search(value))
 
 
+def _is_huge(value: object) -> bool:
+    return isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
+
+
 def check_all(config: Any, prefix: str = "") -> None:
     """Hold every option to its bounds and every name to its form, and call each section's
     ``check``. Raises UserError.
@@ -142,8 +146,9 @@ def check_all(config: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_all(value, f"{key}.")
             continue
-        for text in value if isinstance(value, list) else [value]:
-            require(not has_secret(text), SECRET.format(key=key))
+        for each in value if isinstance(value, list) else [value]:
+            require(not has_secret(each), SECRET.format(key=key))
+            require(not _is_huge(each), f"{key} is {value}; it must be a number of 64 bits")
         if bounds := item.metadata["bounds"]:
             if isinstance(value, list):
                 held = all(type(each) is int and bounds.hold(each) for each in value)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.options import digest, identity, option, require, section, to_dict
 from pipeline.config.sections import (
@@ -31,54 +31,71 @@ class ActivationName(Enum):
     elu = "elu"
 
 
+WIDEST, DEEPEST = 1 << 20, 1 << 8
+"""Limits of widths and of numbers of layers. ``ModelOptions.build`` limits the model as a whole."""
+ORDINARY = 1 << 27
+"""A model is only measured if its three largest numbers multiply to more: measuring takes seconds,
+for PyTorch loads much that it does not need otherwise.
+"""
+
+
 @dataclass
 class ModelOptions:
     window: str = option(f"the decoder's receptive field: {NOTATION}")
-    latents: int = option("size of the code z, or how many maps it has", at_least=1)
+    latents: int = option("size of the code z, or how many maps it has", at_least=1, below=WIDEST)
     code: Code = option(
         "vector, or maps: z keeps positions, at the size at which the encoder ends",
         Code.vector,
     )
     flow_depth: int = option(
-        "steps of the autoregressive-flow prior; 0 is a standard normal prior", at_least=0
+        "steps of the autoregressive-flow prior; 0 is a standard normal prior",
+        at_least=0,
+        below=DEEPEST,
     )
     posterior_depth: int = option(
         "steps of an inverse autoregressive flow in the posterior; 0 is a diagonal Gaussian",
         0,
         at_least=0,
+        below=DEEPEST,
     )
     flow_hidden: int = option(
-        "width of each step's MADE, in the prior and the posterior", at_least=1
+        "width of each step's MADE, in the prior and the posterior", at_least=1, below=WIDEST
     )
-    flow_layers: int = option("hidden layers of each step's MADE", 2, at_least=1)
+    flow_layers: int = option("hidden layers of each step's MADE", 2, at_least=1, below=DEEPEST)
     flow_mean_only: bool = option("steps only shift, as the paper's do, and do not scale", False)
     mixtures: int = option(
         "components of the likelihood of 256 values, a mixture of discretized logistics",
         5,
         at_least=1,
+        below=WIDEST,
     )
     encoder_channels: int = option(
-        "width of the encoder; twice that below half the image's size", at_least=1
+        "width of the encoder; twice that below half the image's size", at_least=1, below=WIDEST
     )
     decoder_channels: int = option(
-        "width of the network that unfolds z; twice that at its smallest", at_least=1
+        "width of the network that unfolds z; twice that at its smallest", at_least=1, below=WIDEST
     )
     blocks: int = option(
         "residual blocks at each size below the image's, in the encoder and the decoder",
         1,
         at_least=0,
+        below=DEEPEST,
     )
     image_blocks: int = option(
-        "residual blocks at the image's own size, in the encoder and the decoder", 0, at_least=0
+        "residual blocks at the image's own size, in the encoder and the decoder",
+        0,
+        at_least=0,
+        below=DEEPEST,
     )
-    decoder_maps: int = option("image-sized maps that z unfolds to", at_least=1)
-    decoder_features: int = option("width of the per-pixel network", at_least=1)
-    decoder_blocks: int = option("layers of the per-pixel network", at_least=0)
+    decoder_maps: int = option("image-sized maps that z unfolds to", at_least=1, below=WIDEST)
+    decoder_features: int = option("width of the per-pixel network", at_least=1, below=WIDEST)
+    decoder_blocks: int = option("layers of the per-pixel network", at_least=0, below=DEEPEST)
     context_layers: int = option(
         "0 looks at the window with one linear layer; more stack it from so many, as the paper"
         " does",
         0,
         at_least=0,
+        below=DEEPEST,
     )
     activation: ActivationName = option(
         "relu, or the paper's elu, which is slower", ActivationName.relu
@@ -111,13 +128,41 @@ class ModelOptions:
             raise UserError(f"{key}: {error}") from None
 
     def build(self, image_shape: tuple[int, int, int], binarization: Binarization) -> "VLAE":
-        """The model, with fresh weights; its likelihood is the one that the images call for. Raises
-        ValueError as ``vlae.build`` does.
+        """The model, with fresh weights; its likelihood is the one that the images call for.
+
+        Raises ValueError as ``vlae.build`` does, and on a model whose weights alone would take more
+        than this machine's memory, before it takes any.
         """
         import vlae  # here, since it loads PyTorch, which a check of the options does without
 
         likelihood = "logistic" if binarization is Binarization.none else "bernoulli"
-        return vlae.build(image_shape=image_shape, likelihood=likelihood, **to_dict(self))
+        arguments = {"image_shape": image_shape, "likelihood": likelihood, **to_dict(self)}
+        numbers = sorted(value for value in arguments.values() if type(value) is int)
+        if math.prod(numbers[-3:]) > ORDINARY:
+            _check_size(arguments)
+        return vlae.build(**arguments)
+
+
+def _check_size(arguments: dict[str, Any]) -> None:
+    """Raise ValueError if a model's weights alone take more than this machine's memory."""
+    import torch
+
+    import vlae
+    from pipeline.machine import MEMORY
+
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # takes no memory
+            shapes = vlae.build(**arguments).state_dict()
+    except RuntimeError as error:  # a shape that no tensor can have
+        raise ValueError(f"no model can be that large ({error})") from None
+    size = sum(4 * value.numel() for value in shapes.values())
+    if size > MEMORY:
+        largest = max(shapes, key=lambda name: shapes[name].numel())
+        raise ValueError(
+            f"its weights take {size / 1e9:,.0f} GB, more than this machine's"
+            f" {MEMORY / 1e9:,.0f} GB of memory; the largest is {largest}, of the shape"
+            f" {tuple(shapes[largest].shape)}"
+        )
 
 
 LARGE = 64
@@ -171,10 +216,13 @@ class TrainOptions:
     images: int = option(
         "images that the run sees in all, repeats included", at_least=1, shared=True
     )
-    global_batch: int = option("images of one step, over all workers", at_least=1, shared=True)
+    global_batch: int = option(
+        "images of one step, over all workers", at_least=1, below=1 << 24, shared=True
+    )
     num_streams: int = option(
         "canonical streams of the data; any number of workers up to this gives the same run",
         at_least=1,
+        below=1 << 20,
         shared=True,
     )
     precision: Precision = option(

@@ -23,6 +23,8 @@ FLOAT = 4
 """Bytes of a number."""
 SHARD_BYTES = 128 << 20
 """Most bytes of a shard, which takes about a second to read and is the unit of the cache."""
+MAX_SHARDS = 1 << 24
+"""Most shards of a plan, whose sizes are listed in memory: two petabytes of images."""
 SHARDS_PER_STREAM = 4
 """Shards of each stream, about, if there are enough images: epochs shuffle whole shards."""
 NUM_STREAMS = 8
@@ -69,7 +71,7 @@ def plan(
     """Plan a run on ``num_images`` training images of ``image_bytes`` each.
 
     In a step each worker has ``local_batch`` images. ``kept_bytes`` is ``kept_for_backward`` of the
-    model. Raises UserError if there are fewer images than one global batch.
+    model. Raises UserError if there are fewer images than one global batch, or too many.
     """
     global_batch = num_workers * local_batch
     if num_images < global_batch:
@@ -88,6 +90,12 @@ def plan(
         min(SHARD_BYTES // image_bytes, math.ceil(num_images / (SHARDS_PER_STREAM * num_streams))),
     )
     num_shards = math.ceil(num_images / samples)
+    if num_shards > MAX_SHARDS:
+        raise UserError(
+            f"num_images={num_images} images of {image_bytes:,} bytes make {num_shards:,} shards of"
+            f" at most {SHARD_BYTES >> 20} MB, more than the {MAX_SHARDS:,} that can be planned;"
+            " use fewer or smaller images"
+        )
     sizes = [samples] * (num_shards - 1) + [num_images - samples * (num_shards - 1)]
     order = Order(
         sizes=sizes,

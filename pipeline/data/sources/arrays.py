@@ -1,7 +1,6 @@
 """Image sources held in memory: what arrays of images and labels have in common."""
 
 import math
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -20,12 +19,11 @@ from pipeline.data.sources.base import (
 from pipeline.data.sources.listing import class_names
 from pipeline.data.sources.members import as_label
 from pipeline.errors import UserError
+from pipeline.machine import MEMORY
 from pipeline.values import JsonObject
 
 Array = npt.NDArray[Any]
 
-MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-"""Bytes of this machine's memory."""
 CHUNK = 1 << 12
 """Images whose values are converted at a time."""
 

@@ -1,8 +1,11 @@
 """What the command line says, and how it ends."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from pipeline import cli, commands, help
 from pipeline.config import options
@@ -132,3 +135,29 @@ def test_an_unknown_command_is_refused(
         cli.console()
     assert caught.value.code == 2
     assert "trian" in capsys.readouterr().err
+
+
+ALLOCATIONS: dict[str, Callable[[], object]] = {
+    "numpy": lambda: np.empty(1 << 50),
+    "torch": lambda: torch.empty(1 << 50),
+    "overflow": lambda: torch.empty(1 << 62, 4),
+    "python": lambda: bytearray(1 << 60),
+}
+
+
+@pytest.mark.parametrize("kind", ALLOCATIONS)
+def test_memory_that_cannot_be_had_ends_in_a_sentence(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.training.plan.plans", lambda *_: ALLOCATIONS[kind]())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "output=unused"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: there is not enough memory (")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.training.plan.plans", lambda *_: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        cli.main(["plan", "output=unused"])

@@ -139,3 +139,24 @@ def test_the_tables_in_the_documents_are_those_of_the_planner(tmp_path: Path) ->
     for arguments, table in found:
         config = commands.load("plan", [*shlex.split(arguments), f"output={tmp_path}"])
         assert plan.format_result(config, plan.run(config)) == table.strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"num_images": 10**12 // 2, "image_size": 8000},
+            "shards of at most 128 MB, more than the",
+        ),
+        ({"model.flow_hidden": 10**6}, "GB of memory; the largest is prior.steps"),
+        ({"model.latents": 10**6, "model.flow_depth": 0}, "the largest is decoder.unfold.weight"),
+        ({"model.decoder_features": 10**6}, "the largest is decoder.per_pixel"),
+    ],
+)
+def test_what_no_machine_holds_is_refused_before_it_is_allocated(
+    options: dict[str, int], message: str
+) -> None:
+    if "model.latents" in options:
+        options |= {"model.decoder_channels": 10**6}
+    with pytest.raises(UserError, match=message):
+        plan.run(commands.load("plan", [f"{key}={value}" for key, value in options.items()]))
