@@ -4,19 +4,29 @@ import itertools
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.util
-from ray.exceptions import RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from pipeline import places
+from pipeline.config.addresses import host_and_port
 from pipeline.config.sections import ClusterOptions, StorageOptions
 from pipeline.errors import UserError
 from pipeline.machine import WORKER_ENVIRONMENT
 
+ANSWER_SECONDS = 15.0
+"""How long a cluster may take to answer; a head that restarts takes some seconds."""
+HTTP2_START = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""What a client of HTTP/2 sends first: the preface, and a frame of settings without any."""
+HTTP2_HEADER, HTTP2_SETTINGS = 9, b"\4"
+"""The bytes of a frame's header, whose fourth is its type: 4 for settings."""
+LOST = (NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+"""What Ray raises when a task's process is no more."""
 IN_FLIGHT = 256
 """Most tasks that are submitted at a time; more would only burden Ray."""
 
@@ -50,6 +60,8 @@ def _set_environment(storage: StorageOptions) -> None:
     # Otherwise Ray warns at every start that a later version will no longer hide GPUs from tasks
     # that request none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Otherwise Ray prints the traceback of every task that fails beside the one that is reported.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     storage.export()
 
 
@@ -76,6 +88,7 @@ def _start(cluster: ClusterOptions) -> None:
     }
     env_vars[places.VARIABLE] = " ".join(places.followed_everywhere())
     if address:
+        _check_answers(address)
         if _has_token():
             # Ray makes and uses a token for a cluster that it starts here. A driver that joins a
             # cluster must be configured to use one.
@@ -115,6 +128,40 @@ def _start(cluster: ClusterOptions) -> None:
         _make_private(Path(context.address_info["session_dir"]))
 
 
+def _check_answers(address: str) -> None:
+    """Raise UserError unless a server answers at a cluster's address as Ray does, within 15 s.
+
+    Ray itself would try for many minutes. Its servers speak HTTP/2, in which each side begins with
+    a frame of settings (RFC 9113, section 3.4). With TLS, a connection has to do.
+    """
+    place = host_and_port(address)
+    if place is None:  # auto, or something that Ray refuses at once
+        return
+    deadline, reason = time.monotonic() + ANSWER_SECONDS, "no answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection(place, timeout=left) as connection:
+                if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+                    return
+                connection.settimeout(max(0.1, deadline - time.monotonic()))
+                connection.sendall(HTTP2_START)
+                frame = connection.makefile("rb").read(HTTP2_HEADER)
+                if frame[3:4] == HTTP2_SETTINGS:
+                    return
+                reason = "another server answers there"
+                break
+        except socket.gaierror as error:
+            reason = error.strerror or str(error)
+            break
+        except OSError as error:
+            reason = error.strerror or "no answer"
+        time.sleep(0.5)
+    raise UserError(
+        f"no Ray cluster answers at {address}: {reason}; start one with `ray start --head`, or"
+        " leave out cluster.address to use this machine alone"
+    )
+
+
 def _make_private(session: Path) -> None:
     """Keep other users of this machine from what Ray has written for all to read.
 
@@ -133,7 +180,8 @@ def in_tasks(
 
     Results come in the order in which tasks finish. The tuples are read as tasks become free. An
     argument from ``ray.put`` reaches the function as the object that was put. Each task has a core,
-    and with ``use_gpu`` a GPU. A task's UserError is raised here.
+    and with ``use_gpu`` a GPU. The first UserError or MemoryError of a task is raised here, and so
+    is a UserError for a task whose process was lost; the other tasks are cancelled.
     """
     task = ray.remote(num_gpus=1 if use_gpu else 0)(function)
     remaining, pending = iter(calls), list[Any]()
@@ -150,9 +198,17 @@ def in_tasks(
         except RayTaskError as error:
             for other in pending:
                 ray.cancel(other)
-            if isinstance(error.cause, UserError):
+            if isinstance(error.cause, UserError | MemoryError):
                 raise error.cause from None
             raise
+        except LOST as error:
+            for other in pending:
+                ray.cancel(other)
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise UserError(
+                f"a task was lost ({reason}); if its process ran out of memory, use smaller parts;"
+                " then run the command again"
+            ) from error
         yield from results
 
 

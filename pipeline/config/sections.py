@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from pipeline.config.addresses import check_endpoint
 from pipeline.config.options import option, require
 
 
@@ -19,6 +20,8 @@ class StorageOptions:
 
     def check(self) -> None:
         require(bool(self.root), "storage.root is empty; give a folder, or s3://bucket/prefix")
+        if self.endpoint_url is not None:
+            check_endpoint("storage.endpoint_url", self.endpoint_url)
 
     def export(self) -> None:
         """Set AWS_ENDPOINT_URL to ``endpoint_url``, if there is one.
@@ -169,8 +172,8 @@ class RegistryOptions:
 
 @dataclass
 class ShardOptions:
-    samples_per_shard: int = option("images in one tar", 5000, at_least=1)
-    block_size: int = option("images in one record of a tar", 250, at_least=1)
+    samples_per_shard: int = option("images in one tar", 5000, at_least=1, below=1 << 32)
+    block_size: int = option("images in one record of a tar", 250, at_least=1, below=1 << 32)
     encoding: Encoding = option(
         "npy stores small images in blocks; png and webp (lossless) store large ones singly; auto"
         " chooses by size",
@@ -192,6 +195,7 @@ class ShardOptions:
         "resize image files to this many pixels square; none keeps their size",
         None,
         at_least=1,
+        below=1 << 14,
     )
     fit: Fit = option(
         "how images are resized: crop keeps the middle square, pad the whole on white, stretch the"
@@ -255,6 +259,7 @@ class IndexOptions:
         " one size",
         None,
         at_least=1,
+        below=1 << 14,
     )
     fit: Fit = option(
         "how images are resized: crop keeps the middle square, pad the whole on white, stretch the"

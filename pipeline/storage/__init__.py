@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from pipeline.config.addresses import ENDPOINT_VARIABLES, check_endpoint
 from pipeline.config.options import SECRET, has_secret
 from pipeline.errors import UserError
 from pipeline.storage.base import Storage
@@ -32,7 +33,10 @@ def open_storage(url: str, endpoint_url: str | None = None) -> Storage:
         raise UserError(f"cannot keep anything at {url}; use s3://BUCKET/PREFIX or a local folder")
     from pipeline.storage.s3 import S3Storage  # here, since the SDK takes long to import
 
-    endpoint = (
-        endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    )
+    given = {"storage.endpoint_url": endpoint_url} | {
+        name: os.environ.get(name) for name in ENDPOINT_VARIABLES
+    }
+    key, endpoint = next(((key, url) for key, url in given.items() if url), ("", None))
+    if endpoint:
+        check_endpoint(key, endpoint)
     return S3Storage(bucket, prefix.strip("/"), endpoint)

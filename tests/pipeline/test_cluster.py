@@ -1,16 +1,19 @@
 """What every worker of a cluster is given."""
 
+import http.server
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.cluster import connect
+from pipeline.cluster import _check_answers, connect, in_tasks
 from pipeline.config.sections import ClusterOptions, StorageOptions
 from pipeline.errors import UserError
 from pipeline.machine import WORKER_ENVIRONMENT
@@ -124,3 +127,68 @@ def test_a_user_who_has_connected_gets_the_same_settings_for_training(
     monkeypatch.delenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", raising=False)
     connect(ClusterOptions(), StorageOptions())
     assert os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] == "30"
+
+
+FAILING = """
+import time
+from pipeline.cluster import connect, in_tasks
+from pipeline.commands import load
+from pipeline.errors import UserError
+
+def fail(number):
+    time.sleep(1)
+    raise UserError(f"task {number} cannot read its file")
+
+config = load("train", ["cluster.address=auto"])
+connect(config.cluster, config.storage)
+try:
+    list(in_tasks(fail, [(number,) for number in range(20)]))
+except UserError as error:
+    print(error)
+import gc; gc.collect(); time.sleep(2)
+"""
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_tasks_that_fail_together_give_one_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING], env=os.environ, capture_output=True, text=True, check=True
+    )
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("task ")
+    assert "cannot read its file" not in done.stderr
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_task_whose_process_dies_gives_a_sentence() -> None:
+    connect(ClusterOptions(), StorageOptions())
+    with pytest.raises(UserError, match=r"^a task was lost \(.*run the command again$"):
+        list(in_tasks(lambda: os.kill(os.getpid(), 9), [()]))
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    """A server of HTTP/1, as Ray's dashboard is."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["refused", "silent", "web"])
+def test_an_address_where_no_cluster_answers_ends_in_a_sentence_soon(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.cluster.ANSWER_SECONDS", 1.0)
+    reasons = {"refused": "Connection refused", "silent": "no answer", "web": "another server"}
+    with socket.socket() as taken, http.server.HTTPServer(("127.0.0.1", 0), Web) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        taken.bind(("127.0.0.1", 0))
+        if kind == "silent":
+            taken.listen()
+        port = web.server_port if kind == "web" else taken.getsockname()[1]
+        for scheme in ("", "ray://"):
+            address = f"{scheme}127.0.0.1:{port}"
+            with pytest.raises(
+                UserError, match=f"^no Ray cluster answers at {address}: {reasons[kind]}"
+            ):
+                _check_answers(address)
+        web.shutdown()

@@ -165,6 +165,7 @@ def changed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
         "search.objectives": ["min nll", "max rate_bits"],
         "search.constraints": ["nll <= 3.5"],
         "runs": ["/other/runs/one"],
+        "storage.endpoint_url": "http://other:9000",
         "command": ["ls"],
     }
     if key in special:
@@ -539,6 +540,41 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
         "train",
         {"train.free_bits": "soft", "train.rate_warmup_fraction": 0.1},
         "leave train.rate_warmup_fraction at 0",
+    ),
+    # sizes that no memory holds, and numbers that no integer of 64 bits does
+    (
+        "plan",
+        {"num_images": 10**20},
+        "num_images is 100000000000000000000; it must be a number of 64",
+    ),
+    (
+        "plan",
+        {"num_images": 10**18},
+        "num_images is 1000000000000000000; it must be at least 1, and",
+    ),
+    (
+        "plan",
+        {"image_size": 10**6},
+        "image_size is 1000000; it must be at least 1, and below 16384",
+    ),
+    ("plan", {"num_workers": [1, 10**9]}, "its numbers must be at least 1, and below 2^20"),
+    ("train", {"model.latents": 10**9}, "model.latents is 1000000000; it must be at least 1, and"),
+    (
+        "train",
+        {"model.flow_depth": 10**6},
+        "model.flow_depth is 1000000; it must be at least 0, and",
+    ),
+    ("train", {"train.images": 10**30}, "it must be a number of 64 bits"),
+    (
+        "train",
+        {"train.global_batch": 10**9},
+        "train.global_batch is 1000000000; it must be at least",
+    ),
+    ("evaluate", {"bounds.samples": 10**9}, "bounds.samples is 1000000000; it must be at least 1"),
+    (
+        "shard",
+        {"shard.image_size": 10**6},
+        "shard.image_size is 1000000; it must be at least 1, and",
     ),
     # ranges
     ("train", {"train.free_groups": 0}, "train.free_groups is 0; it must be at least 1"),
