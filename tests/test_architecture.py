@@ -7,6 +7,7 @@ ROOT = Path(__file__).parents[1]
 
 USES_RAY = {
     "cluster.py",
+    "coding/compression.py",
     "data/sharding.py",
     "evaluation/encoding.py",
     "search/runner.py",
@@ -51,4 +52,4 @@ def test_no_module_and_no_package_grows_too_large() -> None:
         for path in files(package).values():
             assert len(path.read_text().splitlines()) <= 400, path
         for folder in {path.parent for path in files(package).values()}:
-            assert len(list(folder.glob("*.py"))) <= 16, folder
+            assert len(set(folder.glob("*.py")) - {folder / "__init__.py"}) <= 16, folder
