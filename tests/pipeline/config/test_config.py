@@ -26,6 +26,8 @@ COMMANDS = {name: find(name).config for name in NAMES}
 
 NEEDED = {
     **{command: ["model=somewhere"] for command in ("evaluate", "encode", "reconstruct", "sample")},
+    "compress": ["model=somewhere"],
+    "decompress": ["model=somewhere", "file=images.vlae"],
     "data": ["action=inspect"],
     "registry": ["action=list"],
     "index": ["dataset.name=theirs", "index.train=s3://bucket/{0..9}.tar"],
