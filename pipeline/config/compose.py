@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config.options import Config, check_all, describe, to_dict
+from pipeline.config.options import Config, check_all, check_secrets, describe, to_dict
 from pipeline.errors import UserError
 
 Follow: TypeAlias = Callable[[Any, Mapping[str, str | None]], list[str]]
@@ -192,9 +192,11 @@ def _typed(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config
             path = OmegaConf.select(config, key)
             if path:
                 OmegaConf.update(config, key, absolute(path))
-        return typing.cast(Config, OmegaConf.to_object(config))
+        built = typing.cast(Config, OmegaConf.to_object(config))
     except REFUSALS as error:
         raise _refusal(error, key) from None
+    check_secrets(built)  # before anything uses an address, or an error repeats it
+    return built
 
 
 def _refusal(error: Exception, key: str) -> UserError:

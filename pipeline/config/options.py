@@ -137,6 +137,16 @@ def _is_huge(value: object) -> bool:
     return isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
 
 
+def check_secrets(config: Any, prefix: str = "") -> None:
+    """Raise UserError, which does not repeat it, if an option has a password or a signature."""
+    for item in dataclasses.fields(config):
+        value, key = getattr(config, item.name), prefix + item.name
+        if dataclasses.is_dataclass(value):
+            check_secrets(value, f"{key}.")
+        for each in value if isinstance(value, list) else [value]:
+            require(not has_secret(each), SECRET.format(key=key))
+
+
 def check_all(config: Any, prefix: str = "") -> None:
     """Hold every option to its bounds and every name to its form, and call each section's
     ``check``. Raises UserError.
@@ -147,7 +157,6 @@ def check_all(config: Any, prefix: str = "") -> None:
             check_all(value, f"{key}.")
             continue
         for each in value if isinstance(value, list) else [value]:
-            require(not has_secret(each), SECRET.format(key=key))
             require(not _is_huge(each), f"{key} is {value}; it must be a number of 64 bits")
         if bounds := item.metadata["bounds"]:
             if isinstance(value, list):

@@ -75,6 +75,7 @@ def test_idx_files_become_a_data_set(storage: Storage, tmp_path: Path) -> None:
         ),
         "manifest_digest": data.manifest.digest,
         "pixels": "values",
+        "class_names": None,
         "binarization": "none",
         "report": storage.read_json("report.json"),
     }
