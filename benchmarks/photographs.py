@@ -80,8 +80,8 @@ def write_tars(files: list[bytes], folder: Path) -> None:
 def ours_write(files: list[bytes], folder: Path, prefix: str) -> None:
     """The tars, and what ``vlae index`` writes: an index of each, and the manifest."""
     from pipeline.data import tar
-    from pipeline.data.manifest import Manifest, Shard
-    from pipeline.data.records import Index, checksum
+    from pipeline.data.manifest import Manifest
+    from pipeline.data.records import Index, Shard, checksum
     from pipeline.storage import open_storage
 
     write_tars(files, folder / "tars")

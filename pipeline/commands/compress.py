@@ -1,5 +1,6 @@
 """``vlae compress``: a split as a file, as long as the model's bound says."""
 
+import math
 from dataclasses import dataclass
 
 from pipeline.commands import Command
@@ -58,8 +59,6 @@ def run(config: CompressConfig) -> JsonObject:
     Raises UserError if the model, the data set or the split does not exist, the images have another
     shape, or the model's prior or posterior has no exact code.
     """
-    import math
-
     from pipeline.cluster import connect
     from pipeline.coding.compression import compress, rate_bits
     from pipeline.coding.container import MAX_BITS

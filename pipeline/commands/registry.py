@@ -152,20 +152,14 @@ def _promote(registry: "Registry", name: str, config: RegistryConfig) -> JsonObj
         result["comparison"] = _measure(version, rival, config)
         if not (result["comparison"]["better"] or config.yes):
             result["promoted"] = False
-            if _champion(registry, name) == version.number:  # two were promoted at once
+            if registry.champion(name) == version.number:  # two were promoted at once
                 registry.set_alias(name, rival.number, "champion")
             return result
         known.add(rival.number)
         registry.set_alias(name, version.number, "champion")
-    if _champion(registry, name) != version.number:
+    if registry.champion(name) != version.number:
         registry.set_alias(name, version.number, "champion")
     return result
-
-
-def _champion(registry: "Registry", name: str) -> int | None:
-    return next(
-        (each.number for each in registry.versions(name) if "champion" in each.aliases), None
-    )
 
 
 def _champions(registry: "Registry", name: str, before: int) -> set[int]:
@@ -174,7 +168,7 @@ def _champions(registry: "Registry", name: str, before: int) -> set[int]:
     Somebody else may promote a version while this command compares its own.
     """
     changes = registry.history(name)[before:]
-    champion = _champion(registry, name)
+    champion = registry.champion(name)
     return {each.version for each in changes} | (set() if champion is None else {champion})
 
 

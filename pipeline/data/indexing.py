@@ -8,7 +8,7 @@ bucket or on the web.
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,20 +27,19 @@ from pipeline.data import images, manifest
 from pipeline.data.journal import Journal
 from pipeline.data.manifest import Decoding, Manifest
 from pipeline.data.records import Index, Shard, checksum, paginate
-from pipeline.data.sources.account import Account
+from pipeline.data.sources.account import REPORT_KEY, Account
 from pipeline.data.sources.base import SPLITS, hash_fraction
 from pipeline.data.sources.files import why_passed_over
-from pipeline.data.sources.listing import Label, is_dense
+from pipeline.data.sources.listing import Label, names_of
 from pipeline.data.sources.members import SampleReader
-from pipeline.data.sources.names import split_of_file
+from pipeline.data.sources.names import stated_splits
 from pipeline.errors import UserError
 from pipeline.places import is_address, is_below, remember
 from pipeline.storage import open_storage
-from pipeline.storage.base import Storage
+from pipeline.storage.base import ObjectNotFound, Storage
 from pipeline.storage.pieces import Counted, Pieces
 from pipeline.values import JsonObject
 
-REPORT_KEY = "report.json"
 UNIT = "samples and other files"
 MAX_RANGE = 10**7
 """Numbers that one range of a pattern may hold: more is a mistake, and would fill the memory."""
@@ -111,14 +110,11 @@ def find_shards(
     account.origins = dict.fromkeys(found, "option")
     fractions = {"test": options.test_fraction, "valid": options.valid_fraction}
     missing = [split for split in fractions if split not in found]
-    stated = {tar.url: split_of_file(tar.url) for tar in found["train"]}
-    if missing and "train" in stated.values():
-        named = {split: [t for t in found["train"] if stated[t.url] == split] for split in missing}
-        for split in missing:
-            if named[split]:
-                found[split], account.origins[split] = named[split], "file name"
-        taken = {tar.url for split in missing for tar in named[split]}
-        found["train"] = [tar for tar in found["train"] if tar.url not in taken]
+    stated = stated_splits(tar.url for tar in found["train"])
+    for split in missing:
+        if named := [tar for tar in found["train"] if stated.get(tar.url) == split]:
+            found[split], account.origins[split] = named, "file name"
+            found["train"] = [tar for tar in found["train"] if stated.get(tar.url) != split]
     for split in [split for split in fractions if split not in found]:
         hashes = {tar.url: hash_fraction(f"{split} {tar.name}") for tar in found["train"]}
         chosen = [tar for tar in found["train"] if hashes[tar.url] < fractions[split]]
@@ -180,23 +176,21 @@ def expand(pattern: str, endpoint_url: str | None, account: Account) -> list[Tar
         urls = list(braceexpand(pattern, escape=False))
     except ValueError:
         raise UserError(f"{pattern}: its braces do not match") from None
-    urls = [url if "://" in url else _absolute(url) for url in urls]
-    folders = {url.rpartition("/")[0] for url in urls}
-    versions = {url: version for folder in folders for url, version in _versions(folder)}
-    return [Tar(url, versions.get(url, "")) for url in urls]
+    return [Tar(url, "") if "://" in url else _local_tar(url) for url in urls]
 
 
-def _absolute(url: str) -> str:
-    folder, _, name = url.rpartition("/")
-    return f"{open_storage(folder or '.').url}/{name}"
+def _local_tar(path: str) -> Tar:
+    """A shard in a folder; reading it will tell if it is missing.
 
-
-def _versions(folder: str) -> Iterator[tuple[str, str]]:
-    """The addresses of a folder's files, and what changes when they are written again."""
-    if "://" in folder:  # an object store or the web: the sha256 in the index will tell
-        return
-    for entry in open_storage(folder).entries():
-        yield f"{folder}/{entry.key}", f"{entry.size} {entry.version}"
+    In an object store and on the web, where asking takes time, the sha256 in the index tells
+    whether a shard was written again.
+    """
+    folder, _, name = path.rpartition("/")
+    place, version = open_storage(folder or "."), ""
+    with suppress(ObjectNotFound):
+        entry = place.entry(name)
+        version = f"{entry.size} {entry.version}"
+    return Tar(f"{place.url}/{name}", version)
 
 
 def _index_all(
@@ -230,13 +224,13 @@ def _index_all(
             progress.update()
     found = [journal.read(job) for _, job, _ in jobs]
     for each in found:
-        account.add(Account(**each["account"]))
+        account.add(Account.from_json(each["account"]))
     if options.label_key is not None and account.unlabelled == account.used:
         raise UserError(
             f"no sample has the label index.label_key={options.label_key}; leave it out, or name a"
             " key of their .json"
         )
-    class_names = _number_labels(storage, found)
+    names = _number_labels(storage, found)
     shards = {split: list[Shard]() for split in splits}
     for each, (split, _, _) in zip(found, jobs, strict=True):
         shards[split].append(Shard(**each["shard"]))
@@ -259,7 +253,7 @@ def _index_all(
         binarization=manifest.chosen_binarization(
             dataset.binarization, Binarization.none, image_shape, is_binary=False
         ),
-        class_names=class_names,
+        class_names=names,
         places=places,
     )
 
@@ -277,13 +271,11 @@ def _number_labels(storage: Storage, found: list[Any]) -> list[str] | None:
     in the index of each shard.
     """
     distinct = {label for each in found for label in each["labels"]}
-    numbers = sorted(label for label in distinct if isinstance(label, int))
-    if len(numbers) == len(distinct) and is_dense(numbers):
+    names = names_of(distinct)
+    if names is None:
         for each in found:
             each["largest_label"] = max(each["labels"], default=-1)
         return None
-    names = [str(number) for number in numbers]
-    names += sorted({str(label) for label in distinct} - set(names))
     places = {name: number for number, name in enumerate(names)}
     numbering = [
         (storage, each["shard"]["index_name"], each["labels"], places, each["named"])

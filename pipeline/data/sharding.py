@@ -33,6 +33,7 @@ from pipeline.data.journal import Journal
 from pipeline.data.manifest import Manifest
 from pipeline.data.records import Shard
 from pipeline.data.sources import open_source
+from pipeline.data.sources.account import REPORT_KEY
 from pipeline.data.sources.base import ImageSource
 from pipeline.data.writer import write_images
 from pipeline.errors import UserError
@@ -40,7 +41,6 @@ from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.values import JsonObject
 
-REPORT_KEY = "report.json"
 SMALL = 64 * 64 * 3
 """Bytes of an image, up to which a block of raw pixels is read faster than image files are."""
 EXAMPLES = 1000

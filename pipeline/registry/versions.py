@@ -245,6 +245,12 @@ class Registry:
         if str(self.client.get_registered_model(name).aliases.get("challenger")) == str(version):
             self.client.delete_registered_model_alias(name, "challenger")
 
+    def champion(self, name: str) -> int | None:
+        """The number of a model's champion, if it has one."""
+        with self._user_errors():
+            number = self.client.get_registered_model(name).aliases.get("champion")
+        return None if number is None else int(number)
+
     def history(self, name: str) -> list[ChampionChange]:
         """Every change of a model's champion, the oldest first."""
         with self._user_errors():

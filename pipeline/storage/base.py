@@ -97,6 +97,10 @@ class Storage(ABC):
         """All objects below ``prefix`` (a folder's name), one by one, in any order."""
 
     @abstractmethod
+    def entry(self, key: str) -> Entry:
+        """One object, as a listing shows it. Raises ObjectNotFound."""
+
+    @abstractmethod
     def exists(self, key: str) -> bool:
         """Whether there is an object with this key."""
 

@@ -137,6 +137,14 @@ class FolderStorage(Storage):
                     key = found.path.relative_to(self.root).as_posix()
                     yield Entry(key, found.size, str(found.changed))
 
+    def entry(self, key: str) -> Entry:
+        path = self._path(key)
+        with self._explained(key):
+            if not path.is_file():
+                raise ObjectNotFound(f"there is no {self.url}/{key}")
+            status = path.stat()
+        return Entry(key, status.st_size, str(status.st_mtime_ns))
+
     def exists(self, key: str) -> bool:
         with self._explained(key):
             return self._path(key).is_file()

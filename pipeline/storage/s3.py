@@ -35,7 +35,7 @@ from pipeline.storage.resume import (
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectRequestTypeDef
+    from mypy_boto3_s3.type_defs import GetObjectRequestTypeDef, HeadObjectOutputTypeDef
 
 WRITE_ATTEMPTS = 8
 """Attempts at a write, with the SDK's own back-off."""
@@ -105,13 +105,20 @@ class S3Storage(Storage):
                     key = item["Key"][len(self.prefix) :].lstrip("/")
                     yield Entry(key, item["Size"], item.get("ETag", ""))
 
+    def entry(self, key: str) -> Entry:
+        found = self._head(key)
+        return Entry(key, found["ContentLength"], found["ETag"])
+
     def exists(self, key: str) -> bool:
         try:
-            with self._explained(key):
-                self._s3.head_object(Bucket=self.bucket, Key=self._key(key))
+            self._head(key)
         except ObjectNotFound:
             return False
         return True
+
+    def _head(self, key: str) -> "HeadObjectOutputTypeDef":
+        with self._explained(key):
+            return self._s3.head_object(Bucket=self.bucket, Key=self._key(key))
 
     def delete(self, keys: Iterable[str]) -> None:
         remaining = [self._key(key) for key in keys]

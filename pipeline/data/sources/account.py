@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from pipeline.values import JsonObject
 
+REPORT_KEY = "report.json"
+"""The account of a data set, beside its manifest."""
 EXAMPLES = 5
 """Names that are kept of each reason."""
 
@@ -33,9 +35,9 @@ class Account:
     def found(self) -> int:
         return self.used + sum(self.passed_over.values())
 
-    def pass_over(self, reason: str, name: str, count: int = 1) -> None:
+    def pass_over(self, reason: str, name: str) -> None:
         """Count something that is not used."""
-        self.passed_over[reason] = self.passed_over.get(reason, 0) + count
+        self.passed_over[reason] = self.passed_over.get(reason, 0) + 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < EXAMPLES:
             examples.append(name)

@@ -22,7 +22,6 @@ from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.storage.base import Entry, Storage
 from pipeline.storage.folder import FolderStorage, Kind, walk
-from pipeline.storage.web import HttpStorage
 from pipeline.values import JsonObject
 
 THREADS = 8
@@ -114,24 +113,10 @@ class FileSource(ImageSource):
         All other files are passed over.
         """
         if self._only is not None:
-            yield self._entry(self._only)
+            yield self._storage.entry(self._only)
             return
         entries = (entry for entry in self._entries() if self._is_wanted(entry.key))
         yield from entries if self._mixed else sorted(entries, key=lambda entry: entry.key)
-
-    def _entry(self, key: str) -> Entry:
-        """A single file. Raises UserError if there is none."""
-        if isinstance(self._storage, HttpStorage):
-            return Entry(key, 0, "")
-        if isinstance(self._storage, FolderStorage):
-            status = (self._storage.root / key).stat() if self._storage.exists(key) else None
-            if status is None:
-                raise UserError(f"there is no file {self._path}")
-            return Entry(key, status.st_size, str(status.st_mtime_ns))
-        found = next((entry for entry in self._storage.entries() if entry.key == key), None)
-        if found is None:
-            raise UserError(f"there is no object {self._path}")
-        return found
 
     def _entries(self) -> Iterator[Entry]:
         if not isinstance(self._storage, FolderStorage):
@@ -186,10 +171,8 @@ class FileSource(ImageSource):
         def look(item: Item) -> int:
             try:
                 return num_channels(next(self._contents([item])), self._max_pixels)
-            except BadImage:
-                return 1  # whoever reads it will say so
             except UserError:
-                return 1
+                return 1  # whoever reads it will say what is wrong
 
         with ThreadPoolExecutor(THREADS) as threads:
             for split in SPLITS:
@@ -319,13 +302,3 @@ class FolderSource(FileSource):
 
     def _contents(self, items: list[Item]) -> Iterator[bytes]:
         return (self._storage.read(item.key) for item in items)
-
-
-def common_length(folders: Iterator[tuple[str, ...]]) -> int:
-    """The number of parts that the folders of all images begin with in common."""
-    first = next(folders, ())
-    common = len(first)
-    for folder in folders:
-        while folder[:common] != first[:common]:
-            common -= 1
-    return common

@@ -68,7 +68,7 @@ class Listing:
         """Add images, one by one."""
         rows = (
             (
-                int(hash_fraction(each.key) * SCALE),
+                _hash(each.key),
                 os.fsencode(each.key),
                 os.fsencode(each.file),
                 each.version.encode(errors="surrogateescape"),
@@ -92,7 +92,7 @@ class Listing:
     def folders(self) -> Iterator[tuple[str, ...]]:
         """The parts of the folder of each image's key."""
         for (key,) in self._rows.execute("SELECT key FROM found"):
-            yield tuple(os.fsdecode(key).split("/")[:-1])
+            yield _folder(key)
 
     def place(
         self,
@@ -106,19 +106,13 @@ class Listing:
         were found.
         """
 
-        def split(key: bytes) -> str | None:
-            return where(tuple(os.fsdecode(key).split("/")[:-1]))[0]
-
-        def label(key: bytes) -> int:
-            return where(tuple(os.fsdecode(key).split("/")[:-1]))[1]
-
         if drop:
             self._define("short", lambda key: b"/".join(key.split(b"/")[drop:]))
-            self._define("hashed", lambda key: int(hash_fraction(os.fsdecode(key)) * SCALE))
+            self._define("hashed", lambda key: _hash(os.fsdecode(key)))
             self._rows.execute("UPDATE found SET key = short(key)")
             self._rows.execute("UPDATE found SET hash = hashed(key)")
-        self._define("split_of", split)
-        self._define("label_of", label)
+        self._define("split_of", lambda key: where(_folder(key))[0])
+        self._define("label_of", lambda key: where(_folder(key))[1])
         self._rows.execute("UPDATE found SET label = label_of(key)")
         if not keep_splits:
             self._rows.execute("UPDATE found SET split = split_of(key)")
@@ -148,7 +142,7 @@ class Listing:
         """Put every image into a split, and sort. Returns what decided it, by split.
 
         What states a split keeps it; where no image states ``valid`` or ``test``, the hash takes
-        some of the others for it, and at least one. Raises UserError if there are too few.
+        some of the others for it, and at least one if ``train`` keeps one.
         """
         stated = {
             split for (split,) in self._rows.execute("SELECT DISTINCT split FROM found") if split
@@ -165,8 +159,6 @@ class Listing:
                     (split, first, last),
                 )
         self._rows.execute("UPDATE found SET split = 'train' WHERE split IS NULL")
-        if "train" not in stated:
-            origins["train"] = "hash of the key"
         for split in bounds:
             self._count()
             if not self.counts[split] and self.counts["train"] > 1:
@@ -231,6 +223,15 @@ class Listing:
         self._rows.create_function(name, 1, function, deterministic=True)
 
 
+def _hash(key: str) -> int:
+    return int(hash_fraction(key) * SCALE)
+
+
+def _folder(key: bytes) -> tuple[str, ...]:
+    """The parts of the folder of a key."""
+    return tuple(os.fsdecode(key).split("/")[:-1])
+
+
 def class_names(labels: Collection[Label]) -> list[str] | None:
     """The names of the classes of different labels, in their order; None if all are numbers.
 
@@ -241,6 +242,11 @@ def class_names(labels: Collection[Label]) -> list[str] | None:
         raise UserError(
             f"there are more than {MAX_CLASSES:,} different labels, which are no classes"
         )
+    return names_of(labels)
+
+
+def names_of(labels: Collection[Label]) -> list[str] | None:
+    """``class_names``, however many there are."""
     numbers = [label for label in labels if isinstance(label, int)]
     if len(numbers) == len(labels) and is_dense(numbers):
         return None

@@ -27,6 +27,12 @@ def split_of_file(name: str) -> str | None:
     return next((SPLIT_OF[word] for word in words if word in SPLIT_OF), None)
 
 
+def stated_splits(names: Iterable[str]) -> dict[str, str]:
+    """The splits that files state, by the files' names; none if no file is the training split."""
+    found = {name: split for name in names if (split := split_of_file(name))}
+    return found if "train" in found.values() else {}
+
+
 class Tree:
     """What the folders of a tree of images say: splits, then classes, then whatever is below.
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 from pipeline.data import tar
 from pipeline.data.images import EXTENSIONS
-from pipeline.data.sources.files import FileSource, common_length, why_passed_over
+from pipeline.data.sources.files import FileSource, why_passed_over
 from pipeline.data.sources.listing import Candidate, Item, Listing
 from pipeline.data.sources.members import MAX_MEMBER, SampleReader, whole_tar
-from pipeline.data.sources.names import Tree, split_of_file
+from pipeline.data.sources.names import Tree, stated_splits
 from pipeline.errors import UserError
 from pipeline.storage.base import Storage
 from pipeline.storage.pieces import Pieces
@@ -26,19 +26,19 @@ class TarSource(FileSource):
 
     def _find(self) -> Iterator[Candidate]:
         self.account.unit = "files and members of tars"
-        self._file_splits: dict[str, str | None] = {}
-        for entry in sorted(self._files(), key=lambda entry: entry.key):
-            self._file_splits[entry.key] = split_of_file(entry.key)
-            yield from self._members(entry.key, f"{entry.size} {entry.version}")
-        if "train" not in self._file_splits.values():
-            self._file_splits = {}
+        files = sorted(self._files(), key=lambda entry: entry.key)
+        stated = stated_splits(entry.key for entry in files)
+        self._by_file = bool(stated)
+        for entry in files:
+            version = f"{entry.size} {entry.version}"
+            yield from self._members(entry.key, version, stated.get(entry.key))
 
-    def _members(self, file: str, version: str) -> Iterator[Candidate]:
+    def _members(self, file: str, version: str, split: str | None) -> Iterator[Candidate]:
         places = dict[str, tuple[int, int]]()
         links = list[tar.Member]()
 
         def candidate(name: str, place: tuple[int, int]) -> Candidate:
-            return Candidate(name, file, version, *place, split=split_of_file(file))
+            return Candidate(name, file, version, *place, split=split)
 
         with whole_tar(f"{self._storage.url}/{file}"):
             source = Pieces(self._storage.stream(file))
@@ -70,12 +70,13 @@ class TarSource(FileSource):
     def _arrange(self, listing: Listing) -> None:
         common = common_length(listing.folders())
         tree = Tree(self._path, (folder[common:] for folder in listing.folders()))
-        stated = bool(self._file_splits)
         self._classes = tree.classes
         listing.place(
-            lambda folder: (tree.split(folder), tree.label(folder)), common, keep_splits=stated
+            lambda folder: (tree.split(folder), tree.label(folder)),
+            common,
+            keep_splits=self._by_file,
         )
-        if stated:
+        if self._by_file:
             self._stated_by = "file name"
 
     def _name_classes(self, listing: Listing) -> list[str] | None:
@@ -83,6 +84,16 @@ class TarSource(FileSource):
 
     def _contents(self, items: list[Item]) -> Iterator[bytes]:
         return ranges(self._storage, items)
+
+
+def common_length(folders: Iterator[tuple[str, ...]]) -> int:
+    """The number of parts that the folders of all images begin with in common."""
+    first = next(folders, ())
+    common = len(first)
+    for folder in folders:
+        while folder[:common] != first[:common]:
+            common -= 1
+    return common
 
 
 class WebDatasetSource(FileSource):
@@ -98,14 +109,12 @@ class WebDatasetSource(FileSource):
     def _find(self) -> Iterator[Candidate]:
         self.account.unit = "samples and other files"
         files = list(self._files())
-        stated = {entry.key: split_of_file(entry.key) for entry in files}
-        has_train = "train" in stated.values()
+        stated = stated_splits(entry.key for entry in files)
         options, found_label = self._options, False
         for entry in files:
             reader = SampleReader(
                 f"{self._storage.url}/{entry.key}", options.label_column, options.image_key
             )
-            split = stated[entry.key] if has_train else None
             for sample in reader.read(Pieces(self._storage.stream(entry.key))):
                 yield Candidate(
                     f"{entry.key}/{sample.key}",
@@ -114,7 +123,7 @@ class WebDatasetSource(FileSource):
                     sample.offset,
                     len(sample.content),
                     sample.label,
-                    split,
+                    stated.get(entry.key),
                 )
             self.account.add(reader.account)
             found_label |= reader.found_label
