@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument(
         "--windows", nargs="+", default=["5x2"], help="windows; the first is the one reported"
     )
-    parser.add_argument("--train-images", type=int, help="train on so many images instead")
+    parser.add_argument("--train-images", type=int, help="number of training images")
     arguments = parser.parse_args()
     folder = str(Path(arguments.folder).absolute())
     result: dict[str, Any] = {}

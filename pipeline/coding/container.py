@@ -139,7 +139,8 @@ def pack_names(keys: list[str] | None, labels: list[int] | None) -> bytes:
 def unpack_names(names: bytes, images: int) -> tuple[list[str] | None, list[int]]:
     """The keys, if any, and the labels of a block of ``images`` images: undoes ``pack_names``.
 
-    Raises DamagedData if these are no names of so many images, or more than ``MAX_NAMES`` bytes.
+    Raises DamagedData if these are not the names of that many images, or exceed ``MAX_NAMES``
+    bytes.
     """
     if not names:
         return None, [-1] * images

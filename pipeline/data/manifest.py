@@ -4,10 +4,10 @@
 
     manifest.json            the images' shape, and per split its shards: name, size, number of
                              samples, checksums
-    train/00000.tar          a WebDataset tar; each record holds a block of images and their labels,
-                             or one image
-    train/00000.index.json   the offset, size, number of samples and checksum of each record of that
-                             tar
+    train/00000-1f3a5b7c.tar          a WebDataset tar; each record holds a block of images and
+                                      their labels, or one image
+    train/00000-1f3a5b7c.index.json   the offset, size, number of samples and checksum of each
+                                      record of that tar
     pages/...                the list of shards, if it is too long for manifest.json
 
 The manifest is written last: a data set exists once it is there. Nothing in it grows with the

@@ -36,7 +36,7 @@ class Room:
 
     @contextmanager
     def take(self, pixels: int) -> Iterator[None]:
-        """Wait until so many pixels may be decoded; an image above the bound is decoded alone."""
+        """Wait until there is room for ``pixels``; an image above the bound is decoded alone."""
         if pixels <= LARGE:
             yield
             return

@@ -20,9 +20,9 @@ METHOD = "scaled"
 """JPEG files are decoded at a reduced scale; see ``jpeg_scale``."""
 FILTER = "lanczos"
 GAP = 2.0
-"""A JPEG file is decoded at the smallest of the decoder's scales that leaves so many times the
-height and width that are wanted. The filter does the rest: with 2, the pixels are within 40 dB PSNR
-of a full decode.
+"""A JPEG file is decoded at the smallest of the decoder's scales that leaves at least ``GAP`` times
+the wanted height and width. The filter does the rest: with 2, the pixels are within 40 dB PSNR of a
+full decode.
 """
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from pipeline.commands import index
 from pipeline.data import DataSet
@@ -20,22 +19,8 @@ from pipeline.data.loader import Batches, TrainLoader
 from pipeline.data.order import default_streams
 from pipeline.errors import UserError
 from pipeline.storage.base import Storage
-from pipeline.storage.folder import FolderStorage
 from tests.pipeline.commands.test_index import config_for, put
-from tests.pipeline.conftest import write
-
-BATCH, STEPS = 8, 6
-"""Six batches of the 50 training images."""
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
-    return write(FolderStorage(tmp_path_factory.mktemp("numbered")))
-
-
-def numbers(images: Tensor) -> list[int]:
-    """The numbers of the numbered images."""
-    return images[:, 0, 0, 0].tolist()
+from tests.pipeline.data.conftest import BATCH, STEPS, numbers
 
 
 def drawn(batches: Batches) -> list[list[int]]:
