@@ -31,7 +31,7 @@ def push(coder: Coder, model: VLAE, x: Tensor) -> None:
     its prior or posterior.
     """
     codes.check(model.prior)
-    posterior = model.encoder(x)
+    posterior = model.encoder(_plain(x))
     z = codes.pop_posterior(coder, posterior)
     pixels = Known()
     walk(model.decoder, z, _known(model, x, pixels))
@@ -45,8 +45,7 @@ def pull(coder: Coder, model: VLAE, batch: int) -> Tensor:
     codes.check(model.prior)
     z = codes.pop_prior(coder, model.prior, batch, model.latents)
     x = walk(model.decoder, z, _decided(pop(coder)))
-    # As ``push`` was given them: another memory layout may select another convolution.
-    x = x.to(memory_format=torch.contiguous_format).clone()
+    x = _plain(x)
     codes.push_posterior(coder, model.encoder(x), z)
     return x
 
@@ -64,6 +63,14 @@ def batch_sizes(count: int, most: int) -> list[int]:
         sizes.append(min(most, max(1, done // 3), count - done))
         done += sizes[-1]
     return sizes
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A copy whose strides are those of a new tensor: others may select another convolution.
+
+    ``to`` and ``contiguous`` keep the strides of some tensors with a single image or channel.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _decided(decide: Decide) -> Draw:
