@@ -42,7 +42,7 @@ DATA = {
 def train(folder: str, data: str, window: str, fashion: str, images: int | None) -> str:
     """The folder of a trained model."""
     from pipeline import commands
-    from pipeline.commands import shard
+    from pipeline.commands.images import shard
     from pipeline.config.options import to_dict
     from pipeline.runs import Run
     from pipeline.training import loop

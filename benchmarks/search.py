@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import commands
-from pipeline.commands import shard, tune
+from pipeline.commands.images import shard
+from pipeline.commands.models import tune
 from pipeline.runs import Run
 from pipeline.storage import open_storage
 

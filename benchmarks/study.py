@@ -40,7 +40,7 @@ def run(folder: str, name: str, seed: int, samples: int, num_images: int) -> dic
 
     torch.set_num_threads(1)
     from pipeline import commands
-    from pipeline.commands import evaluate
+    from pipeline.commands.models import evaluate
     from pipeline.runs import Run
     from pipeline.training import loop
 
@@ -79,7 +79,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     from pipeline import commands
-    from pipeline.commands import shard
+    from pipeline.commands.images import shard
 
     folder = str(Path(arguments.folder).absolute())
     if not (Path(folder) / "datasets/mnist/manifest.json").exists():

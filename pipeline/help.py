@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from pipeline.commands import NAMES, find
+from pipeline.commands import GROUPS, find
 from pipeline.config.compose import choices, compose, meaning, options_of
 from pipeline.config.options import describe
 
@@ -19,6 +19,13 @@ EXAMPLE = """a first session:
   vlae evaluate model=models:/vlae-mnist@champion"""
 
 
+HEADINGS = {
+    "images": "images to data sets:",
+    "models": "data sets to models:",
+    "codes": "models to codes, files and pictures:",
+    "start": "to begin with:",
+}
+"""What the commands of each group turn into what."""
 PRESETS = "model"
 """The config group whose choices are explained one by one."""
 
@@ -31,8 +38,9 @@ def overview() -> str:
         "usage: vlae COMMAND [key=value ...]      vlae COMMAND --help lists a command's options",
         "",
     ]
-    lines += [f"  {name:<13}{_summary(name)}" for name in NAMES]
-    return "\n".join([*lines, "", EXAMPLE])
+    for group, names in GROUPS.items():
+        lines += [HEADINGS[group], *(f"  {name:<13}{_summary(name)}" for name in names), ""]
+    return "\n".join([*lines, EXAMPLE])
 
 
 def _summary(name: str) -> str:

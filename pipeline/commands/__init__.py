@@ -1,4 +1,4 @@
-"""The commands: one module for each verb that a user types.
+"""The commands: one module for each verb that a user types, in four groups.
 
 A module holds the verb's options, ``run``, and how its result is told, and names them in its
 ``COMMAND``. What takes long to import (PyTorch, Ray, MLflow) is imported inside ``run``: help and
@@ -17,26 +17,14 @@ from pipeline.values import JsonObject
 
 Config = TypeVar("Config")
 
-NAMES = (
-    "shard",
-    "index",
-    "data",
-    "plan",
-    "train",
-    "tune",
-    "evaluate",
-    "encode",
-    "compress",
-    "decompress",
-    "reconstruct",
-    "sample",
-    "registry",
-    "theory",
-    "serve-store",
-    "demo",
-)
-"""The commands, in the order in which ``vlae --help`` lists them."""
-
+GROUPS = {
+    "images": ("shard", "index", "data"),
+    "models": ("plan", "train", "tune", "evaluate", "registry", "theory"),
+    "codes": ("encode", "compress", "decompress", "reconstruct", "sample"),
+    "start": ("demo", "serve-store"),
+}
+"""The commands, by the package that holds them, in the order of ``vlae --help``."""
+NAMES = tuple(name for names in GROUPS.values() for name in names)
 
 AUTO = "auto"
 """The preset and the binarization that follow the images."""
@@ -74,7 +62,8 @@ class Command(Generic[Config]):
 
 def find(name: str) -> Command[Any]:
     """The command of a name in ``NAMES``."""
-    module = importlib.import_module(f"pipeline.commands.{name.replace('-', '_')}")
+    group = next(group for group, names in GROUPS.items() if name in names)
+    module = importlib.import_module(f"pipeline.commands.{group}.{name.replace('-', '_')}")
     command: Command[Any] = module.COMMAND
     return command
 

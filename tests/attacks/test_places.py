@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import places
-from pipeline.commands import index
+from pipeline.commands.images import index
 from pipeline.data import DataSet
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import UserError

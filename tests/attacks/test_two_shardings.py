@@ -15,7 +15,7 @@ from tests.pipeline.images import write_idx
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 CODE = (
-    "import sys; from pipeline.commands.shard import ShardConfig, run\n"
+    "import sys; from pipeline.commands.images.shard import ShardConfig, run\n"
     "from pipeline.config.sections import *\n"
     "from pipeline.errors import UserError\n"
     "url, path, address, block = sys.argv[1:]\n"

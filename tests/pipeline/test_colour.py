@@ -12,7 +12,7 @@ from PIL import Image
 
 import vlae
 from pipeline import commands
-from pipeline.commands import evaluate
+from pipeline.commands.models import evaluate
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import Images, ImageSource, Labels
 from pipeline.data.writer import write_shard

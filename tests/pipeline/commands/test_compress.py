@@ -13,7 +13,7 @@ import torch
 from pipeline import commands
 from pipeline.coding import compression
 from pipeline.coding.container import Reader
-from pipeline.commands import compress, decompress
+from pipeline.commands.codes import compress, decompress
 from pipeline.config.sections import Binarization
 from pipeline.data import DataSet
 from pipeline.data.batch import binarize

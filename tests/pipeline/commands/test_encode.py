@@ -21,7 +21,8 @@ import torch
 
 import vlae
 from pipeline import commands
-from pipeline.commands import encode, shard
+from pipeline.commands.codes import encode
+from pipeline.commands.images import shard
 from pipeline.config import sections
 from pipeline.data import DataSet
 from pipeline.data.batch import binarize

@@ -12,7 +12,7 @@ from PIL import Image
 
 import vlae
 from pipeline import cli, commands
-from pipeline.commands import evaluate
+from pipeline.commands.models import evaluate
 from pipeline.config import sections
 from pipeline.data import DataSet
 from pipeline.data.loader import EvalLoader

@@ -19,9 +19,9 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.commands import data, index
-from pipeline.commands.data import Action, DataConfig
-from pipeline.commands.index import IndexConfig
+from pipeline.commands.images import data, index
+from pipeline.commands.images.data import Action, DataConfig
+from pipeline.commands.images.index import IndexConfig
 from pipeline.config.sections import (
     ClusterOptions,
     DatasetOptions,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import vlae
 from pipeline import commands
-from pipeline.commands import plan
+from pipeline.commands.models import plan
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.training import checkpoint

@@ -14,8 +14,8 @@ import pytest
 import ray
 import webdataset
 
-from pipeline.commands import shard
-from pipeline.commands.shard import ShardConfig
+from pipeline.commands.images import shard
+from pipeline.commands.images.shard import ShardConfig
 from pipeline.config.sections import (
     ClusterOptions,
     DatasetOptions,
@@ -322,7 +322,7 @@ def test_a_killed_run_leaves_no_data_set_and_the_next_one_none_of_its_shards(
     storage = open_storage(str(tmp_path / "storage"))
     write_idx(tmp_path / "idx", num_train=3000)
     code = (
-        "import sys; from pipeline.commands.shard import ShardConfig, run;"
+        "import sys; from pipeline.commands.images.shard import ShardConfig, run;"
         " from pipeline.config.sections import *; url, path, address = sys.argv[1:];"
         " dataset = DatasetOptions(name='small', source=Source.idx, path=path, url=url);"
         " options = ShardOptions(samples_per_shard=1, block_size=1);"

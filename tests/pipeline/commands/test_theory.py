@@ -14,7 +14,7 @@ from PIL import Image
 
 import vlae
 from pipeline import cli, commands
-from pipeline.commands import theory
+from pipeline.commands.models import theory
 
 DECODERS = ("factorized", "covering", "full")
 SMALL = ["images=320", "num_images=60"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.commands.train import progress
+from pipeline.commands.models.train import progress
 from pipeline.runs import Run
 from pipeline.training import checkpoint
 from pipeline.training.metrics import MetricLog

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.commands import index
+from pipeline.commands.images import index
 from pipeline.data import DataSet
 from pipeline.data.loader import Batches, TrainLoader
 from pipeline.data.order import default_streams

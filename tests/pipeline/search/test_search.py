@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from pipeline.commands import load
-from pipeline.commands.tune import format_result, format_table, register
+from pipeline.commands.models.tune import format_result, format_table, register
 from pipeline.config.compose import build
 from pipeline.config.options import to_dict
 from pipeline.config.search import Sampler, SearchOptions, Stopping, TuneConfig

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from boto3.session import Session
 
-from pipeline.commands.serve_store import ServeStoreConfig, run
+from pipeline.commands.start.serve_store import ServeStoreConfig, run
 from pipeline.errors import UserError
 from pipeline.storage import server
 from pipeline.storage.server import ObjectStorageServer
@@ -139,7 +139,7 @@ def test_a_command_runs_with_the_environment_and_gives_its_exit_code(tmp_path: P
 def serve(folder: Path) -> "subprocess.Popen[str]":
     """A process that serves ``folder``; returns when it has printed the address."""
     code = (
-        "import sys; from pipeline.commands.serve_store import ServeStoreConfig, run; "
+        "import sys; from pipeline.commands.start.serve_store import ServeStoreConfig, run; "
         "sys.exit(run(ServeStoreConfig(folder=sys.argv[1], bucket='images', port=0)))"
     )
     process = subprocess.Popen(

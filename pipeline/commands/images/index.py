@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.commands import Command
-from pipeline.commands.shard import describe
+from pipeline.commands.images.shard import describe
 from pipeline.config.options import section
 from pipeline.config.sections import ClusterOptions, DatasetOptions, IndexOptions, StorageOptions
 from pipeline.values import JsonObject

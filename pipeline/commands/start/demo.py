@@ -29,7 +29,8 @@ def run(config: DemoConfig) -> JsonObject:
 
     Everything is in ``config.folder``; results of an earlier call are reused. Returns the summary.
     """
-    from pipeline.commands import evaluate, shard, tune
+    from pipeline.commands.images import shard
+    from pipeline.commands.models import evaluate, tune
     from pipeline.search import report
     from pipeline.storage import open_storage
     from pipeline.storage.server import ObjectStorageServer
