@@ -62,8 +62,7 @@ class Run:
     @classmethod
     def of(cls, config: TrainConfig) -> "Run":
         """The run of this configuration; its folder need not exist yet."""
-        url = f"{config.storage.root}/runs/{config.run_name}"
-        return cls.at(url, config.storage.endpoint_url)
+        return cls.at(config.folder, config.storage.endpoint_url)
 
     @classmethod
     def at(cls, url: str, endpoint_url: str | None = None) -> "Run":
@@ -236,7 +235,7 @@ def open_data(model: OpenedModel, url: str | None, storage: StorageOptions) -> D
     model's.
     """
     url = url or str(model.training["config"]["dataset"]["url"])
-    data = DataSet.load(open_storage(url, storage.endpoint_url))
+    data = DataSet.open(url, storage.endpoint_url)
     if tuple(data.manifest.image_shape) != tuple(model.network.image_shape):
         raise UserError(
             f"{model.reference} was made for images of shape {model.network.image_shape}, but those"

@@ -378,6 +378,11 @@ class TrainConfig:
     def run_name(self) -> str:
         return self.name or f"{self.dataset.name}-{self.model.window}-{digest(self.identity())}"
 
+    @property
+    def folder(self) -> str:
+        """The address of its folder."""
+        return self.storage.run_folder(self.run_name)
+
     def identity(self) -> JsonObject:
         """The options that its weights depend on: with others, it is another run."""
         return identity(TrainConfig, to_dict(self))

@@ -23,6 +23,10 @@ class StorageOptions:
         if self.endpoint_url is not None:
             check_endpoint("storage.endpoint_url", self.endpoint_url)
 
+    def run_folder(self, run_name: str) -> str:
+        """The address of the folder of the run of this name."""
+        return f"{self.root}/runs/{run_name}"
+
     def export(self) -> None:
         """Set AWS_ENDPOINT_URL to ``endpoint_url``, if there is one.
 

@@ -11,23 +11,8 @@ from pipeline.config.sections import Encoding
 from pipeline.data import tar
 from pipeline.data.images import encode
 from pipeline.data.records import Index, Shard, checksum
-from pipeline.data.sources.base import ImageSource, Labels
+from pipeline.data.sources.base import Labels
 from pipeline.storage.base import Storage
-
-
-def write_shard(
-    storage: Storage,
-    source: ImageSource,
-    split: str,
-    name: str,
-    start: int,
-    stop: int,
-    block_size: int,
-    encoding: Encoding = Encoding.npy,
-) -> Shard:
-    """Write samples ``start`` to ``stop`` of a split to one shard, with its index."""
-    images, labels = source.read(split, start, stop)
-    return write_images(storage, name, start, images, labels, block_size, encoding)
 
 
 def write_images(

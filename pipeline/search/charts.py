@@ -26,7 +26,6 @@ from pipeline.registry.models import open_model
 from pipeline.search.proposals import known
 from pipeline.search.trial import Status, Trial
 from pipeline.search.trials import Row, is_finished
-from pipeline.storage import open_storage
 
 CHARTED = {
     name: quantity
@@ -349,14 +348,14 @@ def importance(config: TuneConfig, trials: Sequence[Trial]) -> Figure | None:
 
 def side_by_side(config: TuneConfig, rows: Sequence[Row], style: ChartStyle) -> bytes:
     """Draw reconstructions of the same images by several models, and their samples, as PNG."""
-    data = DataSet.load(open_storage(config.dataset.url, config.storage.endpoint_url))
+    data = DataSet.open(config.dataset.url, config.storage.endpoint_url)
     batch = next(iter(EvalLoader(data, split="valid", batch_size=IMAGES, num_images=IMAGES)))
     originals = binarize(batch, config.dataset.binarization, config.train.seed)
     drawn = {}
     for row in rows:
         generator = torch.Generator().manual_seed(config.train.seed)
         model = open_model(
-            f"{config.storage.root}/runs/{row['run']}", config.registry, config.storage
+            config.storage.run_folder(row["run"]), config.registry, config.storage
         ).network
         told = f"rate {row['rate_bits']:.1f} bits, NLL {row['nll']:.2f} nats"
         drawn[style.words(row), told] = (

@@ -20,7 +20,6 @@ from pipeline.config.run import TrainConfig
 from pipeline.data import DataSet
 from pipeline.errors import UserError
 from pipeline.runs import CONFIG, IDENTITY, RESULT, Run, check_pixels
-from pipeline.storage import open_storage
 from pipeline.storage.recipe import begin_named
 from pipeline.storage.uploads import MAX_OUTAGE, retry
 from pipeline.training import loop
@@ -45,7 +44,7 @@ def check_data(config: TrainConfig) -> DataSet:
 
     Raises UserError if not.
     """
-    data = DataSet.load(open_storage(config.dataset.url, config.storage.endpoint_url))
+    data = DataSet.open(config.dataset.url, config.storage.endpoint_url)
     check_pixels(data, config.dataset.binarization)
     try:
         config.build(data.manifest.image_shape)

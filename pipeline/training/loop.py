@@ -20,7 +20,6 @@ from pipeline.errors import UserError
 from pipeline.evaluation.measure import QUANTITIES, measure, report
 from pipeline.machine import keep_freed_memory
 from pipeline.runs import BEST, Metrics, Run
-from pipeline.storage import open_storage
 from pipeline.storage.uploads import UploadQueue, retry
 from pipeline.training import checkpoint
 from pipeline.training.learner import Learner
@@ -61,8 +60,7 @@ def fit(
     """
     keep_freed_memory()
     train, run = config.train, Run.of(config).storage
-    place = open_storage(config.dataset.url, config.storage.endpoint_url)
-    data = retry(partial(DataSet.load, place))
+    data = retry(partial(DataSet.open, config.dataset.url, config.storage.endpoint_url))
     reading = ReadOptions(open_cache(config.dataset), config.dataset.max_skipped)
     learner = Learner(config, data.manifest.image_shape, world_size, device)
     step = agreed(retry(partial(checkpoint.resume, run, learner.state)), device)

@@ -36,12 +36,12 @@ from pipeline.data.loader import TrainLoader
 from pipeline.data.manifest import Manifest
 from pipeline.data.reader import ReadOptions
 from pipeline.data.sources.base import Images, ImageSource, Labels
-from pipeline.data.writer import write_shard
 from pipeline.errors import UserError
 from pipeline.storage import open_storage, resume
 from pipeline.storage.base import Storage
 from pipeline.storage.server import ObjectStorageServer
 from tests.faults import suite
+from tests.pipeline.images import write_shard
 
 SHARD, NUM_SHARDS, BLOCK = 64, 3, 16
 PREFIX = "faults"

@@ -8,8 +8,8 @@ import pytest
 from pipeline.data import DataSet
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import Images, ImageSource, Labels
-from pipeline.data.writer import write_shard
 from pipeline.storage.base import Storage
+from tests.pipeline.images import write_shard
 
 SHARDS = {"train": (7, 12, 1, 20, 10), "valid": (9,), "test": (4, 5)}
 BLOCK_SIZE = 4

@@ -1,10 +1,30 @@
-"""Writes small IDX files and folders of images for tests."""
+"""Writes small shards, IDX files and folders of images for tests."""
 
 import gzip
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from pipeline.config.sections import Encoding
+from pipeline.data import writer
+from pipeline.data.records import Shard
+from pipeline.data.sources.base import ImageSource
+from pipeline.storage.base import Storage
+
+
+def write_shard(
+    storage: Storage,
+    source: ImageSource,
+    split: str,
+    name: str,
+    start: int,
+    stop: int,
+    block_size: int,
+) -> Shard:
+    """Write images ``start`` to ``stop`` of a split to one shard of blocks, with its index."""
+    images, labels = source.read(split, start, stop)
+    return writer.write_images(storage, name, start, images, labels, block_size, Encoding.npy)
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

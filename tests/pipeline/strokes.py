@@ -9,9 +9,9 @@ from pipeline.config import run
 from pipeline.data import DataSet
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import Images, ImageSource, Labels
-from pipeline.data.writer import write_shard
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
+from tests.pipeline.images import write_shard
 
 SIZE = 8
 SHARDS = {"train": (50, 46), "valid": (20,), "test": (7, 6)}

@@ -15,10 +15,10 @@ from pipeline import commands
 from pipeline.commands.models import evaluate
 from pipeline.data.manifest import Manifest
 from pipeline.data.sources.base import Images, ImageSource, Labels
-from pipeline.data.writer import write_shard
 from pipeline.runs import Run
 from pipeline.storage import open_storage
 from pipeline.training import loop
+from tests.pipeline.images import write_shard
 
 SIZE = 14
 SPLITS = {"train": 160, "valid": 24, "test": 24}

@@ -35,9 +35,8 @@ class DataConfig:
 def run(config: DataConfig) -> JsonObject:
     """Inspect or verify the data set at ``dataset.url``. Returns what was found, as JSON values."""
     from pipeline.data import DataSet, manifest
-    from pipeline.storage import open_storage
 
-    data = DataSet.load(open_storage(config.dataset.url, config.storage.endpoint_url))
+    data = DataSet.open(config.dataset.url, config.storage.endpoint_url)
     found = {
         "url": data.storage.url,
         "name": data.manifest.name,

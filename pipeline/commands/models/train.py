@@ -150,8 +150,6 @@ def format_result(config: TrainConfig, result: JsonObject) -> str:
     )
 
 
-def _folder(config: TrainConfig) -> str:
-    return f"{config.storage.root}/runs/{config.run_name}"
-
-
-COMMAND = Command(TrainConfig, run, format_result, _folder, follow=follow_manifest)
+COMMAND = Command(
+    TrainConfig, run, format_result, lambda config: config.folder, follow=follow_manifest
+)

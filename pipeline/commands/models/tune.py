@@ -89,7 +89,7 @@ def register(config: TuneConfig, registry: "Registry", rows: list[JsonObject]) -
     is_new = config.model_name not in {model.name for model in registry.models()}
     made = {}
     for row in chosen if is_new else chosen[::-1]:
-        run = Run.at(f"{config.storage.root}/runs/{row['run']}", config.storage.endpoint_url)
+        run = Run.at(config.storage.run_folder(row["run"]), config.storage.endpoint_url)
         number = registry.register(config.model_name, run)
         made[row["run"]] = {"name": config.model_name, "version": number, "run": row["run"]}
     return [made[row["run"]] for row in chosen]

@@ -10,10 +10,10 @@ import torch
 from pipeline import cli, commands, help
 from pipeline.config import options
 from pipeline.data.manifest import Manifest
-from pipeline.data.writer import write_shard
 from pipeline.storage import open_storage
 from pipeline.storage.folder import FolderStorage
 from tests.pipeline.conftest import NumberedImages
+from tests.pipeline.images import write_shard
 
 
 class SmallGrey(NumberedImages):
