@@ -190,7 +190,8 @@ def test_the_log_up_to_a_checkpoint_is_written_before_the_checkpoint(
     monkeypatch.setattr(checkpoint, "save", look_and_save)
     loop.fit(config)
     assert min(logged) < 20
-    assert logged == {step: [valid for valid in (10, 20) if valid <= step] for step in logged}
+    for step, valid in logged.items():  # training may have gone on, and logged more
+        assert {due for due in (10, 20) if due <= step} <= set(valid)
 
 
 def test_training_continues_while_a_checkpoint_is_written(
