@@ -172,6 +172,9 @@ class RegistryOptions:
         " whatever module somebody with access to the bucket names there",
         False,
     )
+    license: str | None = option(
+        "the licence of the models that you register, as SPDX writes it, such as CC-BY-4.0", None
+    )
 
 
 @dataclass

@@ -44,7 +44,6 @@ def text(name: str, training: JsonObject, evaluation: JsonObject, origin: Mappin
     shape, data, name = evaluation["image_shape"], _code(config["dataset"]["name"]), _plain(name)
     size = f"{model['latents']} {'maps' if model['code'] == 'maps' else 'latents'}"
     elbo = Measured.from_json(figures, "elbo_nats")
-    of_all = f"{figures['rate_bits']:.1f} of an image's {elbo.bits:.0f} bits"
     lines = [
         f"# {name}",
         "",
@@ -127,17 +126,26 @@ def text(name: str, training: JsonObject, evaluation: JsonObject, origin: Mappin
         "",
         "## Limits",
         "",
-        (f"- It was trained on {data} only; on other images its bounds and codes mean little."),
+        *(f"- {limit}" for limit in limits(training, evaluation)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def limits(training: JsonObject, evaluation: JsonObject) -> list[str]:
+    """What the model is not good for, a sentence each."""
+    split, data = evaluation["split"], _code(training["config"]["dataset"]["name"])
+    bits = Measured.from_json(evaluation[split], "elbo_nats").bits
+    return [
+        f"It was trained on {data} only; on other images its bounds and codes mean little.",
         (
-            "- The code omits what the window can predict, whether a task needs it or not: it"
-            f" carries {of_all}."
+            "The code omits what the window can predict, whether a task needs it or not: it"
+            f" carries {evaluation[split]['rate_bits']:.1f} of an image's {bits:.0f} bits."
         ),
         (
-            f"- If the model was chosen by its `{split}` figures, they are a little too good;"
+            f"If the model was chosen by its `{split}` figures, they are a little too good;"
             " measure it on `test`."
         ),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _plain(value: object) -> str:

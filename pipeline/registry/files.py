@@ -1,9 +1,13 @@
-"""The files of a version: its run's model and evaluation, a model card, and ``MLmodel``."""
+"""The files of a version: its run's model and evaluation, and what is made from them."""
 
 import json
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 
+from pipeline.config.sections import RegistryOptions
 from pipeline.errors import UserError
+from pipeline.registry import bom, card, signing
 from pipeline.runs import EVALUATION, TRAINING_FILE, Run, load, sha256_of_file
 from pipeline.values import JsonObject
 from vlae.factory import WEIGHTS_FILE
@@ -43,12 +47,30 @@ def collect(run: Run, folder: Path) -> tuple[JsonObject, JsonObject]:
     return json.loads((folder / TRAINING_FILE).read_text()), evaluation
 
 
-def complete(folder: Path, card: str, pyfunc: bool) -> dict[str, str]:
-    """Write the model card, and with ``pyfunc`` also ``MLmodel``.
+def complete(
+    folder: Path,
+    name: str,
+    training: JsonObject,
+    evaluation: JsonObject,
+    tags: Mapping[str, str],
+    finished: datetime,
+    options: RegistryOptions,
+) -> dict[str, str]:
+    """Add the model card, the bill of materials, ``MLmodel`` and the signature, the last two if
+    they are wanted.
 
     Returns the sha256 of every file in ``folder``.
     """
-    (folder / CARD_FILE).write_text(card)
-    if pyfunc:
+    (folder / CARD_FILE).write_text(card.text(name, training, evaluation, tags))
+    if options.pyfunc:
         (folder / PYFUNC_FILE).write_text(json.dumps(PYFUNC, indent=2) + "\n")
+    materials = bom.make(
+        name, training, evaluation, tags, _checksums(folder), finished, options.license
+    )
+    (folder / bom.BOM_FILE).write_text(json.dumps(materials, indent=1) + "\n")
+    signing.sign(folder)
+    return _checksums(folder)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
     return {path.name: sha256_of_file(path) for path in sorted(folder.iterdir())}

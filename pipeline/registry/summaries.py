@@ -1,4 +1,4 @@
-"""What the registry tells of a model and of a version."""
+"""What the registry tells of a model, of a version, and of the check of a version."""
 
 from dataclasses import asdict, dataclass
 
@@ -42,3 +42,21 @@ class Version:
     def to_json(self) -> JsonObject:
         fields = asdict(self)
         return {"name": fields.pop("name"), "version": fields.pop("number"), **fields}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the check of a version's files found."""
+
+    version: int
+    files: dict[str, int]
+    """The size of each file that could be read, in bytes."""
+    signed: bool
+    """Whether there is a signature."""
+    checked: bool
+    """Whether a key to verify with was configured, so that the signature was checked."""
+    problems: list[str]
+    """A sentence for each damaged, missing or unsigned file; none if all is well."""
+
+    def to_json(self) -> JsonObject:
+        return asdict(self)

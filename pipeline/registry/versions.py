@@ -13,6 +13,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.config import sections
 from pipeline.errors import UserError
-from pipeline.registry import card, champions, files
+from pipeline.registry import bom, champions, files, signing
 from pipeline.registry.champions import PROMOTED, ROLLED_BACK, ChampionChange
-from pipeline.registry.summaries import ModelSummary, Version
+from pipeline.registry.summaries import ModelSummary, Verification, Version
 from pipeline.registry.tracking import Connection, ignore_existing, short_timeouts, training_run
 from pipeline.runs import MODEL_FILES, Run, sha256_of_file
 from vlae.factory import WEIGHTS_FILE
@@ -44,6 +45,8 @@ class Registry:
 
     def __init__(self, config: sections.RegistryOptions) -> None:
         self.config = config
+        signing.check()
+        bom.check_license(config.license)
         try:
             with short_timeouts():
                 self.connection = Connection(config)
@@ -81,8 +84,10 @@ class Registry:
             tags["code_version"] = kept.data.tags["code_version"]
             if search:
                 tags |= {"search": search, "search_name": self.client.get_run(search).info.run_name}
-            text = card.text(name, training, evaluation, tags)
-            checksums = files.complete(folder, text, self.config.pyfunc)
+            finished = datetime.fromtimestamp(kept.info.end_time // 1000, UTC)
+            checksums = files.complete(
+                folder, name, training, evaluation, tags, finished, self.config
+            )
             # The path depends on the content, so that no other registration overwrites these files.
             path = f"model-{hashlib.sha256(json.dumps(checksums).encode()).hexdigest()[:16]}"
             self.client.log_artifacts(run_id, str(folder), path)
@@ -104,12 +109,16 @@ class Registry:
             return first
 
     def _find_registered(self, name: str, url: str, weights: str) -> list[int]:
-        """The versions made from these weights of this run, the oldest first."""
+        """The versions made from these weights of this run, the oldest first.
+
+        If versions are signed, those without a signature do not count.
+        """
         wanted = {"run": url, CHECKSUM + WEIGHTS_FILE: weights}
+        signature = {CHECKSUM + signing.SIGNATURE_FILE} if signing.signs() else set()
         return [
             int(each.version)
             for each in reversed(self._search(name))
-            if wanted.items() <= each.tags.items()
+            if wanted.items() <= each.tags.items() and signature <= each.tags.keys()
         ]
 
     def _ensure_alias(self, name: str, number: int, new: bool = False) -> None:
@@ -164,23 +173,38 @@ class Registry:
         """Download a version's files into ``folder``; returns it, ready for ``vlae.load``.
 
         Files without a checksum in the registry are not downloaded. Raises UserError, naming the
-        file, if one is missing or does not match its checksum.
+        file, if one is missing or does not match its checksum, and if a key to verify with is
+        configured and the signature does not fit.
         """
+        for problem in self._fetch(name, version, folder):
+            raise UserError(problem)
+        return folder
+
+    def verify(self, name: str, version: int) -> Verification:
+        """Hold every file of a version to its checksum, and all to the signature."""
+        with tempfile.TemporaryDirectory() as place:
+            problems = list(self._fetch(name, version, Path(place)))
+            found = {path.name: path.stat().st_size for path in sorted(Path(place).iterdir())}
+        return Verification(
+            version, found, signing.SIGNATURE_FILE in found, signing.verifies(), problems
+        )
+
+    def _fetch(self, name: str, version: int, folder: Path) -> Iterator[str]:
+        """Download a version's files into ``folder``; yields a sentence for whatever is wrong."""
         with self._user_errors():
             found = self.client.get_model_version(name, str(version))
             source = self.client.get_model_version_download_uri(name, str(version))
-            checksums = {
-                key.removeprefix(CHECKSUM): tag
-                for key, tag in found.tags.items()
-                if key.startswith(CHECKSUM)
-            }
+        checksums = {
+            key.removeprefix(CHECKSUM): tag
+            for key, tag in found.tags.items()
+            if key.startswith(CHECKSUM)
+        }
+        title = f"{name} version {version}"
         folder.mkdir(parents=True, exist_ok=True)
         for file, checksum in checksums.items():
             if not re.fullmatch(r"\w[\w.-]*", file):
-                raise UserError(
-                    f"{name} version {version} names a file {file!r}, which may be outside its"
-                    " folder; nothing is read"
-                )
+                yield f"{title} names a file {file!r}, which may be outside its folder"
+                return
             try:
                 with self._user_errors():
                     fetched = mlflow.artifacts.download_artifacts(
@@ -189,21 +213,21 @@ class Registry:
                         tracking_uri=self.config.uri,
                     )
             except UserError as error:
-                raise UserError(
-                    f"{file} of {name} version {version} cannot be read: {error}"
-                ) from None
+                yield f"{file} of {title} cannot be read: {error}"
+                continue
             if (digest := sha256_of_file(Path(fetched))) != checksum:
-                raise UserError(
+                yield (
                     f"{source}/{file} is damaged or was replaced: it has sha256 {digest}, but"
-                    f" {name} version {version} was registered with {checksum}"
+                    f" {title} was registered with {checksum}"
                 )
-        missing = set(MODEL_FILES) - checksums.keys()
-        if missing:
-            raise UserError(
-                f"{name} version {version} was not registered by this program: it has no checksum"
-                f" of {min(missing)}"
+        if missing := set(MODEL_FILES) - checksums.keys():
+            yield (
+                f"{title} was not registered by this program: it has no checksum of {min(missing)}"
             )
-        return folder
+        try:
+            signing.verify(folder, name)
+        except UserError as error:
+            yield f"{title} is not trusted: {error}"
 
     # --- aliases ----------------------------------------------------------------------------------
 

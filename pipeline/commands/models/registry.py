@@ -1,4 +1,4 @@
-"""``vlae registry``: list, show, register, compare, promote and roll back models."""
+"""``vlae registry``: list, show, register, verify, compare, promote and roll back models."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ class Action(Enum):
     list = "list"
     show = "show"
     register = "register"
+    verify = "verify"
     compare = "compare"
     promote = "promote"
     rollback = "rollback"
@@ -32,12 +33,14 @@ class Action(Enum):
 
 @dataclass
 class RegistryConfig:
-    """List, show, register, compare and promote models, and roll a promotion back."""
+    """List, show, register, verify, compare and promote models, and roll a promotion back."""
 
     action: Action = option("what to do; the first word after the command")
     name: str | None = option("the name of a registered model", None, name=True)
     version: int | None = option(
-        "one of its versions; for compare and promote by default the challenger", None
+        "one of its versions; by default all for show and verify, and the challenger for compare"
+        " and promote",
+        None,
     )
     against: str = option(
         "the version that compare compares it with: an alias or a number", "champion"
@@ -114,6 +117,17 @@ def _register(registry: "Registry", name: str, config: RegistryConfig) -> JsonOb
     }
 
 
+def _verify(registry: "Registry", name: str, config: RegistryConfig) -> JsonObject:
+    if config.version is None:
+        numbers = [version.number for version in registry.versions(name)]
+    else:
+        numbers = [registry.resolve(f"models:/{name}/{config.version}").number]
+    return {
+        "name": name,
+        "verified": [registry.verify(name, number).to_json() for number in numbers],
+    }
+
+
 def _compare(registry: "Registry", name: str, config: RegistryConfig) -> JsonObject:
     version = _version(registry, name, config.version)
     by_number = config.against.isdecimal()
@@ -180,6 +194,7 @@ def _roll_back(registry: "Registry", name: str, config: RegistryConfig) -> JsonO
 ACTIONS: dict[Action, Callable[["Registry", str, RegistryConfig], JsonObject]] = {
     Action.show: _show,
     Action.register: _register,
+    Action.verify: _verify,
     Action.compare: _compare,
     Action.promote: _promote,
     Action.rollback: _roll_back,
@@ -216,6 +231,8 @@ def format_result(config: RegistryConfig, result: JsonObject) -> str:
     if config.action is Action.register:
         registered = zip(result["registered"], config.runs, strict=True)
         return "\n".join(f"{name} version {each['version']}: {url}" for each, url in registered)
+    if config.action is Action.verify:
+        return "\n".join(_format_verified(str(name), each) for each in result["verified"])
     if config.action is Action.compare:
         return format_comparison(result["comparison"])
     if config.action is Action.promote:
@@ -265,6 +282,20 @@ def _format_version(version: JsonObject) -> str:
     return "\n".join([*lines, f"  from {version['run']}{search}; code {tags['code_version'][:12]}"])
 
 
+def _format_verified(name: str, found: JsonObject) -> str:
+    if found["problems"]:
+        return "\n  ".join([f"{name} version {found['version']}:", *found["problems"]])
+    signature = "not signed"
+    if found["signed"]:
+        signature = "signature valid"
+        if not found["checked"]:
+            signature = "signature not checked, since VLAE_VERIFYING_KEY names no key"
+    return (
+        f"{name} version {found['version']}: {len(found['files'])} files,"
+        f" {sum(found['files'].values()):,} bytes, all with their checksums; {signature}"
+    )
+
+
 def _part(values: Mapping[str, Value], prefix: str) -> dict[str, Value]:
     """The values whose names begin with ``prefix``, without it."""
     return {
@@ -275,6 +306,13 @@ def _part(values: Mapping[str, Value], prefix: str) -> dict[str, Value]:
 
 
 def _problem(result: JsonObject) -> str | None:
+    bad = [each for each in result.get("verified", []) if each["problems"]]
+    if bad:
+        numbers = ", ".join(str(each["version"]) for each in bad)
+        return (
+            f"{result['name']} has damaged or untrusted files in version {numbers}:"
+            f" {bad[0]['problems'][0]}"
+        )
     if result.get("promoted", True):
         return None
     return (
@@ -291,7 +329,8 @@ COMMAND = Command(
     _problem,
     usage=(
         "vlae registry list | show name=NAME [version=N] | register name=NAME runs=[FOLDER,...]\n  "
-        "     vlae registry compare name=NAME [version=N] [against=VERSION]\n       vlae registry"
+        "     vlae registry verify name=NAME [version=N]\n       vlae registry compare name=NAME"
+        " [version=N] [against=VERSION]\n       vlae registry"
         " promote name=NAME [version=N] [alias=ALIAS] [--yes] | rollback name=NAME"
     ),
     actions=tuple(Action.__members__),

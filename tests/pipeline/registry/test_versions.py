@@ -71,7 +71,7 @@ def test_a_version_holds_weights_records_pictures_and_a_card_none_of_them_a_pick
     run = prepare_run(storage, 0)
     models.register(name, run)
     kept = {Path(key).name: storage.read(key) for key in storage.list("registry/")}
-    records = {"model.json", "training.json", "evaluation.json"}
+    records = {"model.json", "training.json", "evaluation.json", "bom.json"}
     assert kept.keys() == records | {
         "model.safetensors",
         "README.md",
