@@ -1,6 +1,9 @@
 # All targets work on a fresh machine with Python 3.11 or later, make and git.
 PYTHON ?= python3
 BIN := .venv/bin
+# Every file that pip downloads is held to a hash. PyTorch's CUDA build, unlike its CPU build, needs
+# the packages of constraints-cuda.txt; `pip check` tells which it is.
+INSTALL = $(BIN)/pip install --quiet --no-deps --no-build-isolation --require-hashes
 
 .DEFAULT_GOAL := help
 
@@ -9,9 +12,13 @@ help: ## list the targets
 
 install: .venv/installed ## create .venv with the pinned dependencies and this project
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml $(wildcard constraints*.txt)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) -r constraints-build.txt
+	$(INSTALL) -r constraints.txt -r constraints-dev.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/pip check > /dev/null || $(INSTALL) -r constraints-cuda.txt
+	$(BIN)/pip check
 	touch $@
 
 demo: install ## take real images to a registered model, in ./demo
@@ -40,7 +47,18 @@ dist: install ## build the wheel and the sdist in ./dist, and check them
 	build/venv/bin/pip install --quiet --no-deps dist/*.whl
 	build/venv/bin/python -I tests/distribution.py
 
+lock: ## resolve the dependencies again, and write the hashes of their files; needs .venv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python infra/lock.py
+
+audit: install ## look up known vulnerabilities of the dependencies; fails if pypi.org tells none
+	$(BIN)/uvx pip-audit@2.10.1 --strict --require-hashes --disable-pip --requirement constraints.txt
+
+sbom: install ## list what the wheel needs, as CycloneDX, in ./dist
+	mkdir -p dist
+	$(BIN)/uvx --from cyclonedx-bom==7.5.0 cyclonedx-py requirements --pyproject pyproject.toml \
+		--output-reproducible --output-file dist/sbom.cdx.json constraints.txt
+
 clean: ## remove what the demos and `make dist` created
 	rm -rf demo search-demo outputs build dist
 
-.PHONY: help install demo search-demo test faults lint dist clean
+.PHONY: help install demo search-demo test faults lint dist lock audit sbom clean

@@ -10,7 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("configs", "pipeline", "vlae")
-PROJECT_FILES = ("LICENSE", "README.md", "constraints.txt", "pyproject.toml")
+PROJECT_FILES = (
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    *(f"constraints{part}.txt" for part in ("", "-build", "-cuda", "-dev")),
+)
 
 
 def package_files() -> set[str]:

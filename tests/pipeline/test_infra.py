@@ -1,12 +1,17 @@
 """The files of ``infra/`` suit Ray, Kubernetes and S3, and grant no more than is needed."""
 
 import ast
+import contextlib
 import copy
 import json
 import re
 import shutil
+import subprocess
+import sys
+import tarfile
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,9 @@ import pydantic
 import pytest
 import yaml
 from kubernetes.client import V1ObjectMeta, V1PodTemplateSpec
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
@@ -157,7 +165,7 @@ def test_pods_want_a_token_and_run_without_privileges(name: str) -> None:
 
 
 def test_manifests_and_image_have_the_installed_version_of_ray() -> None:
-    pinned = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    pinned = re.search(r"^ray==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned
     assert read("raycluster")["spec"]["rayVersion"] == pinned[1]
 
@@ -290,3 +298,76 @@ def test_the_files_of_infra_are_all_accounted_for() -> None:
     documents = (ROOT / "docs/cluster.md").read_text()
     for path in INFRA.iterdir():
         assert path.name in documents, path
+
+
+# --- dependencies ---------------------------------------------------------------------------------
+
+PINNED = re.compile(
+    r"^([\w.-]+)==(\S+)(?: ; [^\n\\]+)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", re.MULTILINE
+)
+
+
+def pinned(*parts: str) -> dict[str, tuple[str, str]]:
+    """The version and the hashes of each pinned package; every line has to be part of one."""
+    found: dict[str, tuple[str, str]] = {}
+    for part in parts:
+        text = (ROOT / f"constraints{part}.txt").read_text()
+        assert not re.sub(r"^#.*", "", PINNED.sub("", text), flags=re.MULTILINE).strip()
+        for name, version, hashes in PINNED.findall(text):
+            assert name not in found, "pinned twice"
+            found[name] = (version, hashes)
+    return found
+
+
+def requirements(words: list[str]) -> list[Requirement]:
+    return [
+        each
+        for each in map(Requirement, words)
+        if each.name != "vlae-pipeline" and (not each.marker or each.marker.evaluate())
+    ]
+
+
+def test_every_dependency_is_pinned_with_hashes_at_a_version_that_the_project_takes() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [word for words in project["optional-dependencies"].values() for word in words]
+    run, everything = pinned("-build", ""), pinned("-build", "", "-dev", "-cuda")
+    for names, chosen in ((project["dependencies"], run), (extras, everything)):
+        for each in requirements(names):
+            version, _ = chosen[canonicalize_name(each.name)]
+            assert each.specifier.contains(version), each
+
+
+def test_pytorch_may_be_either_of_its_builds() -> None:
+    version, hashes = pinned("")["torch"]
+    assert version == "2.13.0"
+    # The CPU build for Python 3.11 on x86-64, and the one with CUDA on the package index.
+    for start in ("6746dbcbeb526eb6", "60fcdcb2f3876e21"):
+        assert f"sha256:{start}" in hashes
+
+
+def test_what_is_installed_here_is_what_is_pinned() -> None:
+    for name, (version, _) in pinned("-build", "", "-dev").items():
+        with contextlib.suppress(metadata.PackageNotFoundError):  # one for another system
+            assert Version(metadata.version(name)).public == version, name
+
+
+def test_a_file_with_another_hash_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "setup.py").write_text("raise SystemExit('was run')")
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'evil'\nversion = '1'\n")
+    with tarfile.open(tmp_path / "evil-1.tar.gz", "w:gz") as file:
+        for path in ("setup.py", "pyproject.toml"):
+            file.add(tmp_path / path, f"evil-1/{path}")
+    listed = tmp_path / "constraints.txt"
+    listed.write_text(f"evil==1 \\\n    --hash=sha256:{'0' * 64}\n")
+    words = (ROOT / "Makefile").read_text().partition("INSTALL = $(BIN)/pip ")[2].splitlines()[0]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", *words.split(), "--dry-run", "--no-index"),
+            *("--find-links", str(tmp_path), "-r", str(listed)),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "DO NOT MATCH THE HASHES" in done.stderr
+    assert "was run" not in done.stderr
