@@ -289,7 +289,7 @@ def test_a_job_uploads_the_code_and_its_configuration_only(checkout: Path, tmp_p
         "configs",
         "infra",
     }
-    assert "pipeline/commands/train.py" in files
+    assert "pipeline/commands/models/train.py" in files
     assert not any("__pycache__" in name for name in files)
     assert sum(files.values()) < 1_000_000
 
