@@ -50,7 +50,7 @@ dist: install ## build the wheel and the sdist in ./dist, and check them
 lock: ## resolve the dependencies again, and write the hashes of their files; needs .venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python infra/lock.py
 
-audit: install ## look up known vulnerabilities of the dependencies; fails if pypi.org tells none
+audit: install ## look up known vulnerabilities of the dependencies; fails if PyPI cannot tell
 	$(BIN)/uvx pip-audit@2.10.1 --strict --require-hashes --disable-pip --requirement constraints.txt
 
 sbom: install ## list what the wheel needs, as CycloneDX, in ./dist

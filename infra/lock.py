@@ -40,7 +40,7 @@ def resolve(pinned: list[str], *arguments: str) -> list[str]:
         subprocess.run(
             [
                 *("uv", "pip", "compile", "--quiet", "--no-config", "--universal"),
-                *("--python-version", "3.11", "--index-url", "https://pypi.org/simple"),
+                *("--python-version", "3.11"),
                 *("--generate-hashes", "--no-annotate", "--no-header", "--output-file", str(path)),
                 *("pyproject.toml", *arguments),
             ],
