@@ -122,16 +122,19 @@ class PagedShards(Sequence[Shard]):
         name, num_rows = self.pages[page].name, self.pages[page].num_shards
         content = read_verified(self._storage, name, self.pages[page].sha256)
         try:
-            # Not read_table, which takes longer to load the rest of pyarrow than to read a page.
-            file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
-            about = file.metadata
+            about = pyarrow.parquet.read_metadata(io.BytesIO(content))
+            if about.num_rows != num_rows:
+                raise ValueError(f"it has {about.num_rows} rows, not {num_rows}")
             groups = [about.row_group(number) for number in range(about.num_row_groups)]
             if sum(group.total_byte_size for group in groups) > MAX_PAGE_BYTES:
                 raise ValueError("it is too large")
-            table = file.read(use_threads=False)
-            if table.num_rows != num_rows:
-                raise ValueError(f"it has {table.num_rows} rows, not {num_rows}")
-            return table
+            # A text that is stored once may be as long as a page, and stand in every row.
+            texts = [item.name for item in fields(Shard) if item.type is str]
+            if missing := set(texts) - set(about.schema.names):
+                raise ValueError(f"it has no column {min(missing)}")
+            # Not read_table, which takes longer to load the rest of pyarrow than to read a page.
+            file = pyarrow.parquet.ParquetFile(io.BytesIO(content), read_dictionary=texts)
+            return file.read(use_threads=False)
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise self._damaged(name, str(error)) from None
 

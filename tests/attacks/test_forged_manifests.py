@@ -15,6 +15,7 @@ from pipeline.data import DataSet, manifest, records
 from pipeline.data.cache import ShardCache
 from pipeline.data.loader import EvalLoader
 from pipeline.data.reader import ReadOptions
+from pipeline.data.records import PagedShards, Shard
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
@@ -197,6 +198,14 @@ def test_a_page_that_unpacks_to_gigabytes_is_not_unpacked(
     )
     with pytest.raises(UserError, match=r"train-00000\.parquet is damaged \(it is too large\)"):
         _ = DataSet.load(storage).manifest.shards("train")[0]
+
+
+def test_a_long_text_that_a_page_stores_once_is_not_repeated_in_memory(storage: Storage) -> None:
+    shards = [Shard("train/0.tar", 1, "0" * 64, 1, "x" * (1 << 20), "0" * 64)] * 300
+    paged = PagedShards.write(storage, "train", shards)
+    before = pa.total_allocated_bytes()
+    assert paged[0] == shards[0]
+    assert pa.total_allocated_bytes() - before < 64 << 20  # not 300 MB
 
 
 @pytest.mark.parametrize(
