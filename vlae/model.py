@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from vlae.networks.decoder import Decoder
@@ -74,11 +73,7 @@ class VLAE(nn.Module):
         evaluated once for all samples. Raises ValueError on images or noise of another shape.
         """
         z, log_posterior = self._sample(x, noise)
-        pixels = self.decoder(z, x)
-        # The distortion sums hundreds of terms, which bfloat16 would round too coarsely.
-        with torch.autocast(x.device.type, enabled=False):
-            distortion = -pixels.log_prob(x.permute(0, 2, 3, 1))
-        return Bound(distortion, log_posterior - self.prior.log_prob(z))
+        return Bound(-self.decoder.log_prob(z, x), log_posterior - self.prior.log_prob(z))
 
     def rate_per_latent(self, x: Tensor, noise: Tensor) -> Tensor:
         """The same term of the bound, without evaluating the decoder: (batch, latents)."""

@@ -1,7 +1,7 @@
 """The training loss with its free bits, and the bounds that are reported."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -120,7 +120,7 @@ class SoftFreeBits:
 class Estimate(NamedTuple):
     """Bounds of each image from k samples of z, in nats per image.
 
-    All are (batch,), except ``rate_per_latent``.
+    All are (batch,), except ``rate_per_latent``, and float64.
     """
 
     distortion: Tensor
@@ -160,24 +160,54 @@ class Estimate(NamedTuple):
 
 @torch.no_grad()
 def estimate(
-    model: Callable[[Tensor, Tensor], Bound], x: Tensor, noise: Tensor, max_pairs: int = 64
+    model: Callable[[Tensor, Tensor], Bound],
+    x: Tensor,
+    noise: Tensor | Iterable[Tensor],
+    max_pairs: int = 128,
 ) -> Estimate:
     """Estimate the bounds of images x, (batch, channels, height, width).
 
-    ``noise`` is standard normal, (k, batch, latents). ``max_pairs``, the number of (image, sample)
-    pairs evaluated at once, limits the memory. Raises ValueError on noise of another shape.
+    ``noise`` is standard normal, (k, batch, latents), or such tensors one after the other, whose
+    samples all count: then memory does not grow with k. ``max_pairs``, the number of (image,
+    sample) pairs evaluated at once, limits the memory. Sums over samples are in float64. Raises
+    ValueError on noise of another shape, or without a sample.
     """
-    if noise.dim() != 3 or noise.shape[1] != len(x):
-        raise ValueError(
-            f"noise has the shape {tuple(noise.shape)}; it must be (samples, {len(x)}, latents), "
-            "with one row for each image"
-        )
-    if len(x) > max_pairs:
-        pairs = zip(x.split(max_pairs), noise.split(max_pairs, 1), strict=True)
-        parts = [estimate(model, *pair, max_pairs) for pair in pairs]
-        return Estimate(*(torch.cat(values) for values in zip(*parts, strict=True)))
-    bounds = [model(x, part) for part in noise.split(max(1, max_pairs // max(1, len(x))))]
-    distortion = torch.cat([bound.distortion for bound in bounds])
-    rate = torch.cat([bound.rate_per_latent for bound in bounds])
-    iwae = torch.logsumexp(-(distortion + rate.sum(-1)), 0) - math.log(len(noise))
-    return Estimate(distortion.mean(0), rate.mean(0), iwae)
+    images = min(len(x), max_pairs)
+    samples = max(1, max_pairs // max(1, images))
+    count, sums = 0, _Sums(len(x), x.device)
+    for part in (noise,) if isinstance(noise, Tensor) else noise:
+        if part.dim() != 3 or part.shape[1] != len(x):
+            raise ValueError(
+                f"noise has the shape {tuple(part.shape)}; it must be (samples, {len(x)}, latents),"
+                " with one row for each image"
+            )
+        count += len(part)
+        for start in range(0, len(x), max(1, images)):
+            rows = slice(start, start + images)
+            for some in part[:, rows].split(samples):
+                sums.add(rows, model(x[rows], some))
+    if not count:
+        raise ValueError("noise has no sample; give at least one for each image")
+    return Estimate(
+        sums.distortion / count, sums.rate_per_latent / count, sums.log_weights - math.log(count)
+    )
+
+
+class _Sums:
+    """Sums of the bounds' terms over samples, for each image, in float64."""
+
+    def __init__(self, images: int, device: torch.device) -> None:
+        self.distortion = torch.zeros(images, dtype=torch.float64, device=device)
+        self.rate_per_latent = self.distortion.new_zeros(images, 0)
+        self.log_weights = self.distortion - math.inf
+        """The logarithm of the sum of exp(elbo)."""
+
+    def add(self, rows: slice, bound: Bound) -> None:
+        """Add samples of some images: a bound whose terms are (samples, rows)."""
+        distortion, rate = bound.distortion.double(), bound.rate_per_latent.double()
+        if not self.rate_per_latent.shape[1]:
+            self.rate_per_latent = rate.new_zeros(len(self.distortion), rate.shape[-1])
+        self.distortion[rows] += distortion.sum(0)
+        self.rate_per_latent[rows] += rate.sum(0)
+        weights = torch.logsumexp(-(distortion + rate.sum(-1)), 0)
+        self.log_weights[rows] = torch.logaddexp(self.log_weights[rows], weights)

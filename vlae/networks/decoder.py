@@ -1,5 +1,7 @@
 """The decoder p(x|z): autoregressive over a window of earlier pixels."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,10 @@ from vlae.likelihood import Distribution, Likelihood
 from vlae.networks.context import StackContext, WindowContext, visible
 from vlae.networks.layers import PixelLayer, Trunk, scales
 from vlae.window import Window
+
+CACHE_BYTES = 1 << 20
+"""Features of pixels that fit into a core's own cache; beyond it, their layers take 1.5 times as
+long."""
 
 
 class Decoder(nn.Module):
@@ -130,3 +136,21 @@ class Decoder(nn.Module):
         (..., batch, height, width, channels).
         """
         return self.predict(self.condition(z) + self.see(x))
+
+    def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
+        """log p(x|z), in nats per image: (..., batch, latents) and images -> (..., batch).
+
+        Without gradients, several codes of each image are evaluated on a CPU a few at a time, which
+        their features and the processor's cache decide.
+        """
+        condition, seen, pixels = self.condition(z), self.see(x), x.permute(0, 2, 3, 1)
+        parts: Sequence[Tensor] = [condition]
+        if condition.dim() > 4 and not torch.is_grad_enabled() and x.device.type == "cpu":
+            parts = condition.split(max(1, CACHE_BYTES // condition[0].nbytes))
+        # The density sums hundreds of terms, which bfloat16 would round too coarsely.
+        found = []
+        for part in parts:
+            distribution = self.predict(part + seen)
+            with torch.autocast(x.device.type, enabled=False):
+                found.append(distribution.log_prob(pixels))
+        return torch.cat(found)
