@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,26 @@ def in_tasks(
                 " then run the command again"
             ) from error
         yield from results
+
+
+def here_or_in_tasks(
+    function: Callable[..., Any],
+    shared: Sequence[Any],
+    calls: Iterable[tuple[Any, ...]],
+    connect: Callable[[], None] | None,
+    use_gpu: bool = False,
+) -> Iterator[Any]:
+    """Call ``function(*shared, *call)`` for each of ``calls``, and yield the results.
+
+    In Ray tasks (``in_tasks``), whose workers get ``shared`` once. ``connect`` connects to Ray; if
+    it is None, the calls are made in this process, one after the other.
+    """
+    if connect is None:
+        yield from (function(*shared, *call) for call in calls)
+        return
+    connect()
+    put = [ray.put(each) for each in shared]
+    yield from in_tasks(function, ((*put, *call) for call in calls), use_gpu)
 
 
 def _has_token() -> bool:

@@ -7,9 +7,7 @@ ROOT = Path(__file__).parents[1]
 
 USES_RAY = {
     "cluster.py",
-    "coding/compression.py",
     "data/sharding.py",
-    "evaluation/encoding.py",
     "search/runner.py",
     "training/launch.py",
     "training/restarts.py",

@@ -8,11 +8,10 @@ import hashlib
 import math
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import noise
-from pipeline.cluster import in_tasks
+from pipeline.cluster import here_or_in_tasks
 from pipeline.coding import blocks, container, lossy
 from pipeline.coding.container import Frame, Header, Reader, Writer
 from pipeline.config.sections import Binarization, Encoding
@@ -92,7 +91,12 @@ def compress(
         with path.open("wb") as file:
             writer = Writer(file, header)
             calls = ((*settings, number) for number in range(num_blocks))
-            parts = _run(compress_block, (network, data, codes), calls, num_blocks, connect)
+            parts = here_or_in_tasks(
+                compress_block,
+                (network, data, codes),
+                calls,
+                connect if num_blocks > 1 else None,
+            )
             with tqdm(total=total, unit=" images", desc=f"{split}", dynamic_ncols=True) as bar:
                 for frame in parts:
                     writer.add(frame)
@@ -199,7 +203,10 @@ def decompress(
     calls = ((header, url, most_likely, frame) for frame in reader.frames())
     given = (network, output, codes)
     with tqdm(total=header.images, unit=" images", desc="images", dynamic_ncols=True) as bar:
-        for number, shard in _run(decompress_block, given, calls, header.blocks, connect):
+        shards_made = here_or_in_tasks(
+            decompress_block, given, calls, connect if header.blocks > 1 else None
+        )
+        for number, shard in shards_made:
             shards[number] = shard
             bar.update(shard.num_samples)
     found = sum(shard.num_samples for shard in shards.values())
@@ -341,21 +348,3 @@ def rate_bits(model: VLAE, data: DataSet, split: str, binarization: Binarization
     normal = noise.normal((0, Purpose.CODE), batch.samples, model.latents)
     rate = model.rate_per_latent(binarize(batch, binarization, 0), torch.from_numpy(normal))
     return float(rate.double().sum(-1).mean()) / math.log(2)
-
-
-def _run(
-    function: Callable[..., Any],
-    shared: tuple[Any, ...],
-    calls: Iterable[tuple[Any, ...]],
-    number: int,
-    connect: Callable[[], None],
-) -> Iterator[Any]:
-    """Call a function once for each block: in Ray tasks, or here if there is only one."""
-    if number <= 1:
-        yield from (function(*shared, *call) for call in calls)
-        return
-    connect()
-    import ray
-
-    put = [ray.put(each) for each in shared]
-    yield from in_tasks(function, ((*put, *call) for call in calls))

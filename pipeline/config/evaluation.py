@@ -3,13 +3,19 @@
 from dataclasses import dataclass
 
 from pipeline.config.options import option, section
-from pipeline.config.sections import RegistryOptions, StorageOptions
+from pipeline.config.sections import ClusterOptions, RegistryOptions, StorageOptions
+
+MAX_SAMPLES = 1 << 16
+"""Importance samples of an image are numbered up to here; fixed, since noise depends on it."""
 
 
 @dataclass
 class BoundOptions:
     samples: int = option(
-        "k, the number of importance samples of the IWAE bound", 64, at_least=1, below=1 << 16
+        "k, the number of importance samples of the IWAE bound",
+        64,
+        at_least=1,
+        below=MAX_SAMPLES,
     )
     num_images: int | None = option(
         "evaluate only the first images of the split; none is all", None, at_least=2
@@ -24,7 +30,10 @@ ANOTHER_DATA_SET = "another data set's folder; by default that of the model's tr
 
 @dataclass
 class EvaluateConfig:
-    """Measure a model's rate, distortion, bounds and what its codes know, and draw its pictures."""
+    """Measure a model's rate, distortion, bounds and what its codes know, and draw its pictures.
+
+    The same command resumes an interrupted one.
+    """
 
     model: str = option(A_MODEL)
     split: str = option("the part of the data set: train, valid or test", "test")
@@ -39,3 +48,4 @@ class EvaluateConfig:
     bounds: BoundOptions = section(BoundOptions, "what is measured")
     storage: StorageOptions = section(StorageOptions, "where data is stored")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
+    cluster: ClusterOptions = section(ClusterOptions, "where it runs, if there is much to measure")

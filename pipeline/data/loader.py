@@ -139,7 +139,7 @@ class TrainLoader:
 class EvalLoader:
     """One rank's part of a split, or of its first ``num_images`` samples, each exactly once.
 
-    The last batch may be smaller than the others.
+    The first ``start`` of these are left out. The last batch may be smaller than the others.
     Samples that ``options`` allows to skip are left out.
 
     Raises ``UserError`` while iterating if data is missing or damaged.
@@ -154,14 +154,15 @@ class EvalLoader:
         rank: int = 0,
         world_size: int = 1,
         num_images: int | None = None,
+        start: int = 0,
         options: ReadOptions = STRICT,
     ) -> None:
         self._reader = Reader(data, split, options)
         self._batch_size = batch_size
         total = data.manifest.num_samples(split)
-        self._start, self._stop = even_part(
-            total if num_images is None else min(num_images, total), rank, world_size
-        )
+        stop = total if num_images is None else min(num_images, total)
+        first, last = even_part(stop - start, rank, world_size)
+        self._start, self._stop = start + first, start + last
 
     @property
     def num_samples(self) -> int:

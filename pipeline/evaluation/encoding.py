@@ -13,12 +13,11 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
 from tqdm import tqdm
 
 import vlae
-from pipeline.cluster import in_tasks
+from pipeline.cluster import here_or_in_tasks
 from pipeline.config.sections import Binarization
 from pipeline.data import DataSet
 from pipeline.data.batch import Batch, binarize
@@ -73,15 +72,14 @@ def encode_split(
     done = set(output.list("codes"))
     missing = [part for part in range(num_parts) if _key(part) not in done]
     if missing:
-        connect()
-        shared = [ray.put(each) for each in (model.network, data, output)]
+        shared = (model.network, data, output)
         settings = (split, model.binarization, seed)
         ends = [even_part(total, part, num_parts) for part in missing]
         left = sum(stop - start for start, stop in ends)
         with tqdm(total=total, unit=" images", desc=f"codes of {split}", dynamic_ncols=True) as bar:
             bar.update(total - left)
-            calls = ((*shared, *settings, part, num_parts) for part in missing)
-            for count in in_tasks(encode_part, calls, use_gpu):
+            calls = ((*settings, part, num_parts) for part in missing)
+            for count in here_or_in_tasks(encode_part, shared, calls, connect, use_gpu):
                 bar.update(count)
     result = {
         "model": model.reference,

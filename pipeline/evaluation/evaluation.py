@@ -1,47 +1,49 @@
 """Evaluating a model: its bounds on held-out images, the information in its codes, its pictures."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Never
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import vlae
 from pipeline.config.evaluation import BoundOptions, EvaluateConfig
 from pipeline.config.options import to_dict
 from pipeline.config.sections import StorageOptions
 from pipeline.data.batch import Batch, binarize
 from pipeline.data.loader import EvalLoader
 from pipeline.evaluation import pictures
+from pipeline.evaluation.estimates import estimate_split, in_batches
 from pipeline.evaluation.information import Information
-from pipeline.evaluation.measure import measure, report
+from pipeline.evaluation.measure import map_batches, quantities, report
 from pipeline.evaluation.moments import Moments
 from pipeline.evaluation.probe import Codes, Probes, TooFewLabels, code_noise, encode
 from pipeline.machine import device, keep_freed_memory, num_threads
 from pipeline.runs import EVALUATION, RESULT, OpenedModel, Run, open_data
 from pipeline.storage import open_storage
+from pipeline.storage.base import Storage
 from pipeline.values import JsonObject
 from vlae.information import ACTIVE_VARIANCE
-
-BATCH = 16
-"""Images in a batch; each has several samples of z, which multiply it."""
+from vlae.posterior import Posterior
 
 CODES_BATCH = 64
-"""Images in a batch that is only encoded, for the probes."""
+"""Images in a batch that is only encoded. Sums over images are added in such batches."""
 
 
-def evaluate(config: EvaluateConfig, model: OpenedModel) -> JsonObject:
+def evaluate(
+    config: EvaluateConfig, model: OpenedModel, connect: Callable[[], None] | None
+) -> JsonObject:
     """Measure ``model``, draw its pictures, and write both to ``config.output``.
 
-    Returns the record. Raises UserError if the data set or the split does not exist, or the images
-    have another shape.
+    ``connect`` connects to Ray, and is called if there is much to measure; if it is None, this
+    process does it all. Returns the record. Raises UserError if the data set or the split does not
+    exist, or the images have another shape.
     """
     keep_freed_memory()
     torch.set_num_threads(1)
-    evaluation = Evaluation(config, model)
-    measured = evaluation.measure()
     output = open_storage(config.output, config.storage.endpoint_url)
+    evaluation = Evaluation(config, model)
+    measured = evaluation.measure(output, connect)
     result: JsonObject = {
         "model": config.model,
         "weights": model.weights,
@@ -76,8 +78,8 @@ def evaluate_run(
 ) -> JsonObject:
     """Evaluate the model of a finished run on validation images, as its registration requires.
 
-    Returns the record; that of an earlier evaluation if there is one. Raises UserError if there is
-    no model.
+    It does so in this process, which may itself be a task that holds a core. Returns the record;
+    that of an earlier evaluation if there is one. Raises UserError if there is no model.
     """
     model = run.open()
     found = run.evaluation(model.weights)
@@ -89,7 +91,7 @@ def evaluate_run(
         bounds=bounds,
         storage=storage,
     )
-    return found or evaluate(config, model)
+    return found or evaluate(config, model, None)
 
 
 class Evaluation:
@@ -99,54 +101,59 @@ class Evaluation:
     """
 
     def __init__(self, config: EvaluateConfig, model: OpenedModel) -> None:
-        self.config, self.training, self.binarization = config, model.training, model.binarization
-        self.device = device()
-        self.model = model.network.to(self.device)
+        self.config, self.opened, self.binarization = config, model, model.binarization
+        self.device, self.model = device(), model.network
         self.data = open_data(model, config.dataset_url, config.storage)
 
     def loader(self, split: str, batch_size: int, num_images: int | None) -> EvalLoader:
         return EvalLoader(self.data, split=split, batch_size=batch_size, num_images=num_images)
 
-    def measure(self) -> JsonObject:
-        """Measure the images of the evaluated split.
+    def measure(self, output: Storage, connect: Callable[[], None] | None) -> JsonObject:
+        """Measure the images of the evaluated split; bounds are kept in ``output``.
 
         ``latents`` holds the figures of each latent, and ``probe``, if there are classes, the
         accuracy with which classifiers predict them from the code, on ``probe_labelled`` images
         that have a label; ``probe_skipped`` says why labelled images could not be probed.
         """
-        bounds = self.config.bounds
-        # The groups of latents that had free bits of their own.
-        groups = self.training["config"]["train"].get("free_groups", 1)
+        config, bounds = self.config, self.config.bounds
         # First, since it raises if there is no such split.
-        images = self.loader(self.config.split, BATCH, bounds.num_images)
+        blocks = estimate_split(
+            self.opened,
+            self.data,
+            output,
+            config.split,
+            bounds,
+            connect,
+            config.cluster.use_gpu,
+        )
+        self.model.to(self.device)
+        images = self.loader(config.split, CODES_BATCH, bounds.num_images)
         probes, skipped = None, None
         try:
             probes = self.probes()
         except TooFewLabels as error:
             skipped = str(error)
-        information, right = Information(groups), Moments()
+        # The groups of latents that had free bits of their own.
+        groups = self.opened.training["config"]["train"].get("free_groups", 1)
+        information, right, moments = Information(groups), Moments(), Moments()
 
         @torch.no_grad()
-        def account(batch: Batch, x: Tensor, estimate: vlae.Estimate) -> None:
+        def encode(batch: Batch) -> tuple[Posterior, Tensor, Codes]:
+            x = binarize(batch, self.binarization, bounds.seed).to(self.device)
             posterior = self.model.encoder(x)
-            noise = code_noise(self.model, batch, bounds.seed).to(x.device)
-            information.add(posterior, noise, estimate)
-            codes = Codes.of(posterior, noise, batch.labels)
-            if probes and len(codes.labels):
-                right.add(probes.correct(codes))
-            bar.update(len(x))
+            noise = code_noise(self.model, batch, bounds.seed).to(self.device)
+            return posterior, noise, Codes.of(posterior, noise, batch.labels)
 
-        with progress_bar(images, f"IWAE-{bounds.samples}") as bar:
-            moments = measure(
-                self.model,
-                images,
-                samples=bounds.samples,
-                binarization=self.binarization,
-                seed=bounds.seed,
-                device=self.device,
-                threads=num_threads(self.device),
-                visit=account,
-            )
+        with progress_bar(images, f"codes of {config.split}") as bar:
+            encoded = map_batches(encode, images, num_threads(self.device))
+            for (posterior, noise, codes), estimate in zip(
+                encoded, in_batches(blocks, CODES_BATCH), strict=True
+            ):
+                moments.add(quantities(estimate))
+                information.add(posterior, noise, estimate)
+                if probes and len(codes.labels):
+                    right.add(probes.correct(codes))
+                bar.update(len(estimate.iwae))
         measured: JsonObject = dict(report(moments, self.model, bounds.samples))
         measured |= information.report(self.model.rate_splits)
         if probes and not right.sums:

@@ -7,18 +7,25 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import vlae
+from pipeline.config.evaluation import MAX_SAMPLES
 from pipeline.config.sections import Binarization
 from pipeline.data.batch import Batch, binarize
-from pipeline.data.loader import EvalLoader
 from pipeline.evaluation.moments import Moments
 from pipeline.noise import Purpose, normal
 
 QUANTITIES = ["distortion", "rate", "elbo", "iwae", "slack"]
 """What is measured of every image. ``slack`` is the IWAE bound less the ELBO."""
+PASS_BYTES = 64 << 20
+"""The features of all pixels that a pass through the model may compute, which limits its memory."""
+MAX_PAIRS = {"cpu": 128, "cuda": 1024}
+"""The most (image, sample) pairs of a pass, whatever their size; more are no faster."""
+NOISE_PAIRS = 1024
+"""Samples, of all images of a batch together, whose noise is drawn at a time."""
 
 Result = TypeVar("Result")
 
@@ -40,38 +47,86 @@ def map_batches(
                 yield pending.popleft().result()
 
 
-def measure(
+def estimates(
     model: vlae.VLAE,
-    loader: EvalLoader,
+    loader: Iterable[Batch],
     *,
     samples: int,
     binarization: Binarization,
     seed: int,
     device: torch.device,
     threads: int = 1,
-    visit: Callable[[Batch, Tensor, vlae.Estimate], object] = lambda batch, x, estimate: None,
-) -> Moments:
-    """Measure ``QUANTITIES`` on the images of ``loader``, in nats per image.
+) -> Iterator[vlae.Estimate]:
+    """The estimates of each batch, in the order of the batches.
 
-    The IWAE bound uses k = ``samples``. All noise is drawn from (seed, image), and dynamic
-    binarization draws every image once: the result depends neither on the batches nor on the
-    number of ranks. ``threads`` batches are processed at once. ``visit`` is called in the loader's
-    order with each batch, its images as the model sees them, and their estimate. The sums cover
-    this rank's images only; see ``Moments.reduce``.
+    The IWAE bound uses k = ``samples``. Sample j of an image is drawn from (seed, image, j), and
+    dynamic binarization draws every image once: the result depends neither on the batches nor on
+    the number of ranks, and a larger k adds samples to those of a smaller one. ``threads`` batches
+    are processed at once. Memory does not grow with k, nor with the batch; ``images_in_pass`` is
+    the batch for which the last bit does not depend on other images either.
     """
-    dtype = next(model.parameters()).dtype
+    dtype, max_pairs = next(model.parameters()).dtype, pairs_in_pass(model, device)
 
-    def bounds(batch: Batch) -> tuple[Batch, Tensor, vlae.Estimate]:
+    def bounds(batch: Batch) -> vlae.Estimate:
         x = binarize(batch, binarization, seed).to(device, dtype)
-        noise = normal((Purpose.IMPORTANCE, seed), batch.positions, samples * model.latents)
-        codes = torch.from_numpy(noise).unflatten(1, (samples, model.latents)).transpose(0, 1)
-        return batch, x, vlae.estimate(model, x, codes.to(device, dtype))
+        parts = importance_noise(model, batch, samples, seed)
+        return vlae.estimate(model, x, (part.to(device, dtype) for part in parts), max_pairs)
 
+    return map_batches(bounds, loader, threads)
+
+
+def importance_noise(model: vlae.VLAE, batch: Batch, samples: int, seed: int) -> Iterator[Tensor]:
+    """Standard normal noise for samples of each image, in parts: (some samples, batch, latents)."""
+    step = max(1, NOISE_PAIRS // max(1, len(batch.positions)))
+    for first in range(0, samples, step):
+        numbers = np.arange(first, min(first + step, samples))
+        ids = batch.positions.astype(np.uint64) * MAX_SAMPLES + numbers[:, None].astype(np.uint64)
+        noise = normal((Purpose.IMPORTANCE, seed), ids.ravel(), model.latents)
+        yield torch.from_numpy(noise).unflatten(0, ids.shape)
+
+
+def concatenate(parts: Iterable[vlae.Estimate]) -> vlae.Estimate:
+    """The estimates of several batches as those of one, on the CPU."""
+    return vlae.Estimate(*(torch.cat(each).cpu() for each in zip(*parts, strict=True)))
+
+
+def pairs_in_pass(model: vlae.VLAE, device: torch.device) -> int:
+    """The (image, sample) pairs that a pass through the model evaluates at once."""
+    _, height, width = model.image_shape
+    size = 4 * height * width * model.decoder.head.in_features
+    most = MAX_PAIRS.get(device.type, MAX_PAIRS["cpu"])
+    return max(1, min(most, PASS_BYTES * most // MAX_PAIRS["cpu"] // size))
+
+
+def images_in_pass(samples: int, pairs: int) -> int:
+    """The images of a pass, whose samples are those of one pass or more."""
+    return max(1, pairs // samples)
+
+
+def measure(
+    model: vlae.VLAE,
+    loader: Iterable[Batch],
+    *,
+    samples: int,
+    binarization: Binarization,
+    seed: int,
+    device: torch.device,
+) -> Moments:
+    """Measure ``QUANTITIES`` on the images of ``loader``, in nats per image; see ``estimates``.
+
+    The sums cover this rank's images only; see ``Moments.reduce``.
+    """
     moments = Moments()
-    for batch, x, estimate in map_batches(bounds, loader, threads):
-        moments.add({name: getattr(estimate, name) for name in QUANTITIES})
-        visit(batch, x, estimate)
+    for estimate in estimates(
+        model, loader, samples=samples, binarization=binarization, seed=seed, device=device
+    ):
+        moments.add(quantities(estimate))
     return moments
+
+
+def quantities(estimate: vlae.Estimate) -> dict[str, Tensor]:
+    """``QUANTITIES`` of some images, each (images,), in nats."""
+    return {name: getattr(estimate, name) for name in QUANTITIES}
 
 
 def report(moments: Moments, model: vlae.VLAE, samples: int) -> dict[str, float | None]:

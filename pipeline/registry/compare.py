@@ -4,17 +4,15 @@ import torch
 from torch import Tensor
 
 import vlae
-from pipeline import machine
 from pipeline.config.evaluation import BoundOptions
 from pipeline.config.options import to_dict
 from pipeline.config.sections import Binarization, StorageOptions
-from pipeline.data.batch import Batch
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluation
-from pipeline.evaluation.measure import measure
+from pipeline.evaluation.measure import concatenate, estimates, images_in_pass, pairs_in_pass
 from pipeline.evaluation.moments import Moments
-from pipeline.machine import device, keep_freed_memory
+from pipeline.machine import device, keep_freed_memory, num_threads
 from pipeline.runs import OpenedModel, open_data
 from pipeline.values import JsonObject, Measured
 
@@ -85,29 +83,29 @@ def _per_image(
     storage: StorageOptions,
 ) -> dict[str, Tensor]:
     """What ``COMPARED`` names, of each image: (num_images,), in float64."""
-    data = open_data(model, url, storage)
+    data, place = open_data(model, url, storage), device()
     loader = EvalLoader(
-        data, split=split, batch_size=evaluation.BATCH, num_images=bounds.num_images
+        data,
+        split=split,
+        batch_size=images_in_pass(bounds.samples, pairs_in_pass(model.network, place)),
+        num_images=bounds.num_images,
     )
-    parts: list[dict[str, Tensor]] = []
-
-    def keep(batch: Batch, x: Tensor, estimate: vlae.Estimate) -> None:
-        values = {"nll": -estimate.iwae, "code_length": -estimate.elbo, "rate": estimate.rate}
-        parts.append({name: value.double().cpu() for name, value in values.items()})
-        bar.update(len(x))
-
+    found = estimates(
+        model.network.to(place),
+        loader,
+        samples=bounds.samples,
+        binarization=binarization,
+        seed=bounds.seed,
+        device=place,
+        threads=num_threads(place),
+    )
+    parts = list[vlae.Estimate]()
     with evaluation.progress_bar(loader, model.reference.removeprefix("models:/")) as bar:
-        measure(
-            model.network.to(device()),
-            loader,
-            samples=bounds.samples,
-            binarization=binarization,
-            seed=bounds.seed,
-            device=device(),
-            threads=machine.num_threads(device()),
-            visit=keep,
-        )
-    return {name: torch.cat([part[name] for part in parts]) for name in COMPARED}
+        for part in found:
+            parts.append(part)
+            bar.update(len(part.iwae))
+    estimate = concatenate(parts)
+    return {"nll": -estimate.iwae, "code_length": -estimate.elbo, "rate": estimate.rate}
 
 
 def format_comparison(comparison: JsonObject) -> str:

@@ -143,6 +143,34 @@ def test_an_estimate_does_not_depend_on_how_the_samples_are_split_over_passes(
         torch.testing.assert_close(getattr(estimated, name), value, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [(11,), (4, 7), (1,) * 11, (10, 1)])
+def test_noise_may_come_in_parts(make_model: MakeModel, sizes: tuple[int, ...]) -> None:
+    model = make_model((1, 3, 4), "3x1")
+    x = torch.bernoulli(torch.full((6, 1, 3, 4), 0.5, dtype=torch.float64))
+    noise = normal(11, 6, 2)
+    whole, parts = estimate(model, x, noise), estimate(model, x, iter(noise.split(sizes)))
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
+def test_no_samples_are_an_error() -> None:
+    with pytest.raises(ValueError, match="no sample"):
+        estimate(LinearGaussian(shift=0.3, stretch=1.2), normal(6, 1, 1, 2), iter(()))
+
+
+def test_sums_over_many_samples_are_in_double_precision() -> None:
+    """In single precision, a sum of 2^24 ones and more stays where it is."""
+
+    def model(x: torch.Tensor, noise: torch.Tensor) -> Bound:
+        ones = torch.ones(noise.shape[:2])
+        return Bound(300 * ones, ones[..., None] * 0.1)
+
+    x, part = torch.zeros(1, 1, 1, 1), torch.zeros(1 << 16, 1, 1)
+    found = estimate(model, x, (part for _ in range(64)), max_pairs=1 << 16)
+    for value, expected in ((found.distortion, 300), (found.iwae, -300.1), (found.elbo, -300.1)):
+        assert value.item() == pytest.approx(expected, rel=1e-8)
+
+
 @pytest.mark.parametrize("rows", [1, 4, 6, 20])
 def test_no_pass_evaluates_more_pairs_than_allowed(rows: int) -> None:
     model, pairs = LinearGaussian(shift=0.3, stretch=1.2), []

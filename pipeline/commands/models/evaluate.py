@@ -1,7 +1,4 @@
-"""``vlae evaluate``: a model's bounds on held-out images, the information in its codes, pictures.
-
-It does not use Ray.
-"""
+"""``vlae evaluate``: a model's bounds on held-out images, what its codes know, its pictures."""
 
 import math
 
@@ -34,12 +31,13 @@ def run(config: EvaluateConfig) -> JsonObject:
     The figures of a registered model are also recorded with its version. Raises UserError if the
     model, the data set or the split does not exist, or the images have another shape.
     """
+    from pipeline.cluster import connect
     from pipeline.evaluation.evaluation import evaluate
     from pipeline.registry.models import open_model
     from pipeline.registry.versions import Registry
 
     model = open_model(config.model, config.registry, config.storage)
-    result = evaluate(config, model)
+    result = evaluate(config, model, lambda: connect(config.cluster, config.storage))
     if model.version:
         name, number = model.version
         measured = result[config.split]

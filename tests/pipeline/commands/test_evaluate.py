@@ -16,7 +16,6 @@ from pipeline.commands.models import evaluate
 from pipeline.config import sections
 from pipeline.data import DataSet
 from pipeline.data.loader import EvalLoader
-from pipeline.evaluation import evaluation
 from pipeline.evaluation.probe import Codes, Probes, encode
 from pipeline.storage import open_storage
 from pipeline.training import loop
@@ -150,23 +149,6 @@ def test_the_accounting_of_a_trained_model_adds_up(
     for name, label in evaluate.PROBES.items():
         share = f"{100 * probe[name]['accuracy']:.2f}"
         assert [line for line in printed.splitlines() if label in line and share in line]
-
-
-def test_the_result_does_not_depend_on_the_number_of_threads(
-    runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = []
-    for threads in (1, 3):
-        monkeypatch.setattr(evaluation, "num_threads", lambda device, threads=threads: threads)
-        monkeypatch.setattr(evaluation, "BATCH", 2 * threads)
-        _, result = evaluated(capsys, tmp_path, f"model={runs}/flow")
-        test = result["test"]
-        found.append([test.pop("latents"), test.pop("probe"), test])
-    (latents, probe, test), (other_latents, other_probe, other) = found
-    assert other == pytest.approx(test, rel=1e-4, abs=1e-5)
-    assert other_probe == probe
-    for key, values in latents.items():
-        assert other_latents[key] == pytest.approx(values, rel=1e-4, abs=1e-5)
 
 
 def test_the_rates_of_groups_with_free_bits_are_reported(

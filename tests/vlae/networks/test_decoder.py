@@ -307,3 +307,22 @@ def test_decoding_several_codes_of_an_image_equals_decoding_each_alone(
     torch.testing.assert_close(
         deeper.logits[:, 0], model.decoder(noise, x).logits, rtol=1e-12, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("codes", [1, 3, 100])
+def test_a_few_codes_at_a_time_give_the_densities_of_all(
+    codes: int, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = make_model((1, 5, 7), "3x1").decoder
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(7, 2, 2, generator=generator, dtype=torch.float64)
+    x = torch.bernoulli(torch.full((2, 1, 5, 7), 0.5, dtype=torch.float64), generator=generator)
+    expected = decoder(z, x).log_prob(x.permute(0, 2, 3, 1))
+    assert torch.equal(decoder.log_prob(z, x), expected)  # with gradients: all at once
+    monkeypatch.setattr("vlae.networks.decoder.CACHE_BYTES", codes * 2 * 35 * 16 * 8)
+    seen = list[int]()
+    decoder.per_pixel.register_forward_hook(lambda module, given, h: seen.append(len(h)))
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.log_prob(z, x), expected, rtol=1e-12, atol=1e-12)
+    assert sum(seen) == 7
+    assert max(seen) == min(codes, 7)
