@@ -118,8 +118,8 @@ class Run:
         """Its model. Raises UserError if the run is not finished or the model is damaged."""
         if not self.storage.exists(f"{MODEL}/{TRAINING_FILE}"):
             raise UserError(
-                f"{self.url} holds no finished model; give a run's folder, or models:/NAME@ALIAS"
-                " from the registry"
+                f"{self.url} holds no finished model; give a run's folder, models:/NAME@ALIAS"
+                " from the registry, or pretrained/NAME"
             )
         with tempfile.TemporaryDirectory() as folder:
             self.download(Path(folder))

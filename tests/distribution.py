@@ -8,6 +8,8 @@ import tarfile
 from importlib.metadata import distribution
 from pathlib import Path
 
+from vlae import pretrained
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("configs", "pipeline", "vlae")
 PROJECT_FILES = (
@@ -53,6 +55,11 @@ def main() -> None:
     ]
     if license_file is None:
         problems.append("the wheel lacks LICENSE")
+    for name in pretrained.names():
+        try:
+            pretrained.folder(name)  # holds its files to their checksums
+        except ValueError as error:
+            problems.append(str(error))
     if problems:
         sys.exit("\n".join(problems))
     print(f"the wheel and the sdist hold all {len(expected)} files of {', '.join(PACKAGES)}")

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from vlae import pretrained
 from vlae.flow import AutoregressiveFlow
 from vlae.likelihood import BernoulliLikelihood, Likelihood, LogisticMixtureLikelihood
 from vlae.model import VLAE
@@ -238,22 +239,26 @@ def save(model: VLAE, folder: str | Path) -> None:
             os.replace(new / name, folder / name)
 
 
-def load(folder: str | Path) -> VLAE:
-    """Rebuild a saved model from ``folder``, in evaluation mode, on the CPU, in its saved dtype.
+def load(model: str | Path) -> VLAE:
+    """Rebuild a saved model, in evaluation mode, on the CPU, in its saved dtype.
+
+    ``model`` is the name of a pretrained model (``vlae.pretrained.names()``), or a folder that
+    ``save`` wrote; a folder with such a name is meant by a ``Path``, or by ``./NAME``.
 
     The files may come from anybody. Nothing is unpickled or executed, and no memory is allocated
     for the model before its arguments agree with the weights' file. The state of torch's global
     generator does not change.
 
     Raises FileNotFoundError if the folder holds no model, and ValueError, naming the file, on a
-    file that ``save`` did not write.
+    file that ``save`` did not write, or a pretrained model's that is damaged.
     """
-    folder = Path(folder)
+    is_pretrained = isinstance(model, str) and model in pretrained.names()
+    folder = pretrained.folder(str(model)) if is_pretrained else Path(model)
     for name in (MODEL_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no saved model: {name} is missing; use a folder that vlae.save "
-                "wrote"
+                f"wrote, or a name: {pretrained.listed()}"
             )
     arguments = _read_arguments(folder / MODEL_FILE)
     found = _read_shapes(folder / WEIGHTS_FILE)
@@ -277,9 +282,9 @@ def load(folder: str | Path) -> VLAE:
     if problem := _not_finite(weights):
         raise ValueError(f"{folder / WEIGHTS_FILE} is damaged: {problem}")
     with torch.random.fork_rng(devices=[]):
-        model = build(**arguments).to(next(iter(weights.values())).dtype)
-    model.load_state_dict(weights)
-    return model.eval()
+        network = build(**arguments).to(next(iter(weights.values())).dtype)
+    network.load_state_dict(weights)
+    return network.eval()
 
 
 def _problem(

@@ -24,7 +24,10 @@ class BoundOptions:
     seed: int = option("the seed of binarization and all noise", 0)
 
 
-A_MODEL = "a run's folder, or models:/NAME@ALIAS or models:/NAME/VERSION from the registry"
+A_MODEL = (
+    "a run's folder, models:/NAME@ALIAS or models:/NAME/VERSION from the registry, or"
+    " pretrained/NAME for one that comes with the package"
+)
 ANOTHER_DATA_SET = "another data set's folder; by default that of the model's training"
 
 

@@ -1,7 +1,7 @@
-"""The model card of a registered version: its architecture, training data, figures and limits."""
+"""The card of a registered or pretrained model: its architecture, data, figures and limits."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline.values import JsonObject, Measured
 
@@ -14,13 +14,83 @@ PROBE_LABELS = {
 
 
 def text(name: str, training: JsonObject, evaluation: JsonObject, origin: Mapping[str, str]) -> str:
-    """The card of a model as Markdown.
+    """The card of a registered model as Markdown.
 
     training, evaluation: their records. origin: the version's tags.
     """
-    config, split = training["config"], evaluation["split"]
-    model, figures, bounds = config["model"], evaluation[split], evaluation["bounds"]
-    images = f"{figures['num_images']:,} images of `{split}`"
+    made = [
+        (
+            f"| by | code version {_code(origin['code_version'])}, run {_code(origin['run'])},"
+            f" MLflow run {_code(origin['run_id'])} |"
+        )
+    ]
+    if "search" in origin:
+        made.append(
+            f"| trial of | search {_code(origin['search_name'])}, MLflow run"
+            f" {_code(origin['search'])} |"
+        )
+    address = f"models:/{_plain(name)}@champion"
+    loading = [
+        "import mlflow.artifacts, vlae",
+        "",
+        'mlflow.set_tracking_uri("...")  # the address of the registry',
+        f'model = vlae.load(mlflow.artifacts.download_artifacts("{address}"))',
+    ]
+    return "\n".join(
+        [
+            *_summary(name, training, evaluation, made),
+            *_figures(evaluation),
+            *_loading(loading, evaluation),
+            *_limits(training, evaluation),
+            "",
+        ]
+    )
+
+
+def pretrained(
+    name: str, training: JsonObject, evaluation: JsonObject, origin: Mapping[str, str]
+) -> str:
+    """The card of a pretrained model as Markdown.
+
+    training, evaluation: their records. origin: ``code_version``, ``date``, ``cost`` of training,
+    the ``command`` that measured it, and the ``licence`` of its data.
+    """
+    made = [
+        f"| cost of training | {_plain(origin['cost'])} |",
+        f"| by | code version {_code(origin['code_version'])}, {_plain(origin['date'])} |",
+    ]
+    loading = [
+        "import vlae",
+        "from vlae import pretrained",
+        "",
+        f'model = vlae.load("{_plain(name)}")',
+        f'images = pretrained.examples("{_plain(name)}")  # of the test set',
+    ]
+    return "\n".join(
+        [
+            *_summary(name, training, evaluation, made),
+            "",
+            "All options of its training are in `training.json`.",
+            *_figures(evaluation),
+            f"Measured on {_plain(origin['date'])} by `{origin['command']}`.",
+            "",
+            *_loading(loading, evaluation),
+            "## Data",
+            "",
+            _plain(origin["licence"]),
+            "",
+            *_limits(training, evaluation),
+            "",
+        ]
+    )
+
+
+def _summary(
+    name: str, training: JsonObject, evaluation: JsonObject, made: Sequence[str]
+) -> list[str]:
+    """What the model is, and how it was made: ``made`` are more rows of the table."""
+    config = training["config"]
+    model = config["model"]
     window = (
         "every earlier pixel"
         if model["window"].startswith("full")
@@ -41,11 +111,10 @@ def text(name: str, training: JsonObject, evaluation: JsonObject, origin: Mappin
         if config["dataset"]["binarization"] == "none"
         else f"black or white ({config['dataset']['binarization']})"
     )
-    shape, data, name = evaluation["image_shape"], _code(config["dataset"]["name"]), _plain(name)
+    shape, data = evaluation["image_shape"], _code(config["dataset"]["name"])
     size = f"{model['latents']} {'maps' if model['code'] == 'maps' else 'latents'}"
-    elbo = Measured.from_json(figures, "elbo_nats")
-    lines = [
-        f"# {name}",
+    return [
+        f"# {_plain(name)}",
         "",
         (
             f"A Variational Lossy Autoencoder for images of {' x '.join(map(str, shape))} (channels"
@@ -61,19 +130,18 @@ def text(name: str, training: JsonObject, evaluation: JsonObject, origin: Mappin
             f"| trained for | {config['train']['images']:,} images, counting repeats; seed"
             f" {config['train']['seed']} |"
         ),
-        (
-            f"| by | code version {_code(origin['code_version'])}, run {_code(origin['run'])},"
-            f" MLflow run {_code(origin['run_id'])} |"
-        ),
+        *made,
     ]
-    if "search" in origin:
-        lines.append(
-            f"| trial of | search {_code(origin['search_name'])}, MLflow run"
-            f" {_code(origin['search'])} |"
-        )
-    lines += [
+
+
+def _figures(evaluation: JsonObject) -> list[str]:
+    """The table of figures, and the pictures."""
+    split, bounds = evaluation["split"], evaluation["bounds"]
+    figures = evaluation[split]
+    elbo = Measured.from_json(figures, "elbo_nats")
+    lines = [
         "",
-        f"## Figures on {images}",
+        f"## Figures on {figures['num_images']:,} images of `{split}`",
         "",
         "| | nats per image | |",
         "| --- | --- | --- |",
@@ -97,7 +165,8 @@ def text(name: str, training: JsonObject, evaluation: JsonObject, origin: Mappin
         if probe in figures.get("probe", {}):
             accuracy = Measured.from_json(figures["probe"][probe], "accuracy").percent
             lines.append(f"| class predicted by {label} | | {accuracy} |")
-    lines += [
+    return [
+        *lines,
         "",
         (
             "Errors are standard errors over images. Both bounds are upper bounds on the negative"
@@ -109,43 +178,45 @@ def text(name: str, training: JsonObject, evaluation: JsonObject, origin: Mappin
             f"![{picture.rpartition('/')[2].removesuffix('.png')}]({picture.rpartition('/')[2]})\n"
             for picture in evaluation["pictures"]
         ),
+    ]
+
+
+def _loading(lines: Sequence[str], evaluation: JsonObject) -> list[str]:
+    shape = ", ".join(map(str, evaluation["image_shape"]))
+    return [
         "## How to load it",
         "",
         "```python",
-        "import mlflow.artifacts, vlae",
-        "",
-        'mlflow.set_tracking_uri("...")  # the address of the registry',
-        f'model = vlae.load(mlflow.artifacts.download_artifacts("models:/{name}@champion"))',
-        (
-            f"code = model.encoder(images).code  # images: (batch, {', '.join(map(str, shape))}),"
-            " pixels in [0, 1]"
-        ),
+        *lines,
+        f"code = model.encoder(images).code  # images: (batch, {shape}), pixels in [0, 1]",
         "```",
         "",
         "The weights are safetensors, the rest is JSON: nothing is unpickled or executed.",
         "",
-        "## Limits",
-        "",
-        *(f"- {limit}" for limit in limits(training, evaluation)),
     ]
-    return "\n".join(lines) + "\n"
+
+
+def _limits(training: JsonObject, evaluation: JsonObject) -> list[str]:
+    return ["## Limits", "", *(f"- {limit}" for limit in limits(training, evaluation))]
 
 
 def limits(training: JsonObject, evaluation: JsonObject) -> list[str]:
     """What the model is not good for, a sentence each."""
     split, data = evaluation["split"], _code(training["config"]["dataset"]["name"])
     bits = Measured.from_json(evaluation[split], "elbo_nats").bits
-    return [
+    found = [
         f"It was trained on {data} only; on other images its bounds and codes mean little.",
         (
             "The code omits what the window can predict, whether a task needs it or not: it"
             f" carries {evaluation[split]['rate_bits']:.1f} of an image's {bits:.0f} bits."
         ),
-        (
+    ]
+    if split != "test":
+        found.append(
             f"If the model was chosen by its `{split}` figures, they are a little too good;"
             " measure it on `test`."
-        ),
-    ]
+        )
+    return found
 
 
 def _plain(value: object) -> str:
