@@ -82,7 +82,7 @@ def follow_manifest(config: Any, presets: Mapping[str, str | None]) -> list[str]
 
     Nothing if there is none to be read. Raises UserError if ``preset`` is given.
     """
-    from pipeline.config.run import preset_for
+    from pipeline.config.model import preset_for
     from pipeline.config.sections import Binarization
     from pipeline.data import manifest
     from pipeline.storage import open_storage

@@ -24,14 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import vlae
+from pipeline.config.model import ModelOptions
 from pipeline.config.options import to_dict
-from pipeline.config.run import (
-    Algorithm,
-    ModelOptions,
-    OptimOptions,
-    TrainConfig,
-    TrainOptions,
-)
+from pipeline.config.run import Algorithm, OptimOptions, TrainConfig, TrainOptions
 from pipeline.config.sections import DatasetOptions, Source
 from pipeline.errors import UserError
 from pipeline.evaluation import pictures

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.commands import AUTO, Command
+from pipeline.config.model import ModelOptions, preset_for
 from pipeline.config.options import option, require, section, to_dict
-from pipeline.config.run import ModelOptions, preset_for
 from pipeline.config.sections import Binarization
 from pipeline.errors import UserError
 from pipeline.values import JsonObject
