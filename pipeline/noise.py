@@ -51,6 +51,7 @@ class Purpose(IntEnum):
     SELECTION = 12
     REDRAWING = 13
     CANARY = 14
+    SENT = 20
     STATIC_BINARIZATION = 3
     SHARD_ORDER = 4
     EPOCH_OFFSET = 5

@@ -216,6 +216,11 @@ class OpenedModel:
         return cls(reference, load(folder), training, weights, version)
 
     @property
+    def is_nested(self) -> bool:
+        """Whether it was trained with codes of which only the first latents are sent."""
+        return bool(self.training["config"]["train"].get("nested"))
+
+    @property
     def binarization(self) -> Binarization:
         return Binarization[self.training["config"]["dataset"]["binarization"]]
 

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vlae.factory import build, describe, load, save
     from vlae.model import VLAE, Bound
-    from vlae.objective import Estimate, SoftFreeBits, estimate, group_rates, training_loss
+    from vlae.objective import (
+        Estimate,
+        SoftFreeBits,
+        draw_sent,
+        estimate,
+        group_rates,
+        training_loss,
+    )
     from vlae.sampling import reconstruct, sample
     from vlae.weights import EMA, flatten
     from vlae.window import Window
@@ -18,7 +25,14 @@ if TYPE_CHECKING:
 MODULES = {
     "factory": ("build", "describe", "load", "save"),
     "model": ("VLAE", "Bound"),
-    "objective": ("Estimate", "SoftFreeBits", "estimate", "group_rates", "training_loss"),
+    "objective": (
+        "Estimate",
+        "SoftFreeBits",
+        "draw_sent",
+        "estimate",
+        "group_rates",
+        "training_loss",
+    ),
     "sampling": ("reconstruct", "sample"),
     "weights": ("EMA", "flatten"),
     "window": ("Window",),
@@ -34,6 +48,7 @@ __all__ = [  # noqa: RUF022  (in the order of the modules)
     "Bound",
     "Estimate",
     "SoftFreeBits",
+    "draw_sent",
     "estimate",
     "group_rates",
     "training_loss",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from vlae.networks.decoder import Decoder
@@ -64,28 +65,57 @@ class VLAE(nn.Module):
         """Whether each term of ``rate_per_latent`` is the rate of a single latent."""
         return self.prior.splits_over_latents and self.encoder.splits_over_latents
 
-    def forward(self, x: Tensor, noise: Tensor) -> Bound:
+    def forward(self, x: Tensor, noise: Tensor, sent: Tensor | int | None = None) -> Bound:
         """The bound of images, whose pixels are 0 or 1, or k / 255, as the likelihood requires.
 
         x: (batch, channels, height, width). noise: standard normal, (batch, latents); or
         (samples, batch, latents) for several codes of each image. Then the terms of the bound are
         (samples, batch), and the encoder and the decoder's window, which do not depend on z, are
         evaluated once for all samples. Raises ValueError on images or noise of another shape.
+
+        ``sent`` is how many latents of each code are sent, the first ones; by default all. See
+        ``truncated``.
         """
-        z, log_posterior = self._sample(x, noise)
-        return Bound(-self.decoder.log_prob(z, x), log_posterior - self.prior.log_prob(z))
+        z, rates = self._code(x, noise, sent)
+        return Bound(-self.decoder.log_prob(z, x), rates)
 
-    def rate_per_latent(self, x: Tensor, noise: Tensor) -> Tensor:
+    def rate_per_latent(self, x: Tensor, noise: Tensor, sent: Tensor | int | None = None) -> Tensor:
         """The same term of the bound, without evaluating the decoder: (batch, latents)."""
-        z, log_posterior = self._sample(x, noise)
-        return log_posterior - self.prior.log_prob(z)
+        return self._code(x, noise, sent)[1]
 
-    def _sample(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """z, and log q(z|x) split over the latents, both of the shape of ``noise``."""
+    def truncated(self, values: Tensor, sent: Tensor | int) -> Tensor:
+        r"""Codes of which only the first latents are sent, or rates of these: the others are 0.
+
+        The first k latents and the decoder given them and zeros are a model of their own,
+
+        .. math:: p_k(x, z_{\le k}) = p(z_{\le k})\, p(x | z_{\le k}, 0),
+
+        whose bound has the distortion of the truncated code and the rate of its latents. It holds
+        if both densities split over the latents in their order: then the first terms are those of
+        p(z_1, ..., z_k) and q(z_1, ..., z_k | x). With k = latents it is the model itself.
+
+        values: (..., batch, latents). sent: one number, or numbers that broadcast to (..., batch).
+        Raises ValueError if the densities do not split in this order: flows of more than one step
+        do not, nor do maps, whose flows go from position to position.
+        """
+        if not self.rate_splits or self.decoder.code_shape:
+            raise ValueError(
+                "the first latents of this model have no density of their own; use a code that is "
+                "a vector, and flow_depth and posterior_depth of 0 or 1"
+            )
+        number = torch.as_tensor(sent, device=values.device)[..., None]
+        return values * (torch.arange(self.latents, device=values.device) < number)
+
+    def _code(self, x: Tensor, noise: Tensor, sent: Tensor | int | None) -> tuple[Tensor, Tensor]:
+        """z as the decoder sees it, and its rates; both of the shape of ``noise``."""
         # Noise of another shape would broadcast: all images would share it, or all latents.
         if noise.dim() not in (2, 3) or noise.shape[-2:] != (len(x), self.latents):
             raise ValueError(
                 f"noise has the shape {tuple(noise.shape)}; it must be ({len(x)}, {self.latents}), "
                 f"or (samples, {len(x)}, {self.latents}) for several codes of each image"
             )
-        return self.encoder(x).sample_with_log_prob(noise)
+        z, log_posterior = self.encoder(x).sample_with_log_prob(noise)
+        rates = log_posterior - self.prior.log_prob(z)
+        if sent is None:
+            return z, rates
+        return self.truncated(z, sent), self.truncated(rates, sent)

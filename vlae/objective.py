@@ -9,6 +9,9 @@ from torch import Tensor
 
 from vlae.model import Bound
 
+SENT_WHOLE = 0.5
+"""The share of codes of which nested training sends all latents."""
+
 
 def group_rates(rate_per_latent: Tensor, groups: int) -> Tensor:
     """The batch's mean rate of each of ``groups`` equal parts of the code, in nats.
@@ -50,6 +53,20 @@ def training_loss(
     rates, floor = group_rates(bound.rate_per_latent, groups), free_nats / groups
     floored = torch.where(mean_rates < floor, torch.full_like(rates, floor), rates)
     return bound.distortion.mean() + rate_weight * floored.sum()
+
+
+def draw_sent(uniform: Tensor, latents: int) -> Tensor:
+    """How many latents are sent of each code in nested training, from uniform noise in [0, 1).
+
+    A share of ``SENT_WHOLE`` is sent whole. For the others the logarithm of the number, before it
+    is rounded down, is uniform from 0 to log(latents): a code is as likely to be cut between 1 and
+    2 as between 8 and 16. Returns int64 of the shape of ``uniform``.
+
+    Reference: Rippel, Gelbart, Adams, *Learning Ordered Representations with Nested Dropout*,
+    ICML 2014, arXiv:1402.0915, where the number is geometric.
+    """
+    exponent = (uniform.double() - SENT_WHOLE).clamp(min=0) / (1 - SENT_WHOLE)
+    return torch.where(uniform < SENT_WHOLE, latents, (latents**exponent).floor().long())
 
 
 class SoftFreeBits:

@@ -104,15 +104,19 @@ def sample(model: VLAE, num_images: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct(model: VLAE, x: Tensor, generator: torch.Generator) -> Tensor:
+def reconstruct(
+    model: VLAE, x: Tensor, generator: torch.Generator, sent: int | None = None
+) -> Tensor:
     """Reconstructions of ``x`` from its code: z ~ q(z|x), then x' ~ p(x'|z).
 
-    The paper calls this decompression. Returns the shape of ``x``, and the dtype that ``sample``
+    The paper calls this decompression. ``sent`` is how many latents are sent, the first ones; by
+    default all (see ``VLAE.truncated``). Returns the shape of ``x``, and the dtype that ``sample``
     would. The generator is a CPU generator, as for ``sample``.
     """
     noise = torch.randn(len(x), model.latents, generator=generator)
     uniform = _uniform(model.decoder, x, generator)
-    return decode(model.decoder, model.encoder(x).sample(noise.to(x)), uniform)
+    z = model.encoder(x).sample(noise.to(x))
+    return decode(model.decoder, z if sent is None else model.truncated(z, sent), uniform)
 
 
 def _uniform(decoder: Decoder, like: Tensor, generator: torch.Generator) -> Tensor:

@@ -56,18 +56,20 @@ def compress(
     images_per_block: int,
     names: bool,
     bits: int | None,
+    sent: int | None,
     seed: int,
     connect: Callable[[], None],
 ) -> JsonObject:
     """Write a split to the object ``key`` of ``output``, atomically. Returns what was written.
 
-    ``names`` keeps keys and labels. With ``bits`` an image's code is sent alone, in that many bits.
-    ``connect`` connects to Ray, and is called if there is more than one block. Raises UserError if
-    there is no such split, or images of this model cannot be coded exactly.
+    ``names`` keeps keys and labels. With ``bits`` an image's code is sent alone, in that many bits:
+    its first ``sent`` latents, by default all. ``connect`` connects to Ray, and is
+    called if there is more than one block. Raises UserError if there is no such split, or images of
+    this model cannot be coded exactly.
     """
     network, total = ready(model.network), data.manifest.num_samples(split)
     num_blocks = math.ceil(total / images_per_block)
-    codes = None if bits is None else lossy.candidates(network, bits, seed)
+    codes = None if bits is None else lossy.candidates(network, bits, seed, sent)
     header = Header(
         model=model.weights,
         data=data.manifest.digest,
@@ -82,6 +84,7 @@ def compress(
         bits=bits,
         canary=canary(network) if codes is None else "",
         machine=machine(),
+        sent=sent,
     )
     _check_output(output, key, header)
     settings = (split, model.binarization, seed, names, num_blocks)
@@ -117,6 +120,7 @@ def compress(
         "images": total,
         "blocks": num_blocks,
         "lossy_bits": bits,
+        "lossy_latents": sent,
         "bytes": size,
         "initial_bits": initial,
         "names_bytes": names_bytes,
@@ -198,7 +202,11 @@ def decompress(
         "draw": "mode" if most_likely else "sample",
     }
     load_made_by(output, recipe)
-    codes = None if header.bits is None else lossy.candidates(network, header.bits, header.seed)
+    codes = (
+        None
+        if header.bits is None
+        else lossy.candidates(network, header.bits, header.seed, header.sent)
+    )
     shards: dict[int, Shard] = {}
     calls = ((header, url, most_likely, frame) for frame in reader.frames())
     given = (network, output, codes)
@@ -342,9 +350,12 @@ def machine() -> str:
 
 
 @torch.no_grad()
-def rate_bits(model: VLAE, data: DataSet, split: str, binarization: Binarization) -> float:
-    """The mean rate of the first images of a split, in bits."""
+def rate_bits(model: VLAE, data: DataSet, split: str, binarization: Binarization) -> Tensor:
+    """The mean rate of the first images of a split in bits, split over the latents: (latents,).
+
+    Single terms are rates only if ``VLAE.rate_splits``.
+    """
     batch = next(iter(EvalLoader(data, split=split, batch_size=RATE_IMAGES)))
     normal = noise.normal((0, Purpose.CODE), batch.samples, model.latents)
     rate = model.rate_per_latent(binarize(batch, binarization, 0), torch.from_numpy(normal))
-    return float(rate.double().sum(-1).mean()) / math.log(2)
+    return rate.double().mean(0) / math.log(2)

@@ -80,6 +80,8 @@ class Header:
     """The checksum of test images compressed by the machine that wrote a lossless file."""
     machine: str
     """The versions and the processor that the probabilities were computed with."""
+    sent: int | None = None
+    """How many latents of each code a lossy file sends, the first ones; None: all."""
     version: int = VERSION
 
     def is_possible(self) -> bool:
@@ -92,6 +94,7 @@ class Header:
             and (self.blocks > 0) == (self.images > 0)
             and 0 <= self.seed < 1 << 63
             and (self.bits is None or 1 <= self.bits <= MAX_BITS)
+            and (self.sent is None or (self.bits is not None and self.sent >= 1))
             and re.fullmatch(r"[\w-]+", self.split) is not None
         )
 

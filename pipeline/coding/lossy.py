@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import noise
@@ -19,13 +20,16 @@ PART = 1 << 16
 
 
 @torch.no_grad()
-def candidates(model: VLAE, bits: int, seed: int) -> Tensor:
-    """The codes that sender and receiver share: (2^bits, latents), from the prior."""
+def candidates(model: VLAE, bits: int, seed: int, sent: int | None = None) -> Tensor:
+    """The codes that sender and receiver share, from the prior: (2^bits, sent).
+
+    They are the first ``sent`` latents of codes; by default all.
+    """
     parts = []
     for start in range(0, 1 << bits, PART):
         numbers = np.arange(start, min(start + PART, 1 << bits))
         normal = noise.normal((seed, Purpose.CODEBOOK), numbers, model.latents)
-        parts.append(model.prior.sample(torch.from_numpy(normal)))
+        parts.append(model.prior.sample(torch.from_numpy(normal))[:, :sent])
     return torch.cat(parts)
 
 
@@ -33,11 +37,14 @@ def candidates(model: VLAE, bits: int, seed: int) -> Tensor:
 def encode(model: VLAE, x: Tensor, codes: Tensor, seed: int) -> bytes:
     """The numbers of the images' codes, packed. Raises ValueError if the posterior cannot be sent.
 
-    x: (count, channels, height, width).
+    x: (count, channels, height, width). codes: (2^bits, sent).
     """
+    sent = codes.shape[1]
     uniform = noise.uniform((seed, Purpose.SELECTION), np.arange(len(codes)), 1)[:, 0]
     gumbel = -torch.log(-torch.log(torch.from_numpy(uniform).double() + 2.0**-25)).float()
-    log_prob = torch.cat([model.prior.log_prob(part).sum(-1) for part in codes.split(PART)])
+    log_prob = torch.cat(
+        [model.prior.log_prob(_whole(model, part))[:, :sent].sum(-1) for part in codes.split(PART)]
+    )
     chosen = [
         codebook.choose(model.encoder(part), codes, log_prob, gumbel) for part in x.split(BATCH)
     ]
@@ -48,12 +55,13 @@ def encode(model: VLAE, x: Tensor, codes: Tensor, seed: int) -> bytes:
 def redraw(model: VLAE, z: Tensor, seed: int, first: int, most_likely: bool) -> Tensor:
     """x ~ p(x|z), or the most likely pixel at each place: (count, channels, height, width).
 
-    ``first`` is the number of the first image in its split.
+    z: (count, sent); latents that were not sent are 0. ``first`` is the number of the first image
+    in its split.
     """
     decoder, size = model.decoder, model.image_shape[1:]
     parts = []
     for start in range(0, len(z), BATCH):
-        part = z[start : start + BATCH]
+        part = _whole(model, z[start : start + BATCH])
         if most_likely:
             drawn = walk(decoder, part, lambda distribution, row, column: distribution.mode())
         else:
@@ -64,6 +72,11 @@ def redraw(model: VLAE, z: Tensor, seed: int, first: int, most_likely: bool) -> 
             drawn = decode(decoder, part, torch.from_numpy(uniform).view(shape))
         parts.append(drawn)
     return torch.cat(parts)
+
+
+def _whole(model: VLAE, codes: Tensor) -> Tensor:
+    """Codes as the model takes them: (count, sent) -> (count, latents)."""
+    return F.pad(codes, (0, model.latents - codes.shape[1]))
 
 
 def pack(numbers: Integers, bits: int) -> bytes:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from pipeline.config.model import ModelOptions
+from pipeline.config.model import Code, ModelOptions
 from pipeline.config.options import digest, identity, option, require, section, to_dict
 from pipeline.config.sections import (
     ClusterOptions,
@@ -107,6 +107,11 @@ class TrainOptions:
         " model.latents",
         1,
         at_least=1,
+    )
+    nested: bool = option(
+        "draw for each image how many latents are sent, the first ones, so that codes can be cut"
+        " to any rate",
+        False,
     )
     rate_warmup_fraction: float = option(
         "the first part of the run over which the rate's weight rises from 0 to 1",
@@ -211,6 +216,28 @@ class TrainConfig:
             f"train.free_groups={groups} needs a rate that splits over the latents, which that of a"
             " flow of more than one step does not; use train.free_groups=1, or flow depths of 0"
             " and 1",
+        )
+        self._check_nested()
+
+    def _check_nested(self) -> None:
+        """Raise UserError if nested training of this model is asked for and impossible."""
+        model, train = self.model, self.train
+        obstacles = {
+            f"model.flow_depth={model.flow_depth}": model.flow_depth > 1,
+            f"model.posterior_depth={model.posterior_depth}": model.posterior_depth > 0,
+            "model.code=maps": model.code is Code.maps,
+        }
+        found = ", ".join(name for name, is_given in obstacles.items() if is_given)
+        require(
+            not (train.nested and found),
+            f"train.nested=true sends the first latents of a code alone, but with {found} these"
+            " have no density of their own; use model.flow_depth=0 or 1, model.posterior_depth=0"
+            " and model.code=vector",
+        )
+        require(
+            not train.nested or train.free_groups == 1,
+            "train.nested=true sends the last latents seldom, so they cannot have an equal share of"
+            " the floor; leave train.free_groups at 1",
         )
 
     def build(self, image_shape: tuple[int, int, int]) -> "VLAE":

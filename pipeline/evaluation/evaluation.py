@@ -12,7 +12,7 @@ from pipeline.config.options import to_dict
 from pipeline.config.sections import StorageOptions
 from pipeline.data.batch import Batch, binarize
 from pipeline.data.loader import EvalLoader
-from pipeline.evaluation import pictures
+from pipeline.evaluation import nested, pictures
 from pipeline.evaluation.estimates import estimate_split, in_batches
 from pipeline.evaluation.information import Information
 from pipeline.evaluation.measure import map_batches, quantities, report
@@ -44,6 +44,8 @@ def evaluate(
     output = open_storage(config.output, config.storage.endpoint_url)
     evaluation = Evaluation(config, model)
     measured = evaluation.measure(output, connect)
+    if model.is_nested:
+        measured["nested"] = evaluation.measure_nested("probe" in measured)
     result: JsonObject = {
         "model": config.model,
         "weights": model.weights,
@@ -63,7 +65,7 @@ def evaluate(
         "pictures": [],
     }
     output.write_json(RESULT, result)  # before the pictures: the figures took long
-    for name, picture in evaluation.pictures(measured["latents"]):
+    for name, picture in evaluation.pictures(measured):
         output.write(f"{name}.png", picture)
         result["pictures"].append(f"{output.url}/{name}.png")
     output.write_json(RESULT, result)
@@ -171,9 +173,29 @@ class Evaluation:
             }
         return measured
 
-    def pictures(self, latents: JsonObject) -> Iterator[tuple[str, bytes]]:
-        """Name and PNG of each picture; ``latents`` are the figures of each latent."""
-        bounds = self.config.bounds
+    def measure_nested(self, with_probe: bool) -> list[JsonObject]:
+        """Measure codes cut to each length, and what a linear probe of them knows."""
+        config = self.config
+        images = self.loader(config.split, nested.BATCH, config.bounds.num_images)
+        with progress_bar(images, "codes of each length") as bar:
+            rows = nested.measure_curve(
+                self.model,
+                images,
+                binarization=self.binarization,
+                seed=config.bounds.seed,
+                device=self.device,
+                threads=num_threads(self.device),
+                progress=bar.update,
+            )
+        if with_probe:
+            train, valid = (self.codes(split, config.probe_images) for split in ("train", "valid"))
+            measured = self.codes(config.split, config.bounds.num_images)
+            nested.add_probes(rows, train, valid, measured)
+        return rows
+
+    def pictures(self, measured: JsonObject) -> Iterator[tuple[str, bytes]]:
+        """Name and PNG of each picture; ``measured`` is what ``measure`` returned."""
+        bounds, latents = self.config.bounds, measured["latents"]
         generator = torch.Generator().manual_seed(bounds.seed)
         batch = next(iter(self.loader(self.config.split, bounds.pictures, bounds.pictures)))
         x = binarize(batch, self.binarization, bounds.seed).to(self.device)
@@ -185,6 +207,10 @@ class Evaluation:
                 "latents",
                 pictures.latents(latents["capacity_bits"], latents.get("rate_bits"), active),
             )
+        if "nested" in measured:
+            rows = measured["nested"]
+            yield "nested", nested.draw_curve(rows)
+            yield "decodings", nested.draw_decodings(self.model, x, rows, generator)
 
     def probes(self) -> Probes | None:
         """Probes fitted on ``train`` and chosen on ``valid``, whichever split is evaluated.
@@ -201,8 +227,8 @@ class Evaluation:
             return None
         return Probes(self.codes("train", num_images), self.codes("valid", num_images))
 
-    def codes(self, split: str, num_images: int) -> Codes:
-        """The codes of a split's first images."""
+    def codes(self, split: str, num_images: int | None) -> Codes:
+        """The codes of a split's first images; None is all."""
         images = self.loader(split, CODES_BATCH, num_images)
         with progress_bar(images, f"codes of {split}") as bar:
             return encode(

@@ -75,6 +75,18 @@ def reconstructions(originals: Tensor, drawn: list[Tensor], columns: int = 10) -
     return _sheet(f"Originals, and {len(drawn)} decodings of each original's code", blocks, labels)
 
 
+@styled
+def shortened(originals: Tensor, drawn: Mapping[str, Tensor], columns: int = 10) -> bytes:
+    """Each original above images decoded from ever more of its code.
+
+    originals: (num_images, channels, height, width), pixels in [0, 1]; drawn: tensors like it, by
+    their label.
+    """
+    parts = [images.split(columns) for images in (originals, *drawn.values())]
+    blocks = [[tiles(part, SMALL_TILE) for part in block] for block in zip(*parts, strict=True)]
+    return _sheet("Decodings of the first latents of each code", blocks, ["original", *drawn])
+
+
 def _sheet(title: str, blocks: Sequence[Sequence[Pixels]], labels: Sequence[str]) -> bytes:
     """A titled sheet of blocks of rows of tiles, with a label for each row of a block.
 

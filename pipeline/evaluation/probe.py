@@ -10,7 +10,8 @@ can learn from it.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,9 @@ from pipeline.data.loader import EvalLoader
 from pipeline.data.records import Integers
 from pipeline.errors import UserError
 from pipeline.evaluation.measure import map_batches
+from pipeline.evaluation.moments import Moments
 from pipeline.noise import Purpose, normal
+from pipeline.values import Measured
 from vlae.posterior import Posterior
 
 Floats = npt.NDArray[np.float64]
@@ -161,10 +164,7 @@ class Probes:
             }
             for name in ("code", "sample")
         )
-        # Several threads sum in another order, which would change the class of borderline images.
-        with threadpool_limits(1), warnings.catch_warnings():
-            # Stopping early is part of a probe's definition.
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        with _alike_everywhere():
             self.fitted = {
                 "linear": Probe(_linear, LINEAR, **means),
                 "two_layer": Probe(_two_layer, TWO_LAYER, **means),
@@ -191,6 +191,27 @@ class Probes:
             name: torch.from_numpy(each)
             for name, each in (right | {"majority": codes.labels == self.majority}).items()
         }
+
+
+def accuracy_of_first(train: Codes, valid: Codes, test: Codes, sent: int) -> Measured:
+    """The share of ``test`` that a linear probe of the first ``sent`` latents' means gets right."""
+    with _alike_everywhere():
+        parts = [(codes.code[:, :sent], codes.labels) for codes in (train, valid, test)]
+        right = Moments()
+        right.add(
+            {"right": torch.from_numpy(Probe(_linear, LINEAR, *parts[:2]).correct(*parts[2]))}
+        )
+        return right.measured("right")
+
+
+@contextmanager
+def _alike_everywhere() -> Iterator[None]:
+    """Fit probes to the same result on any number of threads."""
+    # Several threads sum in another order, which would change the class of borderline images.
+    with threadpool_limits(1), warnings.catch_warnings():
+        # Stopping early is part of a probe's definition.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
 
 
 def _linear(**setting: float) -> LogisticRegression:

@@ -1,5 +1,6 @@
 """A model in training: its state, and the training step."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,7 +11,7 @@ import vlae
 from pipeline.config.run import FreeBits, Precision, TrainConfig
 from pipeline.data.batch import Batch, binarize
 from pipeline.evaluation.moments import sum_over_ranks
-from pipeline.noise import Purpose, normal
+from pipeline.noise import Purpose, normal, uniform
 from pipeline.training import optimizer
 from pipeline.training.checkpoint import Stateful
 from pipeline.training.optimizer import Guard
@@ -89,24 +90,33 @@ class Learner:
         noise = torch.from_numpy(
             normal((Purpose.POSTERIOR, train.seed), batch.positions, self.model.latents)
         )
+        sent = None
+        if train.nested:
+            drawn = uniform((Purpose.SENT, train.seed), batch.positions, 1)[:, 0]
+            sent = vlae.draw_sent(torch.from_numpy(drawn), self.model.latents)
+            sent = sent.to(self.device, non_blocking=True)
         return self.step(
             x.to(self.device, self.dtype, non_blocking=True),
             noise.to(self.device, self.dtype, non_blocking=True),
             batch.step,
+            sent,
         )
 
-    def step(self, x: Tensor, noise: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    def step(
+        self, x: Tensor, noise: Tensor, number: int, sent: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Take step ``number``, counted from 0, on given images and noise; returns what ``learn``
         does.
 
         ``x`` is this rank's part of the global batch, (local_batch, channels, height, width), and
-        ``noise`` is standard normal, (local_batch, latents).
+        ``noise`` is standard normal, (local_batch, latents). ``sent`` is how many latents of each
+        code are sent, (local_batch,); by default all.
         """
         optim = self.config.optim
         for group in self.optimizer.param_groups:
             group["lr"] = optimizer.learning_rate(optim, self.config.train, number)
         self.optimizer.zero_grad(set_to_none=False)
-        distortion, rates = self.backward(x, noise, number)
+        distortion, rates = self.backward(x, noise, number, sent)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, optim.clip_norm)
         taken = self.guard.step(self.optimizer, norm, rates)
         self.ema.update(self.weights, number + 1)
@@ -114,7 +124,9 @@ class Learner:
             self.soft.update(rates.sum())
         return distortion, rates.sum(), taken
 
-    def backward(self, x: Tensor, noise: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, x: Tensor, noise: Tensor, step: int, sent: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compute the gradient of the loss over the global batch.
 
         Returns this rank's share of the mean distortion, and the mean rate of each group over the
@@ -128,7 +140,8 @@ class Learner:
         """
         train, size = self.config.train, self.config.train.micro_batch or len(x)
         weight = self.soft.gamma if self.soft else optimizer.rate_weight(train, step)
-        micro_batches = list(zip(x.split(size), noise.split(size), strict=True))
+        parts = [None] * math.ceil(len(x) / size) if sent is None else sent.split(size)
+        micro_batches = list(zip(x.split(size), noise.split(size), parts, strict=True))
         rates, distortion = None, x.new_zeros(())
         if self.splits:
             with torch.no_grad(), self._autocast():
@@ -136,10 +149,10 @@ class Learner:
                     [self.model.rate_per_latent(*each) for each in micro_batches]
                 )
             rates = sum_over_ranks(self._part(vlae.group_rates(per_latent, train.free_groups), x))
-        for number, (images, codes) in enumerate(micro_batches, 1):
+        for number, (images, codes, kept) in enumerate(micro_batches, 1):
             with self._local() if number < len(micro_batches) else nullcontext():
                 with self._autocast():
-                    bound = self.network(images, codes)
+                    bound = self.network(images, codes, kept)
                 if rates is None:
                     rates = sum_over_ranks(
                         self._part(

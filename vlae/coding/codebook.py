@@ -25,9 +25,10 @@ def choose(
 ) -> Tensor:
     """The number of a candidate for each image, int64 (batch,).
 
-    candidates: (number, latents). prior_log_prob: their log p(z), (number,). gumbel: independent
-    standard Gumbel noise, (number,): the largest sum of it and a log weight is a draw in proportion
-    to the weights. All images may share it, as they share the candidates.
+    candidates: (number, sent), the first latents of codes; with sent = latents, the whole. The
+    posterior's other latents play no part. prior_log_prob: the candidates' log p(z), (number,).
+    gumbel: independent standard Gumbel noise, (number,): the largest sum of it and a log weight is
+    a draw in proportion to the weights. All images may share it, as they share the candidates.
 
     Raises ValueError unless the posterior is a diagonal Gaussian. The density of an IAF posterior
     at given candidates is sequential, and takes a pass for each of them and each image.
@@ -38,8 +39,9 @@ def choose(
             f"{type(posterior).__name__}; use a model with posterior_depth=0"
         )
     # -(z - mean)^2 / (2 scale^2) as a product of matrices, without what all candidates share.
-    precision = torch.exp(-2 * posterior.log_scale)
-    by_image = torch.cat([-0.5 * precision, precision * posterior.mean], -1)
+    sent = candidates.shape[-1]
+    precision = torch.exp(-2 * posterior.log_scale[:, :sent])
+    by_image = torch.cat([-0.5 * precision, precision * posterior.mean[:, :sent]], -1)
     best = by_image.new_full((len(by_image),), -torch.inf)
     chosen = torch.zeros(len(by_image), dtype=torch.int64)
     for start in range(0, len(candidates), CHUNK):

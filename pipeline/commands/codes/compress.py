@@ -68,15 +68,19 @@ def run(config: CompressConfig) -> JsonObject:
 
     model = open_model(config.model, config.registry, config.storage)
     data = open_data(model, config.dataset_url, config.storage)
-    bits = config.bits
-    if config.lossy and bits is None:
-        rate = rate_bits(model.network, data, config.split, model.binarization)
-        require(
-            rate <= MAX_BITS,
-            f"the codes of {model.reference} carry {rate:.1f} bits an image, more than the"
-            f" {MAX_BITS} of the longest code; give bits={MAX_BITS} for what fits into these",
-        )
-        bits = max(1, math.ceil(rate))
+    bits, sent = config.bits, None
+    if config.lossy and (bits is None or model.is_nested):
+        rates = rate_bits(model.network, data, config.split, model.binarization)
+        if bits is None:
+            rate = rates.sum().item()
+            require(
+                rate <= MAX_BITS,
+                f"the codes of {model.reference} carry {rate:.1f} bits an image, more than the"
+                f" {MAX_BITS} of the longest code; give bits={MAX_BITS} for what fits into these",
+            )
+            bits = max(1, math.ceil(rate))
+        if model.is_nested:
+            sent = max(1, int((rates.cumsum(0) <= bits).sum()))
     return compress(
         model,
         data,
@@ -86,6 +90,7 @@ def run(config: CompressConfig) -> JsonObject:
         images_per_block=config.images_per_block,
         names=config.names,
         bits=bits,
+        sent=sent,
         seed=config.seed,
         connect=lambda: connect(config.cluster, config.storage),
     )

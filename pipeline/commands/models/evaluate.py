@@ -84,6 +84,12 @@ def format_report(result: JsonObject, split: str) -> str:
         f"  {label:<26}{Measured.from_json(measured, key).text(3):<20}{extra}".rstrip()
         for label, key, extra in rows
     ]
+    if "nested" in measured:
+        lines += [
+            "codes cut to their first latents:",
+            "  latents   rate, bits   distortion, nats   code length, nats   linear probe, %",
+            *map(_format_cut, measured["nested"]),
+        ]
     latents = measured["latents"]
     lines.append(
         f"{measured['active_units']} of {len(latents['code_variance'])} latents are active"
@@ -114,6 +120,17 @@ def format_report(result: JsonObject, split: str) -> str:
             accuracy = Measured.from_json(probe, "accuracy").percent.text()
             lines.append(f"  {label:<26}{accuracy:<20}{extra}")
     return "\n".join(lines)
+
+
+def _format_cut(row: JsonObject) -> str:
+    """A row of the table of codes that are cut."""
+    figures = [Measured.from_json(row, f"{name}_nats").text() for name in ("distortion", "elbo")]
+    probe = ""
+    if "linear_accuracy" in row:
+        probe = Measured.from_json(row, "linear_accuracy").percent.text(1)
+    distortion, length = figures
+    rate = f"{row['rate_bits']:.2f}"
+    return f"  {row['latents']:<10}{rate:<13}{distortion:<19}{length:<20}{probe}".rstrip()
 
 
 def _format_list(values: list[float]) -> str:

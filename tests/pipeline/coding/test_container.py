@@ -187,8 +187,9 @@ def test_packed_numbers_come_back_in_as_many_bits(numbers: list[int]) -> None:
     assert lossy.unpack(packed, len(numbers), 11).tolist() == numbers
 
 
+@pytest.mark.parametrize("sent", [1, None])
 def test_a_lossy_code_is_almost_a_sample_of_the_posterior(
-    make_posterior: Callable[[], vlae.VLAE],
+    make_posterior: Callable[[], vlae.VLAE], sent: int | None
 ) -> None:
     """With enough candidates, its means and variances over seeds are those of the posterior."""
     network = make_posterior()
@@ -197,12 +198,13 @@ def test_a_lossy_code_is_almost_a_sample_of_the_posterior(
         posterior = network.encoder(x)
     drawn = []
     for seed in range(300):
-        codes = lossy.candidates(network, 9, seed)
+        codes = lossy.candidates(network, 9, seed, sent)
         (number,) = lossy.unpack(lossy.encode(network, x, codes, seed), 1, 9)
         drawn.append(codes[number])
     z = torch.stack(drawn)
-    scale = posterior.log_scale.exp()[0]
-    assert (((z.mean(0) - posterior.mean[0]) / scale).abs() < 5 / 300**0.5).all()
+    assert z.shape[1] == (sent or network.latents)
+    mean, scale = (each[0, :sent] for each in (posterior.mean, posterior.log_scale.exp()))
+    assert (((z.mean(0) - mean) / scale).abs() < 5 / 300**0.5).all()
     assert ((z.std(0) / scale - 1).abs() < 0.25).all()
 
 

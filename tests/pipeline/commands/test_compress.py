@@ -1,6 +1,7 @@
 """``vlae compress`` and ``vlae decompress`` from the outside, with real Ray tasks."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from pipeline import commands
-from pipeline.coding import compression
+from pipeline.coding import compression, lossy
 from pipeline.coding.container import Reader
 from pipeline.commands.codes import compress, decompress
 from pipeline.config.sections import Binarization
@@ -21,11 +22,14 @@ from pipeline.data.loader import EvalLoader
 from pipeline.data.manifest import Manifest
 from pipeline.data.writer import write_images
 from pipeline.errors import DamagedData, UserError
+from pipeline.noise import Purpose, normal
+from pipeline.runs import OpenedModel, Run
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.training import loop
 from pipeline.values import JsonObject
 from tests.pipeline import strokes
+from vlae.sampling import walk
 
 RUNS = {
     "binary": [],
@@ -143,6 +147,58 @@ def test_a_lossy_file_is_as_long_as_asked_and_redrawn_alike_each_time(
     assert not torch.equal(images_of(f"{tmp_path}/mode", "train"), images_of(drawn[0], "train"))
     with pytest.raises(UserError, match="made from other images or options"):
         unfold(root, f"{tmp_path}/9", drawn[0], "draw=mode")
+
+
+@pytest.fixture(scope="module")
+def nested(root: str) -> OpenedModel:
+    """A nested model whose latents carry about two bits each; the run is ``nested``."""
+    config = strokes.train_config(root, "name=nested", "train.images=80", "train.nested=true")
+    loop.fit(config)
+    model = Run.of(config).open()
+    with torch.no_grad():
+        model.network.encoder.head.bias[4:] -= 1.5  # the log scales of its 4 latents
+    Run.of(config).publish(model.network, model.training)
+    return Run.of(config).open()
+
+
+@pytest.mark.parametrize(("bits", "sent"), [(1, 1), (3, 1), (4, 2), (None, 4)])
+def test_a_nested_model_sends_as_many_latents_as_keep_the_budget(
+    root: str, nested: OpenedModel, tmp_path: Path, bits: int | None, sent: int
+) -> None:
+    data = DataSet.load(strokes.data_storage(root))
+    rates = compression.rate_bits(nested.network, data, "test", Binarization.dynamic)
+    words = ["lossy=true"] if bits is None else ["lossy=true", f"bits={bits}"]
+    result = squeeze(root, f"{tmp_path}/file", *words, run="nested")
+    bits = bits or math.ceil(rates.sum())
+    assert (result["lossy_bits"], result["lossy_latents"]) == (bits, sent)
+    assert sent == 1 or rates[:sent].sum() <= bits
+    assert sent == 4 or rates[: sent + 1].sum() > bits
+    assert result["bytes"] - result["container_bytes"] == math.ceil(13 * bits / 8)
+
+    unfold(root, f"{tmp_path}/file", f"{tmp_path}/mode", "draw=mode", run="nested")
+    reader = Reader(open_storage(f"{tmp_path}/file").stream("images.vlae"), "")
+    assert reader.header.sent == sent
+    (frame,) = reader.frames()
+    numbers = torch.from_numpy(lossy.unpack(frame.payload, 13, bits))
+    noise = torch.from_numpy(normal((0, Purpose.CODEBOOK), np.arange(1 << bits), 4))
+    with torch.no_grad():
+        z = nested.network.prior.sample(noise)[numbers]
+        z[:, sent:] = 0
+        drawn = walk(nested.network.decoder, z, lambda pixels, row, column: pixels.mode())
+    assert torch.equal(images_of(f"{tmp_path}/mode"), (255 * drawn).to(torch.uint8))
+
+    for target in ("a", "b"):
+        unfold(root, f"{tmp_path}/file", f"{tmp_path}/{target}", run="nested")
+    assert torch.equal(images_of(f"{tmp_path}/a"), images_of(f"{tmp_path}/b"))
+
+
+def test_a_nested_model_codes_whole_images_with_whole_codes(
+    root: str, nested: OpenedModel, tmp_path: Path
+) -> None:
+    result = squeeze(root, f"{tmp_path}/file", run="nested")
+    assert result["lossy_latents"] is None
+    unfold(root, f"{tmp_path}/file", f"{tmp_path}/back", run="nested")
+    assert torch.equal(images_of(f"{tmp_path}/back"), original(root, Binarization.dynamic))
 
 
 def test_a_lossy_file_is_about_as_long_as_the_rate(root: str, tmp_path: Path) -> None:

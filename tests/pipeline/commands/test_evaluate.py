@@ -15,8 +15,9 @@ from pipeline import cli, commands
 from pipeline.commands.models import evaluate
 from pipeline.config import sections
 from pipeline.data import DataSet
+from pipeline.data.batch import binarize
 from pipeline.data.loader import EvalLoader
-from pipeline.evaluation.probe import Codes, Probes, encode
+from pipeline.evaluation.probe import Codes, Probes, code_noise, encode
 from pipeline.storage import open_storage
 from pipeline.training import loop
 from tests.pipeline import strokes
@@ -26,6 +27,7 @@ MODELS = {
     "normal": ["model.flow_depth=0"],
     "deep": ["model.flow_depth=2"],
     "iaf": ["model.flow_depth=0", "model.posterior_depth=2"],
+    "nested": ["train.nested=true"],
 }
 
 
@@ -112,7 +114,7 @@ def test_the_accounting_of_a_trained_model_adds_up(
     latents = test["latents"]
     assert 0 <= test["active_units"] <= 4 == len(latents["code_variance"])
     assert f"\n{test['active_units']} of 4 latents are active" in printed
-    assert ("rate_nats" in latents) == (name in ("flow", "normal"))
+    assert ("rate_nats" in latents) == (name in ("flow", "normal", "nested"))
     if "rate_nats" in latents:
         assert sum(latents["rate_nats"]) == pytest.approx(test["rate_nats"], rel=1e-5)
         assert len(latents["rate_nats_se"]) == 4
@@ -131,6 +133,8 @@ def test_the_accounting_of_a_trained_model_adds_up(
         )
         assert test["capacity_bits"] == pytest.approx(sum(latents["capacity_bits"]))
         assert f"{math.log2(13):.2f} that tell 13 images apart" in printed
+    if name == "nested":
+        files += ["nested", "decodings"]
     assert result["pictures"] == [f"{tmp_path}/{file}.png" for file in files]
     for picture in result["pictures"]:
         Image.open(picture).load()
@@ -149,6 +153,32 @@ def test_the_accounting_of_a_trained_model_adds_up(
     for name, label in evaluate.PROBES.items():
         share = f"{100 * probe[name]['accuracy']:.2f}"
         assert [line for line in printed.splitlines() if label in line and share in line]
+
+
+def test_the_curve_of_a_nested_model_goes_from_no_code_to_the_whole(
+    runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed, result = evaluated(capsys, tmp_path, f"model={runs}/nested")
+    test, model = result["test"], vlae.load(Path(runs) / "nested/model")
+    data = DataSet.load(strokes.data_storage(str(Path(runs).parent)))
+    (batch,) = EvalLoader(data, split="test", batch_size=13)
+    x = binarize(batch, sections.Binarization.dynamic, 0)
+    noise = code_noise(model, batch, 0)
+    assert [row["latents"] for row in test["nested"]] == [0, 1, 2, 3, 4]
+    for row in test["nested"]:
+        with torch.no_grad():
+            bound = model(x, noise, row["latents"])
+        assert row["rate_nats"] == pytest.approx(bound.rate.mean().item(), abs=1e-5)
+        assert row["distortion_nats"] == pytest.approx(bound.distortion.mean().item(), abs=1e-4)
+        assert row["elbo_nats"] == pytest.approx(row["rate_nats"] + row["distortion_nats"])
+        assert row["rate_bits"] == pytest.approx(row["rate_nats"] / math.log(2))
+        assert ("linear_accuracy" in row) == (row["latents"] > 0)
+        assert f"\n  {row['latents']}         {row['rate_bits']:.2f}  " in printed
+    none, whole = test["nested"][0], test["nested"][-1]
+    assert none["rate_nats"] == 0
+    assert whole["linear_accuracy"] == test["probe"]["linear"]["accuracy"]
+    printed, result = evaluated(capsys, tmp_path, f"model={runs}/nested", "probe_images=0")
+    assert not any("linear_accuracy" in row for row in result["test"]["nested"])
 
 
 def test_the_rates_of_groups_with_free_bits_are_reported(

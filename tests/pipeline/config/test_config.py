@@ -204,7 +204,7 @@ def as_text(value: Any) -> str:
     )
 
 
-EXCLUSIVE = ("train.free_bits", "train.free_groups")
+EXCLUSIVE = ("train.free_bits", "train.free_groups", "train.nested")
 """What cannot be changed along with every other option."""
 
 
@@ -230,6 +230,7 @@ def test_every_option_can_be_set_from_the_command_line(command: str) -> None:
 def test_options_that_exclude_each_other_can_be_set_one_by_one(command: str, depths: str) -> None:
     assert load(command, ["train.free_groups=4", depths]).train.free_groups == 4
     assert load(command, ["train.free_bits=soft"]).train.free_bits is FreeBits.soft
+    assert load(command, ["train.nested=true", depths]).train.nested
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -527,6 +528,31 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
         "tune",
         {"train.free_groups": 4, "model.flow_depth": 0},
         "a flow of more than one step does not; use train.free_groups=1",
+    ),
+    (
+        "train",
+        {"train.nested": True},
+        "with model.flow_depth=2 these have no density of their own; use model.flow_depth=0 or 1",
+    ),
+    (
+        "train",
+        {
+            "train.nested": True,
+            "model.flow_depth": 1,
+            "model.posterior_depth": 1,
+            "model.code": "maps",
+        },
+        "but with model.posterior_depth=1, model.code=maps these have no density",
+    ),
+    (
+        "tune",
+        {"train.nested": True, "search.space.model.flow_depth": [0, 1, 3]},
+        "with model.flow_depth=3 these have no density of their own",
+    ),
+    (
+        "train",
+        {"train.nested": True, "train.free_groups": 4, "model.flow_depth": 1},
+        "train.nested=true sends the last latents seldom",
     ),
     (
         "train",

@@ -233,7 +233,13 @@ def test_a_finished_run_that_is_run_again_keeps_its_log(root: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["train.seed=1", "dataset.binarization=static", "train.free_nats=0", "optim.algorithm=adamax"],
+    [
+        "train.seed=1",
+        "dataset.binarization=static",
+        "train.free_nats=0",
+        "optim.algorithm=adamax",
+        "train.nested=true",
+    ],
 )
 def test_another_option_gives_other_weights(override: str, whole: Storage, root: str) -> None:
     config = configure(root, override.replace("=", "-"), override)
@@ -269,8 +275,9 @@ def test_it_learns(root: str) -> None:
         ["train.free_bits=soft", "train.free_nats=30"],
         ["train.free_groups=2"],
         ["optim=adamax", "optim.ema_decay=0.9"],
+        ["train.nested=true"],
     ],
-    ids=["soft free bits", "groups", "adamax"],
+    ids=["soft free bits", "groups", "adamax", "nested"],
 )
 def test_with_any_options_an_interrupted_run_ends_with_the_same_weights(
     overrides: list[str], root: str
@@ -529,8 +536,9 @@ def test_a_fault_on_one_rank_is_skipped_by_all(root: str) -> None:
         ["train.free_groups=2"],
         ["train.free_bits=soft", "train.free_nats=30"],
         ["train.free_nats=0"],
+        ["train.nested=true"],
     ],
-    ids=["floor", "groups", "soft free bits", "no floor"],
+    ids=["floor", "groups", "soft free bits", "no floor", "nested"],
 )
 def test_the_size_of_micro_batches_does_not_change_the_weights(
     overrides: list[str], root: str
