@@ -8,11 +8,16 @@ decompresses them, compares every pixel, and times both. MNIST is binarized once
 
 Peers compress the same images. Each image coder gets every image alone and all images on one sheet,
 and the smaller total counts; zstd and xz get all images as one string, of packed bits if they are
-binary. JPEG XL takes part if the package `imagecodecs` is installed.
+binary. What an image coder wrote is read back and compared with the sheet. JPEG XL takes part if
+the package `pillow-jxl-plugin` can be imported, which the product does not depend on:
 
-`FOLDER/coding.png` stacks, for each model, the bits in z, the bits in x given z, and what the file
-takes beyond the bound. `FOLDER/lossy-*.png` shows images redrawn from codes of 8 to 20 bits. The
-last line is JSON. Its bits include initial bits, but no header.
+    .venv/bin/pip install --no-deps --target peers pillow-jxl-plugin
+    PYTHONPATH=peers .venv/bin/python benchmarks/coding.py
+
+`FOLDER/coding-*.png` stacks, for each model, the bits in z, the bits in x given z, and what the
+file takes beyond the bound, beside the peers. `FOLDER/lossy-*.png` shows images redrawn from codes
+of 8 to 20 bits, and the smallest files that lossy image coders write. The last line is JSON. Its
+bits include initial bits, but no header.
 """
 
 import argparse
@@ -22,6 +27,7 @@ import lzma
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,37 +134,45 @@ def measure(url: str, images: int, samples: int) -> tuple[dict[str, Any], Pixels
     return figures, blocks.to_bytes(x)[:, 0]
 
 
-def peers(images: Pixels) -> dict[str, float]:
-    """Bits a dimension of each general-purpose coder."""
+def has_jpeg_xl() -> bool:
+    """Whether Pillow can write JPEG XL, by a plugin."""
+    try:
+        import pillow_jxl  # noqa: F401  (registers the format)
+    except ImportError:
+        return False
+    return True
+
+
+def coded(pixels: Pixels, form: str, mode: str, **settings: Any) -> tuple[int, Pixels]:
+    """The bytes of an image in a format of Pillow's, and its pixels as they are read back."""
     from PIL import Image
 
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode, dither=Image.Dither.NONE).save(file, form, **settings)
+    with Image.open(file) as image:
+        return len(file.getvalue()), np.asarray(image.convert("L"))
+
+
+def peers(images: Pixels) -> dict[str, float]:
+    """Bits a dimension of each general-purpose coder."""
     is_binary = bool(np.isin(images, (0, 255)).all())
-    mode = "1" if is_binary else "L"
-
-    def picture(pixels: Pixels) -> Image.Image:
-        return Image.fromarray(pixels).convert(mode, dither=Image.Dither.NONE)
-
-    def pillow(form: str, **settings: Any) -> Callable[[Pixels], int]:
-        def size(pixels: Pixels) -> int:
-            file = io.BytesIO()
-            image = picture(pixels) if form == "PNG" else Image.fromarray(pixels).convert("RGB")
-            image.save(file, form, **settings)
-            return len(file.getvalue())
-
-        return size
-
-    coders = {
-        "png": pillow("PNG", optimize=True),
-        "webp": pillow("WEBP", lossless=True, quality=100, method=6),
+    coders: dict[str, Callable[[Pixels], tuple[int, Pixels]]] = {
+        "png": partial(coded, form="PNG", mode="1" if is_binary else "L", optimize=True),
+        "webp": partial(coded, form="WEBP", mode="RGB", lossless=True, quality=100, method=6),
+        "avif": partial(
+            coded,
+            form="AVIF",
+            mode="L",
+            quality=100,
+            subsampling="4:0:0",
+            range="full",
+            speed=3,
+        ),
     }
-    try:
-        import imagecodecs
-
-        coders["jpeg_xl"] = lambda pixels: len(
-            imagecodecs.jpegxl_encode(pixels, lossless=True, effort=9)
-        )
-    except ImportError:
-        print("JPEG XL is left out: imagecodecs is not installed")
+    if has_jpeg_xl():
+        coders["jpeg_xl"] = partial(coded, form="JXL", mode="L", lossless=True, effort=9)
+    else:
+        print("JPEG XL is left out: pillow-jxl-plugin is not installed")
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     height, width = images.shape[1:]
@@ -167,8 +181,10 @@ def peers(images: Pixels) -> dict[str, float]:
     sheet = sheet.reshape(rows, columns, height, width).swapaxes(1, 2)
     sheet = np.ascontiguousarray(sheet.reshape(rows * height, columns * width))
     found = {}
-    for name, size in coders.items():
-        found[name] = min(sum(map(size, images)), size(sheet))
+    for name, code in coders.items():
+        of_sheet, back = code(sheet)
+        assert np.array_equal(back, sheet), f"{name} is not lossless"
+        found[name] = min(sum(code(image)[0] for image in images), of_sheet)
     import pyarrow
 
     content = (np.packbits(images > 0) if is_binary else images).tobytes()
@@ -177,20 +193,21 @@ def peers(images: Pixels) -> dict[str, float]:
     return {name: 8 * size / images.size for name, size in found.items()}
 
 
-def draw(models: dict[str, dict[str, Any]], path: Path) -> None:
-    """Stack the bits of each model's files."""
+def draw(models: dict[str, dict[str, Any]], others: dict[str, float], path: Path) -> None:
+    """Stack the bits of each model's files, beside the bits that peers take for an image."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(1.5 + 1.1 * len(models), 4), layout="constrained")
+    width = 2.5 + 0.8 * (len(models) + len(others))
+    figure, axes = pyplot.subplots(figsize=(width, 4), layout="constrained")
     names, bottom = list(models), np.zeros(len(models))
     for key, label in (
         ("distortion_bits", "x given z"),
         ("rate_without_slack", "z"),
         ("slack_bits", "posterior slack"),
-        ("overhead_bits", "coder"),
+        ("overhead_bits", "beyond the bound"),
     ):
         values = [
             each["rate_bits"] - each["slack_bits"] if key == "rate_without_slack" else each[key]
@@ -198,14 +215,26 @@ def draw(models: dict[str, dict[str, Any]], path: Path) -> None:
         ]
         axes.bar(names, values, bottom=bottom, label=label)
         bottom += np.maximum(values, 0)
+    lengths = [each["bits_per_image"] for each in models.values()]
+    axes.bar(list(others), list(others.values()), color="0.75", label="general-purpose coder")
+    for name, length in zip([*names, *others], [*lengths, *others.values()], strict=True):
+        axes.annotate(
+            f"{length:.0f}", (name, length), (0, 3), textcoords="offset points", ha="center"
+        )
     axes.set_ylabel("bits an image")
     axes.tick_params(axis="x", rotation=30)
-    axes.legend()
+    axes.margins(y=0.1)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150)
 
 
-def redraw(url: str, bits: list[int], path: Path) -> None:
-    """A row of originals, and for each code length the images that it redraws, sampled and mode."""
+def redraw(url: str, bits: list[int], path: Path, count: int) -> dict[str, dict[str, float]]:
+    """Draw a row of originals, and for each code length the images that it redraws, sampled and
+    mode.
+
+    Returns of ``count`` images how much of the white is left: the mean over all pixels relative to
+    the originals', and the share of images with less than a quarter of their original's.
+    """
     import torch
     from matplotlib import pyplot
 
@@ -219,9 +248,12 @@ def redraw(url: str, bits: list[int], path: Path) -> None:
     opened = Run.at(url).open()
     model = ready(opened.network)
     data = open_data(opened, None, StorageOptions())
-    (batch,) = EvalLoader(data, split="test", batch_size=16, num_images=16)
+    (batch,) = EvalLoader(data, split="test", batch_size=count, num_images=count)
     x = binarize(batch, opened.binarization, 0)
-    png = peers(blocks.to_bytes(x)[:, 0])["png"] * x[0].numel() / 8
+    white = x.flatten(1).sum(1)
+    found = {}
+    files = [coded(image, "PNG", "L", optimize=True) for image in blocks.to_bytes(x)[:, 0]]
+    png = sum(size for size, _ in files) / count
     rows = {f"original, {png:.0f} bytes as PNG": x}
     for length in bits:
         codes = lossy.candidates(model, length, 0)
@@ -230,12 +262,30 @@ def redraw(url: str, bits: list[int], path: Path) -> None:
         for most_likely in (False, True):
             name = f"{length} bits, {'mode' if most_likely else 'sample'}"
             rows[name] = lossy.redraw(model, z, 0, 0, most_likely)
+            left = rows[name].flatten(1).sum(1)
+            found[name] = {
+                "white": (left.sum() / white.sum()).item(),
+                "faint_images": (left < white / 4).double().mean().item(),
+            }
+    rows = {name: images[:16] for name, images in rows.items()}
+    x = x[:16]
+    forms = {"WebP": ("WEBP", "RGB", {"method": 6}), "AVIF": ("AVIF", "L", {"speed": 3})}
+    if has_jpeg_xl():
+        forms["JPEG XL"] = ("JXL", "L", {})
+    for name, (form, mode, settings) in forms.items():
+        files = [
+            coded(image, form, mode, quality=0, **settings) for image in blocks.to_bytes(x)[:, 0]
+        ]
+        size = sum(size for size, _ in files) / len(files)
+        back = torch.from_numpy(np.stack([pixels for _, pixels in files])) / 255
+        rows[f"{8 * size:.0f} bits, {name} at its lowest quality"] = back[:, None]
     figure, axes = pyplot.subplots(len(rows), 1, figsize=(9, 0.8 * len(rows)), layout="constrained")
     for axis, (name, images) in zip(axes, rows.items(), strict=True):
         axis.imshow(torch.cat(list(images[:, 0]), -1).numpy(), cmap="gray_r")
         axis.set_title(name, fontsize=8, loc="left")
         axis.set_axis_off()
     figure.savefig(path, dpi=150)
+    return found
 
 
 def main() -> None:
@@ -253,20 +303,22 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = str(Path(arguments.folder).absolute())
     result: dict[str, Any] = {}
-    accounts: dict[str, dict[str, Any]] = {}
     for data in DATA:
         if data == "fashion_mnist" and not arguments.fashion:
             continue
+        accounts: dict[str, dict[str, Any]] = {}
         for window in arguments.windows:
             url = train(folder, data, window, arguments.fashion, arguments.train_images)
             figures, images = measure(url, arguments.images, arguments.samples)
-            accounts[f"{data} {window}"] = figures
-            redraw(url, [8, 12, 16, 20], Path(folder) / f"lossy-{data}-{window}.png")
+            path = Path(folder) / f"lossy-{data}-{window}.png"
+            figures["redrawn"] = redraw(url, [8, 12, 16, 20], path, min(500, arguments.images))
+            accounts[f"window {window}"] = figures
             print(f"{data} {window}: {json.dumps(figures)}", flush=True)
         found = peers(images)
         print(f"{data} peers, bits/dim: {json.dumps(found)}", flush=True)
-        result[data] = accounts[f"{data} {arguments.windows[0]}"] | {"peers": found}
-    draw(accounts, Path(folder) / "coding.png")
+        result[data] = accounts[f"window {arguments.windows[0]}"] | {"peers": found}
+        in_bits = {name: bits * images[0].size for name, bits in found.items()}
+        draw(accounts, in_bits, Path(folder) / f"coding-{data}.png")
     print(json.dumps(result))
 
 
