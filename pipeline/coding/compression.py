@@ -353,9 +353,11 @@ def machine() -> str:
 def rate_bits(model: VLAE, data: DataSet, split: str, binarization: Binarization) -> Tensor:
     """The mean rate of the first images of a split in bits, split over the latents: (latents,).
 
-    Single terms are rates only if ``VLAE.rate_splits``.
+    Single terms are rates only if ``VLAE.rate_splits``. Without images it is 0.
     """
-    batch = next(iter(EvalLoader(data, split=split, batch_size=RATE_IMAGES)))
+    batch = next(iter(EvalLoader(data, split=split, batch_size=RATE_IMAGES)), None)
+    if batch is None:
+        return torch.zeros(model.latents)
     normal = noise.normal((0, Purpose.CODE), batch.samples, model.latents)
     rate = model.rate_per_latent(binarize(batch, binarization, 0), torch.from_numpy(normal))
     return rate.double().mean(0) / math.log(2)

@@ -1,5 +1,6 @@
 """``vlae compress`` and ``vlae decompress`` from the outside, with real Ray tasks."""
 
+import dataclasses
 import json
 import math
 import os
@@ -190,6 +191,23 @@ def test_a_nested_model_sends_as_many_latents_as_keep_the_budget(
     for target in ("a", "b"):
         unfold(root, f"{tmp_path}/file", f"{tmp_path}/{target}", run="nested")
     assert torch.equal(images_of(f"{tmp_path}/a"), images_of(f"{tmp_path}/b"))
+
+
+@pytest.mark.usefixtures("nested")
+@pytest.mark.parametrize("run", ["binary", "nested"])
+def test_a_lossy_file_of_an_empty_split_says_that_it_is_empty(
+    root: str, tmp_path: Path, run: str
+) -> None:
+    store = open_storage(f"{tmp_path}/empty")
+    contents = DataSet.load(strokes.data_storage(root)).manifest
+    dataclasses.replace(contents, name="empty", splits={"test": ()}).publish(store)
+    options = [f"model={root}/runs/{run}", f"output={tmp_path}/file", "lossy=true"]
+    config = commands.load("compress", [*options, f"dataset_url={store.url}"])
+    assert "no images: the test split is empty" in compress.format_result(
+        config, compress.run(config)
+    )
+    result = unfold(root, f"{tmp_path}/file", f"{tmp_path}/back", run=run)
+    assert result["images"] == 0
 
 
 def test_a_nested_model_codes_whole_images_with_whole_codes(
