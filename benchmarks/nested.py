@@ -6,7 +6,8 @@ Trains a model of 32 latents with `train.nested=true`, and an ordinary one for e
 all with `experiment=study model.flow_depth=1`: the same images, as many of them, and the same
 network apart from the size of its code. Trains on one core, without Ray; existing models are
 reused. Then the nested model's codes are cut to the latents of each ordinary one, and the code
-lengths of test images compared. The last line is JSON.
+lengths of test images compared; and so is the distortion of lossy files with as many bits, of the
+nested model and of the ordinary one of 32 latents. The last line is JSON.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def train(folder: str, name: str, *options: str) -> str:
     return run.url
 
 
-def curve(url: str, images: int) -> dict[int, dict[str, Any]]:
+def curve(url: str, lengths: list[int], images: int) -> dict[int, dict[str, Any]]:
     """The figures of a model's codes cut to each length, by the number of latents."""
     import torch
 
@@ -44,6 +45,7 @@ def curve(url: str, images: int) -> dict[int, dict[str, Any]]:
     data = open_data(opened, None, StorageOptions())
     rows = measure_curve(
         opened.network.eval(),
+        lengths,
         EvalLoader(data, split="test", batch_size=16, num_images=images),
         binarization=opened.binarization,
         seed=0,
@@ -52,6 +54,29 @@ def curve(url: str, images: int) -> dict[int, dict[str, Any]]:
         progress=lambda count: None,
     )
     return {row["latents"]: row for row in rows}
+
+
+def distortion(url: str, bits: int, is_cut: bool, images: int) -> tuple[int, float]:
+    """How many latents of a lossy file's codes are sent, and -log p(x|z) in nats per image."""
+    import torch
+
+    from pipeline.coding import compression, lossy
+    from pipeline.config.sections import StorageOptions
+    from pipeline.data.batch import binarize
+    from pipeline.data.loader import EvalLoader
+    from pipeline.runs import Run, open_data
+
+    opened = Run.at(url).open()
+    model, data = opened.network.eval(), open_data(opened, None, StorageOptions())
+    (batch,) = EvalLoader(data, split="test", batch_size=images, num_images=images)
+    x = binarize(batch, opened.binarization, 0)
+    rates = compression.rate_bits(model, data, "test", opened.binarization)
+    sent = compression.latents_within(rates, bits) if is_cut else model.latents
+    codes = lossy.candidates(model, bits, 0, sent)
+    numbers = lossy.unpack(lossy.encode(model, x, codes, 0), images, bits)
+    z = lossy.whole(model, codes[torch.from_numpy(numbers)])
+    with torch.no_grad():
+        return sent, -model.decoder.log_prob(z, x).mean().item()
 
 
 def main() -> None:
@@ -64,6 +89,10 @@ def main() -> None:
     parser.add_argument(
         "--latents", type=int, nargs="+", default=[2, 4, 8, LATENTS], help="sizes of a code alone"
     )
+    parser.add_argument(
+        "--bits", type=int, nargs="+", default=[2, 4, 6, 8, 10, 12], help="lengths of lossy codes"
+    )
+    parser.add_argument("--lossy-images", type=int, default=500, help="test images of lossy files")
     parser.add_argument("--seed", type=int, default=0, help="the seed of training")
     arguments = parser.parse_args()
     import torch
@@ -76,14 +105,18 @@ def main() -> None:
     if not (Path(folder) / "datasets/mnist/manifest.json").exists():
         shard.run(commands.load("shard", [f"storage.root={folder}"]))
     common = [f"train.seed={arguments.seed}", f"train.images={arguments.train_images}"]
-    url = train(folder, f"nested-{arguments.seed}", "train.nested=true", *common)
-    nested, rows = curve(url, arguments.images), []
+    of_nested = train(folder, f"nested-{arguments.seed}", "train.nested=true", *common)
+    of_alone = {
+        latents: train(
+            folder, f"alone-{latents}-{arguments.seed}", f"model.latents={latents}", *common
+        )
+        for latents in arguments.latents
+    }
+    nested, rows = curve(of_nested, arguments.latents, arguments.images), []
     print(f"{'':<10}{'nested':^28}{'alone':^28}")
     print(f"{'latents':<10}" + 2 * f"{'rate, bits':<12}{'code, nats':<16}" + "difference")
-    for latents in arguments.latents:
-        name = f"alone-{latents}-{arguments.seed}"
-        url = train(folder, name, f"model.latents={latents}", *common)
-        cut, alone = nested[latents], curve(url, arguments.images)[latents]
+    for latents, url in of_alone.items():
+        cut, alone = nested[latents], curve(url, [latents], arguments.images)[latents]
         difference = cut["elbo_nats"] - alone["elbo_nats"]
         cells = [f"{latents:<10}"]
         for row in (cut, alone):
@@ -93,7 +126,19 @@ def main() -> None:
         rows.append(
             {"latents": latents, "nested": cut, "alone": alone, "difference_nats": difference}
         )
-    print(json.dumps({"curve": list(nested.values()), "compared": rows}))
+    lossy = []
+    print("distortion of lossy files in nats: nested, cut; nested, whole; alone, whole")
+    for bits in arguments.bits:
+        sent, cut = distortion(of_nested, bits, True, arguments.lossy_images)
+        _, whole = distortion(of_nested, bits, False, arguments.lossy_images)
+        row = {"bits": bits, "latents": sent, "cut_nats": cut, "whole_nats": whole}
+        if LATENTS in of_alone:
+            row["alone_nats"] = distortion(of_alone[LATENTS], bits, False, arguments.lossy_images)[
+                1
+            ]
+        lossy.append(row)
+        print(json.dumps(row), flush=True)
+    print(json.dumps({"compared": rows, "lossy": lossy}))
 
 
 if __name__ == "__main__":

@@ -361,3 +361,11 @@ def rate_bits(model: VLAE, data: DataSet, split: str, binarization: Binarization
     normal = noise.normal((0, Purpose.CODE), batch.samples, model.latents)
     rate = model.rate_per_latent(binarize(batch, binarization, 0), torch.from_numpy(normal))
     return rate.double().mean(0) / math.log(2)
+
+
+def latents_within(rates: Tensor, bits: int) -> int:
+    """The most latents, at least one, the first of which have rates that sum to ``bits`` or less.
+
+    rates: (latents,), in bits.
+    """
+    return max(1, int((rates.cumsum(0) <= bits).sum()))

@@ -43,7 +43,7 @@ def encode(model: VLAE, x: Tensor, codes: Tensor, seed: int) -> bytes:
     uniform = noise.uniform((seed, Purpose.SELECTION), np.arange(len(codes)), 1)[:, 0]
     gumbel = -torch.log(-torch.log(torch.from_numpy(uniform).double() + 2.0**-25)).float()
     log_prob = torch.cat(
-        [model.prior.log_prob(_whole(model, part))[:, :sent].sum(-1) for part in codes.split(PART)]
+        [model.prior.log_prob(whole(model, part))[:, :sent].sum(-1) for part in codes.split(PART)]
     )
     chosen = [
         codebook.choose(model.encoder(part), codes, log_prob, gumbel) for part in x.split(BATCH)
@@ -61,7 +61,7 @@ def redraw(model: VLAE, z: Tensor, seed: int, first: int, most_likely: bool) -> 
     decoder, size = model.decoder, model.image_shape[1:]
     parts = []
     for start in range(0, len(z), BATCH):
-        part = _whole(model, z[start : start + BATCH])
+        part = whole(model, z[start : start + BATCH])
         if most_likely:
             drawn = walk(decoder, part, lambda distribution, row, column: distribution.mode())
         else:
@@ -74,7 +74,7 @@ def redraw(model: VLAE, z: Tensor, seed: int, first: int, most_likely: bool) -> 
     return torch.cat(parts)
 
 
-def _whole(model: VLAE, codes: Tensor) -> Tensor:
+def whole(model: VLAE, codes: Tensor) -> Tensor:
     """Codes as the model takes them: (count, sent) -> (count, latents)."""
     return F.pad(codes, (0, model.latents - codes.shape[1]))
 

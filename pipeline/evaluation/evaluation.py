@@ -180,6 +180,7 @@ class Evaluation:
         with progress_bar(images, "codes of each length") as bar:
             rows = nested.measure_curve(
                 self.model,
+                nested.lengths(self.model.latents),
                 images,
                 binarization=self.binarization,
                 seed=config.bounds.seed,

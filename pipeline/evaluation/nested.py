@@ -36,6 +36,7 @@ def lengths(latents: int) -> list[int]:
 
 def measure_curve(
     model: vlae.VLAE,
+    numbers: list[int],
     loader: EvalLoader,
     *,
     binarization: Binarization,
@@ -44,11 +45,11 @@ def measure_curve(
     threads: int,
     progress: Callable[[int], object],
 ) -> list[JsonObject]:
-    """Rate, distortion and code length of codes cut to each of ``lengths``, in nats per image.
+    """Rate, distortion and code length of codes cut to some numbers of latents, in nats per image.
 
-    One code of each image is drawn, and cut to every length.
+    One code of each image is drawn, and cut to every number.
     """
-    numbers, dtype = lengths(model.latents), next(model.parameters()).dtype
+    dtype = next(model.parameters()).dtype
     sent = torch.tensor(numbers, device=device)[:, None]
 
     def bounds(batch: Batch) -> dict[str, Tensor]:
@@ -117,7 +118,7 @@ def draw_curve(rows: list[JsonObject]) -> bytes:
     page.text(
         MARGIN,
         MARGIN + 46,
-        "codes cut to their first latents, whose number stands at each point",
+        "codes cut to their first latents; points are labelled with the number of latents",
         TEXT,
         FAINT,
     )
@@ -131,6 +132,7 @@ def draw_curve(rows: list[JsonObject]) -> bytes:
     axes.set_ylabel("nats per image", fontsize=TEXT)
     axes.legend(fontsize=TEXT)
     shown = [(axes, "elbo_nats", 1.0)]
+    labelled = {0, rows[-1]["latents"], *(1 << exponent for exponent in range(32))}
     if has_probe:
         probed = [row for row in rows if "linear_accuracy" in row]
         axes = page.axes(left + pitch, top, CHART_WIDTH, CHART_HEIGHT)
@@ -147,10 +149,10 @@ def draw_curve(rows: list[JsonObject]) -> bytes:
         axes.set_xlabel("rate, bits per image", fontsize=TEXT)
         axes.tick_params(length=0, labelsize=TEXT)
         axes.xaxis.set_major_locator(MaxNLocator(8))
-        axes.set_xlim(left=0)
         axes.margins(y=0.08)
         for row in rows:
-            if key in row:
+            # Not all of them: the points of the longest codes lie close together.
+            if key in row and row["latents"] in labelled:
                 axes.annotate(
                     str(row["latents"]),
                     (row["rate_bits"], scale * row[key]),

@@ -60,7 +60,7 @@ def run(config: CompressConfig) -> JsonObject:
     shape, or the model's prior or posterior has no exact code.
     """
     from pipeline.cluster import connect
-    from pipeline.coding.compression import compress, rate_bits
+    from pipeline.coding.compression import compress, latents_within, rate_bits
     from pipeline.coding.container import MAX_BITS
     from pipeline.registry.models import open_model
     from pipeline.runs import open_data
@@ -80,7 +80,7 @@ def run(config: CompressConfig) -> JsonObject:
             )
             bits = max(1, math.ceil(rate))
         if model.is_nested:
-            sent = max(1, int((rates.cumsum(0) <= bits).sum()))
+            sent = latents_within(rates, bits)
     return compress(
         model,
         data,
