@@ -60,5 +60,10 @@ def keep_freed_memory() -> None:
 
 
 def device() -> torch.device:
-    """The device that models run on: a GPU if there is one."""
+    """The device that models run on: a GPU if there is one.
+
+    Its float32 is float32: by default PyTorch's convolutions round their inputs to 10 bits there
+    (TF32), and figures would not be those of a CPU.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -166,7 +166,7 @@ def check(line: str) -> None:
             check_vlae(words)
         elif command[0] == "make":
             check_make(command[1:])
-        elif Path(command[0]).name == "python" and command[1].startswith("benchmarks/"):
+        elif Path(command[0]).name == "python" and command[1].startswith(("benchmarks/", "infra/")):
             check_script(command[1], command[2:])
 
 
