@@ -54,6 +54,10 @@ class FreeBits(Enum):
     soft = "soft"
 
 
+FREE_NATS_RAMP = 0.2
+"""The fraction of a run over which the floor under the rate falls to zero."""
+
+
 @dataclass
 class TrainOptions:
     images: int = option(
@@ -145,6 +149,16 @@ class TrainOptions:
     @property
     def num_steps(self) -> int:
         return self.images // self.global_batch
+
+    @property
+    def held_fraction(self) -> float:
+        """The first part of the run, in which the loss holds the rate up: under the floor of hard
+        free bits, or with a weight of the rate below 1. Soft free bits steer it to the same target
+        until the end, so that its rates are comparable throughout.
+        """
+        has_floor = self.free_bits is FreeBits.hard and self.free_nats > 0
+        floor = self.free_fraction + FREE_NATS_RAMP if has_floor else 0.0
+        return min(1.0, max(floor, self.rate_warmup_fraction))
 
     def check(self) -> None:
         require(

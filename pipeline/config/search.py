@@ -78,7 +78,8 @@ class SearchOptions:
         identity=False,
     )
     grace_fraction: float = option(
-        "the fraction of a run before which no trial is stopped early",
+        "the fraction of a run before which no trial is stopped early; no trial is stopped before"
+        " the end of its free bits and of its rate warm-up either, since they hold the rate up",
         0.25,
         above=0,
         at_most=1,
@@ -173,6 +174,24 @@ class TuneConfig(TrainConfig):
     def search_name(self) -> str:
         """The name given, or one made from the data set and all that the search depends on."""
         return self.name or f"{self.dataset.name}-search-{digest(self.search_identity())}"
+
+    @property
+    def grace_images(self) -> int:
+        """The images that every trial sees before it can be stopped early.
+
+        That is ``search.grace_fraction`` of a run, or longer, until no trial's loss holds its rate
+        up: before, a code length includes nats that the model would not spend by itself, and
+        the constraints on the rate say nothing about the model that the run ends with.
+        """
+        chosen = {
+            key: values for key, values in self._typed_space().items() if key.startswith("train.")
+        }
+        held = max(
+            self._at(dict(zip(chosen, point, strict=True))).train.held_fraction
+            for point in itertools.product(*chosen.values())
+        )
+        budget = self.train.num_steps * self.train.global_batch
+        return math.ceil(round(max(self.search.grace_fraction, held) * budget, 6))
 
     def search_identity(self) -> JsonObject:
         """What makes this search this one; its budget and concurrency are no part of it."""

@@ -69,6 +69,8 @@ def _as_optuna_sees(search: SearchOptions, goals: Goals, row: Trial) -> FrozenTr
     complete = all(each.name in values for each in goals.objectives)
     pruned = row.status is Status.stopped and len(goals.objectives) == 1
     name = goals.objectives[0].name
+    # Without them Optuna would take a stopped trial for one that keeps every constraint.
+    judged = values if complete else row.curve[-1] if pruned and row.curve else {}
     return create_trial(
         params=row.point,
         distributions={
@@ -79,28 +81,31 @@ def _as_optuna_sees(search: SearchOptions, goals: Goals, row: Trial) -> FrozenTr
         if pruned
         else None,
         constraints={
-            str(each): each.violation(values) for each in goals.constraints if each.name in values
-        }
-        if complete
-        else None,
+            str(each): each.violation(judged) for each in goals.constraints if each.name in judged
+        },
         state=TrialState.COMPLETE if complete else TrialState.PRUNED if pruned else TrialState.FAIL,
     )
 
 
-def is_outperformed(search: SearchOptions, budget: int, row: Trial, rows: Iterable[Trial]) -> bool:
-    """Whether to stop a trial at its newest validation; its full run has ``budget`` images.
+def is_outperformed(
+    search: SearchOptions, budget: int, grace: float, row: Trial, rows: Iterable[Trial]
+) -> bool:
+    """Whether to stop a trial at its newest validation.
 
-    ``asha`` (asynchronous successive halving, Li et al., 2018) compares trials at rungs, each at
-    ``reduction`` times the images of the one before. A trial continues at a rung if at most one in
-    ``reduction`` of the other trials that have reached it, whatever their status, was better there;
-    the first ``reduction - 1`` always continue. ``median`` compares at every validation after the
-    grace period, and stops a trial if more than half of the others were better. All are compared at
-    the same number of images by ``Goals.beats``: with several objectives, a trial is better only if
-    it is no worse in any of them.
+    Its full run has ``budget`` images; before ``grace`` images, no trial is stopped.
+
+    ``asha`` (asynchronous successive halving, Li et al., 2018) compares trials at rungs: the first
+    is at ``grace`` images, each later one at ``reduction`` times the images of the one before. A
+    trial continues at a rung if at most one in ``reduction`` of the other trials that have reached
+    it, whatever their status, was better there; the first ``reduction - 1`` always continue.
+    ``median`` compares at every validation from ``grace`` images on, and stops a trial if more than
+    half of the others were better. All are compared at the same number of images by
+    ``Goals.beats``: with several objectives, a trial is better only if it is no worse in any of
+    them.
     """
     images = row.curve[-1]["images"]
     before = row.curve[-2]["images"] if len(row.curve) > 1 else 0
-    rungs = [rung for rung in _rungs(search, budget, images) if before < rung <= images]
+    rungs = [rung for rung in _rungs(search, grace, images) if before < rung <= images]
     if search.stopping is Stopping.none or not rungs or images >= budget:
         return False
     mine = row.curve[-1]
@@ -112,9 +117,8 @@ def is_outperformed(search: SearchOptions, budget: int, row: Trial, rows: Iterab
     return len(others) >= reduction - 1 and better > len(others) / reduction
 
 
-def _rungs(search: SearchOptions, budget: int, images: float) -> list[float]:
+def _rungs(search: SearchOptions, grace: float, images: float) -> list[float]:
     """The numbers of images, up to the newest validation's, at which trials are compared."""
-    grace = search.grace_fraction * budget
     if search.stopping is Stopping.median:
         return [images] if images >= grace else []
     count = math.floor(math.log(max(1.0, images / grace), search.reduction) + 1e-9) + 1

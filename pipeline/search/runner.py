@@ -183,6 +183,9 @@ class Halting(FIFOScheduler):
     def __init__(self, trials: Trials) -> None:
         super().__init__()
         self.trials = trials
+        train = trials.config.train
+        self.budget = train.num_steps * train.global_batch
+        self.grace = trials.config.grace_images
 
     def on_trial_result(
         self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
@@ -205,13 +208,8 @@ class Halting(FIFOScheduler):
             }
             row.curve.append(entry | {name: result[name] for name in ON_THE_WAY if name in result})
             row.images = result["images"]
-            config = self.trials.config
-            if is_outperformed(
-                config.search,
-                config.train.num_steps * config.train.global_batch,
-                row,
-                self.trials.rows,
-            ):
+            search = self.trials.config.search
+            if is_outperformed(search, self.budget, self.grace, row, self.trials.rows):
                 row.status = Status.stopped
         self.trials.save(row)
         return self.CONTINUE if row.status in (Status.running, Status.finished) else self.STOP

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.run import Algorithm, FreeBits, OptimOptions, TrainOptions
+from pipeline.config.run import (
+    FREE_NATS_RAMP,
+    Algorithm,
+    FreeBits,
+    OptimOptions,
+    TrainOptions,
+)
 from pipeline.errors import UserError
 
 
@@ -99,10 +105,6 @@ class Guard:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.counts = state["counts"].to(self.counts.device)
-
-
-FREE_NATS_RAMP = 0.2
-"""The fraction of a run over which the floor under the rate falls to zero."""
 
 
 def learning_rate(optim: OptimOptions, train: TrainOptions, step: int) -> float:

@@ -232,7 +232,7 @@ def trial(*losses: float, every: int = 100, **values: Sequence[float]) -> Trial:
 
 
 def stopped(search: SearchOptions, row: Trial, others: list[Trial]) -> bool:
-    return is_outperformed(search, BUDGET, row, [*others, row])
+    return is_outperformed(search, BUDGET, search.grace_fraction * BUDGET, row, [*others, row])
 
 
 def test_halving_lets_one_in_three_go_on_at_its_rungs_and_looks_at_no_other_validation() -> None:
@@ -321,13 +321,59 @@ def test_halving_finds_the_best_of_many_curves_with_less_than_half_of_the_images
                     "nll": final + 100 * math.exp(-images / 200) + draw.gauss(0, 0.5),
                 }
             )
-            if is_outperformed(search, BUDGET, row, rows):
+            if is_outperformed(search, BUDGET, search.grace_fraction * BUDGET, row, rows):
                 break
     seen = sum(row.curve[-1]["images"] for row in rows)
     runs = zip(finals, rows, strict=True)
     complete = [final for final, row in runs if row.curve[-1]["images"] == BUDGET]
     assert min(complete) == min(finals)
     assert seen < 0.5 * len(rows) * BUDGET
+
+
+@pytest.mark.parametrize(
+    ("values", "grace"),
+    [
+        ({}, 0.6),  # the preset's floor lasts for 0.4 of a run, and then falls for another 0.2
+        ({"train.free_fraction": 0.1}, 0.3),
+        ({"train.free_fraction": 0.1, "search.grace_fraction": 0.5}, 0.5),
+        ({"train.free_nats": 0}, 0.25),
+        ({"train.free_nats": 0, "train.rate_warmup_fraction": 0.5}, 0.5),
+        ({"train.free_bits": "soft"}, 0.25),
+        ({"train.free_fraction": 0.9}, 1),
+        ({"search.space.train.free_fraction": [0.1, 0.3, 0.2]}, 0.5),
+        ({"train.free_nats": 0, "search.space.train.free_nats": [0, 5]}, 0.6),
+        ({"train.free_nats": 0, "search.space.train.rate_warmup_fraction": [0.1, 0.7]}, 0.7),
+    ],
+)
+@pytest.mark.parametrize("stopping", [Stopping.asha, Stopping.median])
+def test_no_trial_is_stopped_while_the_loss_of_any_holds_the_rate_up(
+    values: Row, grace: float, stopping: Stopping
+) -> None:
+    """Under the floor every trial has the same rate. The one that keeps it has the worse bound, for
+    its window is narrower; it is the only one that satisfies the constraint in the end.
+    """
+    loaded = tune_config(
+        **{"search.constraints": ["rate_bits >= 8"], "search.stopping": stopping.value, **values}
+    )
+    assert loaded.train.images == BUDGET * 40
+    every, grace_images = loaded.train.images // 20, loaded.grace_images
+    held = round(20 * grace)
+
+    def validated(bound: float, freed: float, count: int) -> Trial:
+        rates = [14.4] * (held - 1) + [freed] * (21 - held)
+        return trial(*[bound] * count, every=every, rate_bits=rates[:count])
+
+    others = [validated(90.0, 2.0, 20) for _ in range(4)]
+
+    def is_stopped(row: Trial) -> bool:
+        rows = [*others, row]
+        return is_outperformed(loaded.search, loaded.train.images, grace_images, row, rows)
+
+    assert not any(is_stopped(validated(95.0, 12.0, count)) for count in range(1, 21))
+    if held < 20:
+        others = [validated(90.0, 12.0, 20) for _ in range(4)]
+        fate = [is_stopped(validated(85.0, 2.0, count)) for count in range(1, 20)]
+        assert fate.index(True) == held - 1, "at the first validation without the floor"
 
 
 # --- the trials of a search -----------------------------------------------------------------------
