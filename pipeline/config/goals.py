@@ -192,6 +192,15 @@ class Constraint:
             )
         return cls(name, low, high)
 
+    def __str__(self) -> str:
+        """As ``parse`` reads it."""
+        low, high = (str(bound).removesuffix(".0") for bound in (self.low, self.high))
+        if self.low == -math.inf:
+            return f"{self.name} <= {high}"
+        if self.high == math.inf:
+            return f"{self.name} >= {low}"
+        return f"{low} <= {self.name} <= {high}"
+
     def violation(self, values: Values) -> float:
         """How far the value lies outside, relative to the violated bound; at most 0 inside."""
         value = values[self.name]
@@ -238,6 +247,14 @@ class Goals:
             for each in self.constraints
             if values.get(each.name) is not None
         )
+
+    def broken(self, values: Values) -> list[Constraint]:
+        """The constraints that are not satisfied."""
+        return [
+            each
+            for each in self.constraints
+            if values.get(each.name) is not None and each.violation(values) > 0
+        ]
 
     def beats(self, one: Values, other: Values) -> bool:
         """Whether ``one`` dominates ``other``.

@@ -1,21 +1,18 @@
-"""The charts of a search's report."""
+"""The charts of a search's trials: the trade-off, the map, learning curves, and the models."""
 
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib
-import optuna
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter
 
 import vlae
-from pipeline.config.goals import QUANTITIES, Goals
+from pipeline.config.goals import Constraint, Goals
 from pipeline.config.search import TuneConfig
 from pipeline.data import DataSet
 from pipeline.data.batch import binarize
@@ -23,77 +20,24 @@ from pipeline.data.loader import EvalLoader
 from pipeline.evaluation import pictures
 from pipeline.evaluation.style import FAINT, INK, RULE
 from pipeline.registry.models import open_model
-from pipeline.search.proposals import known
-from pipeline.search.trial import Status, Trial
+from pipeline.search.chart_style import CHARTED, ChartStyle, name_of
 from pipeline.search.trials import Row, is_finished
 
-CHARTED = {
-    name: quantity
-    for name, quantity in sorted(QUANTITIES.items(), key=lambda item: item[1].chart_place)
-    if quantity.chart
-}
-"""The quantities that the map and the chart of importance show, in the order of their panels."""
-MARKERS, DASHES = "osD^vPX*", (0, (4, 3))
+DASHES = (0, (4, 3))
 TRADE_OFF = Goals.parse(["min rate_bits", "min distortion_nats"])
+EXCLUDED = "#eceef1"
+"""What the constraints exclude."""
 MODELS, IMAGES = 6, 10
 """Models on the comparison sheet, and images per model."""
 
 
-class ChartStyle:
-    """How charts show the searched options: by colour and marker, and along the map's x axis."""
-
-    def __init__(self, config: TuneConfig) -> None:
-        self.axes = config.search.axes
-        varied = [key for key, values in self.axes.items() if len(values) > 1] or list(self.axes)
-        self.color_key = "model.window" if "model.window" in varied else varied[0]
-        others = [key for key in varied if key != self.color_key]
-        self.across = (
-            "model.latents" if "model.latents" in others else others[0] if others else None
-        )
-        values = self.axes[self.color_key]
-        scale = matplotlib.colormaps["viridis"]
-        self.colors = {
-            value: to_hex(scale(0.88 * place / max(1, len(values) - 1)))
-            for place, value in enumerate(values)
-        }
-        self.markers = {value: MARKERS[place % len(MARKERS)] for place, value in enumerate(values)}
-
-    def color(self, row: Row) -> str:
-        return self.colors[row[self.color_key]]
-
-    def marker(self, row: Row) -> str:
-        return self.markers[row[self.color_key]]
-
-    def words(self, row: Row) -> str:
-        """Format a trial's point: ``window 5x2, latents 16``."""
-        return ", ".join(f"{name_of(key)} {row[key]}" for key in self.axes)
-
-    def legend(self, axes: Axes, more: Sequence[Line2D] = ()) -> None:
-        """Draw the legend of colours and marks, on the right of the chart."""
-        handles = [
-            Line2D([], [], color=color, marker=self.markers[value], linestyle="", label=str(value))
-            for value, color in self.colors.items()
-        ]
-        first = axes.legend(
-            handles=handles,
-            title=name_of(self.color_key),
-            alignment="left",
-            loc="upper left",
-            bbox_to_anchor=(1.01, 1),
-        )
-        if more:
-            axes.add_artist(first)
-            axes.legend(handles=more, loc="lower left", bbox_to_anchor=(1.01, 0))
-
-
-def name_of(key: str) -> str:
-    return key.partition(".")[2].replace("_", " ")
-
-
-def front(style: ChartStyle, rows: Sequence[Row], along: Sequence[Row]) -> Figure | None:
+def front(
+    style: ChartStyle, rows: Sequence[Row], along: Sequence[Row], goals: Goals
+) -> Figure | None:
     """Plot rate against distortion of every trial, and join those ``along`` the front.
 
-    Diagonals are lines of equal code length.
+    Diagonals are lines of equal code length. Where the constraints of ``goals`` exclude rates or
+    distortions, the chart is grey; finished trials that break any constraint are pale.
     """
     placed = [row for row in rows if "distortion_nats" in row]
     if not placed:
@@ -117,9 +61,10 @@ def front(style: ChartStyle, rows: Sequence[Row], along: Sequence[Row]) -> Figur
             markeredgecolor=edge,
             gid=f"trial{row['number']}.front",
             zorder=3 if finished else 2,
-            alpha=1 if finished else 0.7,
+            alpha=0.7 if not finished else 1 if row["feasible"] else 0.35,
         )
     _fit(axes, [row for row in placed if is_finished(row)] or placed)
+    excluded = _exclude(axes, goals)
     _code_lengths(axes)
     axes.set_xlabel("rate, bits per image: what the code z carries")
     axes.set_ylabel("distortion, nats per image: left to the decoder")
@@ -135,6 +80,19 @@ def front(style: ChartStyle, rows: Sequence[Row], along: Sequence[Row]) -> Figur
             linestyle="",
             label="best by the objectives",
         ),
+        *_if_any(
+            (row for row in placed if is_finished(row) and not row["feasible"]),
+            Line2D(
+                [],
+                [],
+                color=FAINT,
+                marker="o",
+                markersize=9,
+                linestyle="",
+                alpha=0.35,
+                label="breaks a constraint",
+            ),
+        ),
         Line2D(
             [],
             [],
@@ -146,9 +104,34 @@ def front(style: ChartStyle, rows: Sequence[Row], along: Sequence[Row]) -> Figur
             label="stopped early",
         ),
         Line2D([], [], color=FAINT, linewidth=1, linestyle=DASHES, label="equal code length, nats"),
+        *(Patch(facecolor=EXCLUDED, label=f"outside {constraint}") for constraint in excluded),
     ]
     style.legend(axes, more)
     return figure
+
+
+def _if_any(rows: Iterable[Row], handle: Line2D) -> list[Line2D]:
+    return [handle] if any(True for _ in rows) else []
+
+
+def _exclude(axes: Axes, goals: Goals) -> list[Constraint]:
+    """Fill what the constraints on rate and distortion exclude; returns these constraints."""
+    drawn = []
+    for name, limits, span in (
+        ("rate_bits", axes.get_xlim(), axes.axvspan),
+        ("distortion_nats", axes.get_ylim(), axes.axhspan),
+    ):
+        first, last = limits
+        for constraint in goals.constraints:
+            if constraint.name != name:
+                continue
+            drawn.append(constraint)
+            if constraint.low > first:
+                span(first, min(constraint.low, last), color=EXCLUDED, zorder=0)
+            if constraint.high < last:
+                span(max(constraint.high, first), last, color=EXCLUDED, zorder=0)
+        (axes.set_xlim if name == "rate_bits" else axes.set_ylim)(limits)
+    return drawn
 
 
 def _fit(axes: Axes, rows: Sequence[Row]) -> None:
@@ -306,46 +289,6 @@ def learning_curves(
     return figure
 
 
-def importance(config: TuneConfig, trials: Sequence[Trial]) -> Figure | None:
-    """Plot each option's share in the variance of each quantity over the finished trials.
-
-    By fANOVA (Hutter et al., 2014).
-    """
-    finished = [trial for trial in trials if trial.status is Status.finished]
-    shares = {}
-    for key in CHARTED:
-        measured = [trial.values[key] for trial in finished if trial.values and key in trial.values]
-        if len(measured) >= 4 and len(set(measured)) > 1:
-            study = known(config.search, Goals.parse([f"min {key}"]), finished)
-            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-            shares[key] = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    if not shares:
-        return None
-    names = [key for key, values in config.search.axes.items() if len(values) > 1]
-    figure = Figure(figsize=(8.6, 0.5 * len(names) + 1.5))
-    axes = figure.subplots()
-    scale = matplotlib.colormaps["cividis"]
-    height = 0.8 / len(shares)
-    for place, (key, values) in enumerate(shares.items()):
-        color = scale(0.1 + 0.75 * place / max(1, len(shares) - 1))
-        heights = [y - 0.4 + height * (place + 0.5) for y in range(len(names))]
-        axes.barh(
-            heights,
-            [values.get(name, 0.0) for name in names],
-            height * 0.9,
-            color=color,
-            label=str(CHARTED[key].chart).partition(",")[0],
-        )
-    axes.set_yticks(range(len(names)), [name_of(name) for name in names])
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(0, 1)
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"share of the variance over {len(finished)} finished trials (fANOVA)")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return figure
-
-
 def side_by_side(config: TuneConfig, rows: Sequence[Row], style: ChartStyle) -> bytes:
     """Draw reconstructions of the same images by several models, and their samples, as PNG."""
     data = DataSet.open(config.dataset.url, config.storage.endpoint_url)
@@ -363,17 +306,3 @@ def side_by_side(config: TuneConfig, rows: Sequence[Row], style: ChartStyle) -> 
             vlae.sample(model, IMAGES, generator),
         )
     return pictures.side_by_side(originals, drawn)
-
-
-def svg(figure: Figure, name: str) -> str:
-    """Render a chart as SVG for an HTML page; ids are unique across charts."""
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()[file.getvalue().index("<svg") :]
-
-
-def png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=200)
-    return file.getvalue()

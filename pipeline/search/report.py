@@ -23,30 +23,36 @@ from matplotlib.figure import Figure
 from pipeline.config.goals import QUANTITIES
 from pipeline.config.search import TuneConfig
 from pipeline.evaluation.style import STYLE
+from pipeline.search.chart_style import ChartStyle, name_of, png, svg
 from pipeline.search.charts import (
     MODELS,
     TRADE_OFF,
-    ChartStyle,
     front,
     heat_map,
-    importance,
     learning_curves,
-    name_of,
-    png,
     side_by_side,
-    svg,
 )
+from pipeline.search.effects import FEWEST_FOR_IMPORTANCE, importance, parallel
+from pipeline.search.study import STUDY, archive
 from pipeline.search.trial import Trial
-from pipeline.search.trials import Row, is_finished
+from pipeline.search.trials import Row, is_finished, shortfall
 from pipeline.storage.base import Storage
 
 PAGE, TABLE = "search.html", "trials.parquet"
-PICTURES = ("front.png", "map.png", "curves.png", "importance.png", "models.png")
+PICTURES = (
+    "front.png",
+    "map.png",
+    "parallel.png",
+    "curves.png",
+    "importance.png",
+    "models.png",
+)
 """The files that are written; a picture without data is left out."""
 
 TITLES = {
     "front": "Rate against distortion",
     "map": "What window and code size do",
+    "parallel": "From options to results",
     "curves": "Learning curves",
     "importance": "What matters for what",
     "models": "Models side by side",
@@ -55,6 +61,7 @@ COLUMNS = {
     "number": "trial",
     "status": "status",
     "front": "front",
+    "kept": "keeps the constraints",
     "images": "images",
     **{
         column: title
@@ -89,14 +96,17 @@ def write(config: TuneConfig, output: Storage, rows: Sequence[Row], trials: Sequ
     file = io.BytesIO()
     pyarrow.parquet.write_table(table, file)
     output.write(TABLE, file.getvalue())
+    output.write(STUDY, archive(config, trials))
 
     style = ChartStyle(config)
     finished = [row for row in rows if is_finished(row)]
     fronts = TRADE_OFF.ranked(finished)
     drawings: dict[str, Figure | None] = {}
     with matplotlib.rc_context(STYLE):
-        drawings["front"] = front(style, rows, fronts[0] if fronts else [])
+        goals = config.search.goals
+        drawings["front"] = front(style, rows, fronts[0] if fronts else [], goals)
         drawings["map"] = heat_map(style, rows)
+        drawings["parallel"] = parallel(style, rows, goals)
         drawings["curves"] = learning_curves(
             style, rows, {trial.number: trial.curve for trial in trials}
         )
@@ -135,7 +145,15 @@ def page(
         **({"Constraints": ", ".join(search.constraints)} if search.constraints else {}),
         "Budget of a trial": f"{config.train.images:,} images",
         "NLL": f"{bound}, an upper bound, on {search.num_images:,} validation images",
+        **({"Registered": reason} if (reason := shortfall(config, rows)) else {}),
     }
+    if search.constraints:
+        rows = [
+            {**row, "kept": ", ".join(f"not {each}" for each in search.goals.broken(row)) or "yes"}
+            if is_finished(row)
+            else row
+            for row in rows
+        ]
     columns = {**{key: name_of(key) for key in style.axes}, **COLUMNS}
     columns = {
         key: title
@@ -154,8 +172,10 @@ def page(
     sections = "".join(
         f'<section id="{name}"><h2>{title}</h2><p>{html.escape(CAPTIONS[name])}</p><div'
         f' class="chart">{charts[name]}</div></section>\n'
-        for name, title in TITLES.items()
         if name in charts
+        else f'<section id="{name}"><h2>{title}</h2><p>{MISSING[name]}</p></section>\n'
+        for name, title in TITLES.items()
+        if name in charts or name in MISSING
     )
     told = {
         row["number"]: [
@@ -193,10 +213,22 @@ def _policy(page: str) -> str:
     )
 
 
+MISSING = {
+    "importance": (
+        f"Estimated once {FEWEST_FOR_IMPORTANCE} trials have run to their end: from fewer, it"
+        " changes with every trial."
+    ),
+}
+"""What a section says if there is no chart."""
+
 CAPTIONS = {
     "front": (
         "Filled: trials that ran to their end. Hollow: stopped early, at their last validation,"
         " which may lie outside."
+    ),
+    "parallel": (
+        "Each line is a trial that ran to its end. Thick: the first front. Pale: breaks a"
+        " constraint. Where a result is constrained, the allowed part of its axis is wide."
     ),
     "map": (
         "In each cell, of the trials that finished there, the one of the least NLL. Pale: none"

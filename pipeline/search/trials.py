@@ -192,6 +192,26 @@ def table(config: TuneConfig, rows: Sequence[Trial]) -> list[JsonObject]:
     return [*best, *stopped, *by_status[Status.running], *by_status[Status.failed]]
 
 
+def shortfall(config: TuneConfig, rows: Sequence[Row]) -> str | None:
+    """Why fewer models are registered than ``register_best`` asks for; None if as many are.
+
+    ``rows``: the table of trials.
+    """
+    finished = [row for row in rows if is_finished(row)]
+    kept, wanted = sum(row["feasible"] for row in finished), config.register_best
+    constraints = " and ".join(config.search.constraints)
+    if kept >= wanted:
+        return None
+    if not finished:
+        return "no trial ran to its end: nothing is registered"
+    if not kept:
+        return f"no finished trial keeps {constraints}: nothing is registered"
+    reason = f"{len(finished)} of {len(rows)} trials ran to their end"
+    if kept < len(finished):
+        reason += f", and {kept} of these {'keeps' if kept == 1 else 'keep'} {constraints}"
+    return f"{kept} of {wanted} models are registered: {reason}"
+
+
 def is_finished(row: Row) -> bool:
     """Whether a row of the table belongs to a finished trial."""
     return bool(row["status"] == Status.finished.value)

@@ -30,7 +30,7 @@ def run(config: TuneConfig) -> JsonObject:
     from pipeline.search import report
     from pipeline.search.runner import search
     from pipeline.search.trial import Status
-    from pipeline.search.trials import Trials, check, table
+    from pipeline.search.trials import Trials, check, shortfall, table
     from pipeline.storage import open_storage
 
     storage = open_storage(_folder(config), config.storage.endpoint_url)
@@ -67,6 +67,7 @@ def run(config: TuneConfig) -> JsonObject:
         "seconds": round(trials.seconds(), 1),
         "trials": rows,
         "registered": register(config, registry, rows),
+        "shortfall": shortfall(config, rows),
         "report": report.write(config, storage, rows, trials.rows),
     }
     storage.write_json("result.json", result)
@@ -129,10 +130,8 @@ def format_result(config: TuneConfig, result: JsonObject) -> str:
     lines += [
         f"registered: {made['name']} version {made['version']}" for made in result["registered"]
     ]
-    if not result["registered"]:
-        wanted = " and ".join(config.search.constraints)
-        reason = f"no finished trial keeps {wanted}" if wanted else "no trial ran to its end"
-        lines.append(f"{reason}: nothing is registered")
+    if result["shortfall"]:
+        lines.append(result["shortfall"])
     return "\n".join([*lines, f"report: {result['report']}"])
 
 

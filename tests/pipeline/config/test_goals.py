@@ -37,6 +37,7 @@ GOALS = [
 )
 def test_bounds_are_written_either_way(text: str, bounds: tuple[float, float]) -> None:
     assert Constraint.parse(text) == Constraint("rate_bits", *bounds)
+    assert Constraint.parse(str(Constraint.parse(text))) == Constraint("rate_bits", *bounds)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline import commands
 from pipeline.config import compose, options, run, search
 from pipeline.runs import Run
-from pipeline.search import report, trials
+from pipeline.search import effects, report, study, trials
 from pipeline.search.trial import Status, Trial
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
@@ -66,21 +66,30 @@ def made() -> list[Trial]:
     return [Trial.from_json(row) for row in rows]
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """The report of a search whose models have just begun to learn."""
-    root = str(tmp_path_factory.mktemp("store"))
-    shape = strokes.write(strokes.data_storage(root)).manifest.image_shape
+def searched(root: str, **search_options: Any) -> search.TuneConfig:
+    """A search for the least rate and distortion, whose rate is to be at most 31 bits."""
     plain = options.to_dict(
         commands.load("tune", [*strokes.TINY, f"storage.root={root}", "search.constraints=[]"])
     )
-    # A window that the schema would refuse, so that what is odd in a value is seen not to become a
-    # part of the page.
     plain["search"] |= {
         "space": {"model": {"window": ["0x0", "3x1"], "latents": [2, 4]}},
         "objectives": ["min rate_bits", "min distortion_nats"],
-    }
-    loaded = compose.build(search.TuneConfig, plain, {})
+        "constraints": ["rate_bits <= 31"],
+    } | search_options
+    return compose.build(search.TuneConfig, plain, {"register_best": 4})
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """The report of a search whose models have just begun to learn."""
+    return write(str(tmp_path_factory.mktemp("store")))
+
+
+def write(root: str) -> Storage:
+    shape = strokes.write(strokes.data_storage(root)).manifest.image_shape
+    loaded = searched(root)
+    # A window that the schema would refuse, so that what is odd in a value is seen not to become a
+    # part of the page.
     loaded.search.space["model"]["window"].append("<5x2>")
     for row in made():
         if row.status is Status.finished:
@@ -96,8 +105,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 
 def test_everything_is_written(written: Storage) -> None:
-    assert {*report.PICTURES, report.PAGE, report.TABLE} == set(written.list())
-    for name in report.PICTURES:
+    pictures = {*report.PICTURES} - {"importance.png"}  # which four finished trials do not tell
+    assert {*pictures, report.PAGE, report.TABLE, study.STUDY} == set(written.list())
+    for name in pictures:
         assert Image.open(io.BytesIO(written.read(name))).width > 500
 
 
@@ -109,7 +119,7 @@ def test_the_table_holds_every_trial_with_what_was_measured(written: Storage) ->
         "0x0",
         4,
         33.0,
-        1,
+        3,
     )
     assert next(row for row in table if row["number"] == 6)["error"] == "OutOfMemoryError"
 
@@ -123,7 +133,44 @@ def test_the_charts_are_drawings_whose_parts_have_ids_of_their_own(written: Stor
     ids = re.findall(r'\bid="(trial\d+\.[\w-]+|row\d+)"', page)
     assert len(ids) == len(set(ids))
     assert {f"trial{number}.front" for number in range(1, 6)} <= set(ids)
+    assert {f"trial{number}.parallel" for number in range(1, 5)} <= set(ids)
     assert "<5x2>" not in page
+
+
+def test_importances_are_estimated_from_ten_finished_trials_on(
+    written: Storage, tmp_path: Path
+) -> None:
+    loaded = searched(str(tmp_path), space={"model": {"latents": list(range(1, 13))}})
+    finished = [
+        Trial(
+            number,
+            {"model.latents": number},
+            "",
+            Status.finished,
+            values={"rate_bits": 3.0 * number},
+        )
+        for number in range(1, 11)
+    ]
+    assert effects.importance(loaded, finished[:9]) is None
+    assert effects.importance(loaded, finished) is not None
+    assert "Estimated once 10 trials have run to their end" in written.read(report.PAGE).decode()
+
+
+def test_the_page_tells_which_trials_keep_the_constraints_and_why_few_are_registered(
+    written: Storage,
+) -> None:
+    page = written.read(report.PAGE).decode()
+    assert (
+        "3 of 4 models are registered: 4 of 6 trials ran to their end, and 3 of these keep"
+        " rate_bits &lt;= 31" in page
+    )
+    rows = dict(re.findall(r'<tr id="row(\d)">(.*?)</tr>', page, re.DOTALL))
+    assert [">yes<" in rows[str(number)] for number in (1, 2, 3, 4)] == [True, False, True, True]
+    assert ">not rate_bits &lt;= 31<" in rows["2"]
+    assert not any("yes" in rows[number] or ">not " in rows[number] for number in "56")
+    front = page[page.index('id="front"') : page.index("</svg>")]
+    assert "outside rate_bits &lt;= 31" in front
+    assert "breaks a constraint" in front
 
 
 @pytest.mark.skipif(
@@ -136,7 +183,7 @@ def test_in_a_browser_it_shows_its_trials_under_the_mouse_and_sorts_them(
         async with Page(tmp_path) as page:
             url = f"file://{written.url}/{report.PAGE}"
             await page.open(url)
-            assert await page.evaluate("document.querySelectorAll('section').length") == 6
+            assert await page.evaluate("document.querySelectorAll('section').length") == 7
             assert await page.evaluate(
                 "[...document.images].every(image => image.naturalWidth > 0)"
             )

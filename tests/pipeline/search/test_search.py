@@ -21,7 +21,7 @@ from pipeline.config.options import to_dict
 from pipeline.config.search import Sampler, SearchOptions, Stopping, TuneConfig
 from pipeline.search.proposals import is_outperformed, known, propose
 from pipeline.search.trial import Point, Status, Trial
-from pipeline.search.trials import Trials, table, trial_config
+from pipeline.search.trials import Trials, shortfall, table, trial_config
 from pipeline.storage import open_storage
 
 BUDGET = 1000
@@ -556,4 +556,24 @@ def test_without_a_finished_trial_that_keeps_the_constraints_nothing_is_register
     rows = table(loaded, rows_of_every_kind())
     assert register(loaded, None, rows) == []  # type: ignore[arg-type]
     result = {"name": "a", "reused": False, "trials": rows, "registered": [], "report": "x"}
+    result["shortfall"] = shortfall(loaded, rows)
     assert "no finished trial keeps rate_bits >= 80" in format_result(loaded, result)
+
+
+@pytest.mark.parametrize(
+    ("bound", "asked", "reason"),
+    [
+        (8, 4, None),
+        (8, 5, "4 of 5 models are registered: 5 of 8 trials ran to their end, and 4 of these keep"),
+        (31, 2, "1 of 2 models are registered: 5 of 8 trials ran to their end, and 1 of these ke"),
+        (5, 9, "5 of 9 models are registered: 5 of 8 trials ran to their end"),
+    ],
+)
+def test_the_result_says_why_fewer_models_are_registered_than_asked(
+    bound: int, asked: int, reason: str | None
+) -> None:
+    loaded = tune_config(**{"search.constraints": [f"rate_bits >= {bound}"]}, register_best=asked)
+    rows = table(loaded, rows_of_every_kind())
+    told = shortfall(loaded, rows)
+    assert (told is None) == (reason is None)
+    assert (told or "").startswith(reason or "")
