@@ -66,7 +66,7 @@ class Registry:
         returned. Leftovers of an interrupted registration are harmless: the version is created
         after its files. Raises UserError if the run has no model, or the model was not evaluated.
         """
-        with tempfile.TemporaryDirectory() as place, self._user_errors():
+        with tempfile.TemporaryDirectory() as place, self.user_errors():
             folder = Path(place)
             training, evaluation = files.collect(run, folder)
             weights = sha256_of_file(folder / WEIGHTS_FILE)
@@ -136,7 +136,7 @@ class Registry:
 
     def models(self) -> list[ModelSummary]:
         """Every registered model."""
-        with self._user_errors():
+        with self.user_errors():
             return [
                 ModelSummary(model.name, len(self._search(model.name)), model.aliases)
                 for model in self._all_models()
@@ -147,7 +147,7 @@ class Registry:
 
         Raises UserError if there is no such model.
         """
-        with self._user_errors():
+        with self.user_errors():
             return [
                 self._describe(version, aliases) for version, aliases in self._all_versions(name)
             ]
@@ -162,7 +162,7 @@ class Registry:
         name, _, number = name.partition("/")
         for version, aliases in self._all_versions(name):
             if (alias in aliases) if alias else (number == str(version.version)):
-                with self._user_errors():
+                with self.user_errors():
                     return self._describe(version, aliases)
         raise UserError(
             f"{uri} is not in the registry at {self.config.uri}; see `vlae registry show"
@@ -191,7 +191,7 @@ class Registry:
 
     def _fetch(self, name: str, version: int, folder: Path) -> Iterator[str]:
         """Download a version's files into ``folder``; yields a sentence for whatever is wrong."""
-        with self._user_errors():
+        with self.user_errors():
             found = self.client.get_model_version(name, str(version))
             source = self.client.get_model_version_download_uri(name, str(version))
         checksums = {
@@ -206,7 +206,7 @@ class Registry:
                 yield f"{title} names a file {file!r}, which may be outside its folder"
                 return
             try:
-                with self._user_errors():
+                with self.user_errors():
                     fetched = mlflow.artifacts.download_artifacts(
                         artifact_uri=f"{source}/{file}",
                         dst_path=str(folder),
@@ -242,7 +242,7 @@ class Registry:
                 f"{name} has no version {version}; it has {', '.join(map(str, sorted(known)))}"
             )
         if alias == "champion":
-            with self._user_errors():
+            with self.user_errors():
                 self.set_champion(name, version)
             return
         try:
@@ -271,13 +271,13 @@ class Registry:
 
     def champion(self, name: str) -> int | None:
         """The number of a model's champion, if it has one."""
-        with self._user_errors():
+        with self.user_errors():
             number = self.client.get_registered_model(name).aliases.get("champion")
         return None if number is None else int(number)
 
     def history(self, name: str) -> list[ChampionChange]:
         """Every change of a model's champion, the oldest first."""
-        with self._user_errors():
+        with self.user_errors():
             return champions.read(self.client.get_registered_model(name).tags)
 
     def roll_back(self, name: str) -> tuple[int, int]:
@@ -295,7 +295,7 @@ class Registry:
                 f"{name} has had no champion before the current one; `vlae registry show"
                 f" name={name}` shows its versions"
             )
-        with self._user_errors():
+        with self.user_errors():
             self.set_champion(name, previous, ROLLED_BACK)
         return previous, current
 
@@ -303,7 +303,7 @@ class Registry:
         self, name: str, version: int, split: str, measured: Mapping[str, Any]
     ) -> None:
         """Record the numbers of an evaluation with a version, nested ones too, but no lists."""
-        with self._user_errors():
+        with self.user_errors():
             self._log(self.client.get_model_version(name, str(version)).run_id, split, measured)
 
     def _log(self, run_id: str, split: str, values: Mapping[str, Any]) -> None:
@@ -326,7 +326,7 @@ class Registry:
 
         Raises UserError if there is no such model.
         """
-        with self._user_errors():
+        with self.user_errors():
             versions = self._search(name)
             if not versions:
                 known = ", ".join(model.name for model in self.models()) or "nothing yet"
@@ -373,7 +373,7 @@ class Registry:
         )
 
     @contextlib.contextmanager
-    def _user_errors(self) -> Iterator[None]:
+    def user_errors(self) -> Iterator[None]:
         """Turn errors of the registry, and of the storage of its files, into a UserError."""
         try:
             yield

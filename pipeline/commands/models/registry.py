@@ -46,7 +46,7 @@ class RegistryConfig:
         "the version that compare compares it with: an alias or a number", "champion"
     )
     alias: str = option("the alias that promote gives", "champion")
-    yes: bool = option("promote a version even if it is not better, like --yes", False)
+    yes: bool = option("promote a version even if it is not better, or breaks the constraints of its search, like --yes", False)
     runs: list[str] = option(
         "the folders of finished runs to register; the last becomes the newest version", []
     )
@@ -155,10 +155,14 @@ def _measure(version: "Version", other: "Version", config: RegistryConfig) -> Js
 def _promote(registry: "Registry", name: str, config: RegistryConfig) -> JsonObject:
     version = _version(registry, name, config.version)
     result: JsonObject = {"name": name, "version": version.number, "alias": config.alias}
-    result |= {"comparison": None, "promoted": True}
+    result |= {"comparison": None, "promoted": True, "broken": []}
     if config.alias != "champion":
         if config.alias not in version.aliases:
             registry.set_alias(name, version.number, config.alias)
+        return result
+    result["broken"] = _broken(registry, version)
+    if result["broken"] and not config.yes:
+        result["promoted"] = False
         return result
     before, known = len(registry.history(name)), {version.number}
     while rivals := _champions(registry, name, before) - known:
@@ -174,6 +178,25 @@ def _promote(registry: "Registry", name: str, config: RegistryConfig) -> JsonObj
     if registry.champion(name) != version.number:
         registry.set_alias(name, version.number, "champion")
     return result
+
+
+def _broken(registry: "Registry", version: "Version") -> list[str]:
+    """The constraints that a version breaks: those of the search that it is a trial of, or else of
+    the champion's. The champion itself is held to none.
+    """
+    from pipeline.registry.constraints import broken, of_search
+
+    champion = registry.champion(version.name)
+    if champion == version.number:
+        return []
+    asking = version
+    if "search" not in version.tags and champion is not None:
+        asking = registry.resolve(f"models:/{version.name}/{champion}")
+    search = asking.tags.get("search_name")
+    return [
+        f"{sentence}, as search {search} asks"
+        for sentence in broken(version, of_search(registry, asking))
+    ]
 
 
 def _champions(registry: "Registry", name: str, before: int) -> set[int]:
@@ -239,6 +262,7 @@ def format_result(config: RegistryConfig, result: JsonObject) -> str:
         lines = [format_comparison(result["comparison"])] if result["comparison"] else []
         if result["promoted"]:
             lines.append(f"{name} version {result['version']} is now {result['alias']}")
+            lines += [f"although its {sentence}" for sentence in result["broken"]]
         return "\n".join(lines)
     return (
         f"{name} version {result['version']} is champion again, in place of version "
@@ -315,6 +339,12 @@ def _problem(result: JsonObject) -> str | None:
         )
     if result.get("promoted", True):
         return None
+    if result["broken"]:
+        return (
+            f"version {result['version']} of {result['name']} breaks a constraint: its"
+            f" {'; its '.join(result['broken'])}: nothing was changed; to promote it anyway, add"
+            " --yes"
+        )
     return (
         f"version {result['version']} of {result['name']} is not better than the champion, version "
         f"{result['comparison']['other']}: nothing was changed; to promote it anyway, add --yes"

@@ -23,6 +23,7 @@ from pipeline import cli
 from pipeline.config import sections
 from pipeline.errors import UserError
 from pipeline.registry.models import open_model
+from pipeline.registry.tracking import TrackedRun, training_run
 from pipeline.registry.versions import Registry
 from pipeline.storage import open_storage
 from pipeline.training import loop
@@ -173,6 +174,66 @@ def test_only_a_better_model_is_promoted_without_yes_and_promotions_are_rolled_b
     back = [("rolled back", 2), ("promoted", 1), ("rolled back", 2), ("rolled back", 1)]
     assert events == [("promoted", 1), ("promoted", 2), ("promoted", 1), *back]
     assert "champions: promoted 1 on " in printed
+
+
+def searched(uri: str, root: str, *versions: tuple[str, float, list[str] | None]) -> str:
+    """Register runs of one model, each with an invented rate in bits and the constraints of its
+    search; returns the model's name.
+    """
+    options = sections.RegistryOptions(uri=uri, artifacts=f"{root}/registry")
+    registry, name = Registry(options), f"searched-{len(Path(root).parts)}-{Path(root).name}"
+    for run_name, rate, constraints in versions:
+        run = prepare_run(open_storage(root).child(run_name), 0, rate_bits=rate)
+        training = run.storage.read_json("model/training.json")
+        parent = None
+        if constraints is not None:
+            parameters = {"search.constraints": constraints}
+            folder = open_storage(root).child(f"searches/{run_name}")
+            parent = TrackedRun(folder, f"of-{run_name}", "mnist", parameters)
+        registry.connection.sync(
+            training_run(run, training["config"], training["manifest"], parent)
+        )
+        registry.register(name, run)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("champion", "challenger", "said"),
+    [
+        (["rate_bits >= 8"], ["rate_bits >= 8", "nll <= 60"], "nll is 88.00, not nll <= 60"),
+        (["rate_bits >= 3"], ["4 <= rate_bits <= 5"], "rate_bits is 12.2, not 4 <= rate_bits <= 5"),
+        (["rate_bits <= 5"], None, "rate_bits is 12.2, not rate_bits <= 5"),
+        (["rate_bits <= 5"], [], None),
+        (None, None, None),
+        (None, ["rate_bits >= 8", "probe_accuracy >= 0.9"], None),
+    ],
+)
+def test_a_version_that_breaks_its_searchs_constraints_is_promoted_only_with_yes(
+    champion: list[str] | None,
+    challenger: list[str] | None,
+    said: str | None,
+    command: Command,
+    root: str,
+    uri: str,
+    tmp_path: Path,
+) -> None:
+    """A version of no search is held to the constraints of the champion's."""
+    promote = ["promote", "version=2", f"dataset_url={root}/datasets/strokes"]
+    name = searched(uri, str(tmp_path), ("a", 4.0, champion), ("b", 12.25, challenger))
+    error, _ = command(*promote, f"name={name}", code=2)
+    if said:
+        asking = "b" if challenger else "a"
+        assert (
+            error == f"error: version 2 of {name} breaks a constraint: its {said}, as search"
+            f" of-{asking} asks: nothing was changed; to promote it anyway, add --yes"
+        )
+    else:
+        assert "is not better than the champion" in error
+    assert aliases(command, name) == {"champion": 1, "challenger": 2}
+    printed, _ = command(*promote, f"name={name}", "--yes")
+    assert aliases(command, name) == {"champion": 2}
+    assert (f"although its {said}" in printed) == (said is not None)
+    assert "although" not in command(*promote, f"name={name}")[0], "it is champion already"
 
 
 def test_other_aliases_need_no_comparison(command: Command, registered: str) -> None:
