@@ -46,7 +46,11 @@ class RegistryConfig:
         "the version that compare compares it with: an alias or a number", "champion"
     )
     alias: str = option("the alias that promote gives", "champion")
-    yes: bool = option("promote a version even if it is not better, or breaks the constraints of its search, like --yes", False)
+    yes: bool = option(
+        "promote a version even if it is not better, or breaks its search's constraints, like"
+        " --yes",
+        False,
+    )
     runs: list[str] = option(
         "the folders of finished runs to register; the last becomes the newest version", []
     )
