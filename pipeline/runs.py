@@ -32,6 +32,8 @@ RESULT = "result.json"
 """The result. It is written last: a run that has one is finished."""
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints."""
+RESTARTS = "restarts.json"
+"""Why Ray restarted the run: a list of time, step and reason."""
 TENSORBOARD = "tensorboard"
 """The folder of TensorBoard event files."""
 MODEL = "model"
@@ -100,6 +102,13 @@ class Run:
     def rows(self) -> list[Row]:
         """The metrics that it has logged so far, row by row; none if it has not started."""
         return MetricReader(self.storage).rows()
+
+    def restarts(self) -> list[JsonObject]:
+        """Why it was restarted so far: ``time``, ``step`` and ``reason`` of each restart."""
+        if not self.storage.exists(RESTARTS):
+            return []
+        restarts: list[JsonObject] = self.storage.read_json(RESTARTS)
+        return restarts
 
     def publish(self, model: vlae.VLAE, training: JsonObject) -> None:
         """Write a model, ready for ``vlae.load``, and the record of its training to ``model/``."""

@@ -11,6 +11,7 @@ USES_RAY = {
     "search/runner.py",
     "training/launch.py",
     "training/restarts.py",
+    "training/watch.py",
 }
 
 

@@ -133,6 +133,12 @@ class ClusterOptions:
     max_failures: int = option(
         "how many times in a row a run is restarted without making progress", 3, at_least=0
     )
+    stuck_seconds: float = option(
+        "seconds without a step after which a worker counts as stuck, and its run is restarted;"
+        " reads are retried for 10 minutes while the storage is unavailable",
+        660.0,
+        at_least=5,
+    )
 
     @property
     def min_workers(self) -> int:

@@ -18,10 +18,11 @@ from ray.tune.search import Searcher
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from pipeline.cluster import num_places, resources
+from pipeline.cluster import HEALTH_CHECK_TIMEOUT, num_places, resources
 from pipeline.config.evaluation import BoundOptions
 from pipeline.config.goals import ON_THE_WAY, QUANTITIES, Measurements
 from pipeline.config.options import to_dict
+from pipeline.config.run import TrainConfig
 from pipeline.config.search import TuneConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluation
@@ -37,6 +38,7 @@ from pipeline.search.trials import (
     trial_config,
 )
 from pipeline.training import launch
+from pipeline.training.watch import HEARTBEAT_SECONDS, Heartbeat, Heartbeats, take_stuck
 
 
 def search(config: TuneConfig, trials: Trials, tracking: Tracking, parent: TrackedRun) -> None:
@@ -89,6 +91,11 @@ def trial(row: dict[str, Any], config: TuneConfig) -> None:
     errors are raised, so that Ray Tune retries the trial.
     """
     typed = trial_config(config, row["point"])
+    with Heartbeat(typed.run_name):
+        _train_and_measure(typed, row["point"], config)
+
+
+def _train_and_measure(typed: TrainConfig, point: Point, config: TuneConfig) -> None:
     run = Run.of(typed)
     try:
         if not run.is_finished:
@@ -102,7 +109,7 @@ def trial(row: dict[str, Any], config: TuneConfig) -> None:
             else:
                 launch.fit(typed, callbacks=[TuneReportCallback()])
         if typed.cluster.max_workers == 1:
-            values = measure(config, row["point"], run)
+            values = measure(config, point, run)
         else:
             held = resources(typed.cluster)
             # "DEFAULT" allows any node. Without it, Ray would place the task in this trial's own
@@ -110,7 +117,7 @@ def trial(row: dict[str, Any], config: TuneConfig) -> None:
             task = ray.remote(
                 num_cpus=held["CPU"], num_gpus=held.get("GPU", 0), scheduling_strategy="DEFAULT"
             )(measure)
-            values = ray.get(task.remote(config, row["point"], run))
+            values = ray.get(task.remote(config, point, run))
     except UserError as error:
         ray.tune.report({"error": str(error)})
     else:
@@ -235,6 +242,8 @@ class Recorder(Callback):
         self.trials, self.tracking, self.parent = trials, tracking, parent
         self.manifest: str = trials.storage.read_json(RECORD)["manifest"]
         self.tracked: dict[int, TrackedRun] = {}
+        self.heartbeats = Heartbeats(float(os.environ[HEALTH_CHECK_TIMEOUT]))
+        self.checked = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         """An empty state: Ray Tune pickles its callbacks, but a tracking thread has no pickle.
@@ -254,6 +263,7 @@ class Recorder(Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
         row = self.trials.numbered(trial.config["number"])
+        self.heartbeats.expect(row.run)
         self.trials.clocks[row.number] = time.monotonic()
         self._say(row, f"resumed after {row.images:,} images" if row.images else "started")
         config = trial_config(self.trials.config, row.point)
@@ -261,6 +271,21 @@ class Recorder(Callback):
             Run.of(config), to_dict(config), self.manifest, self.parent
         )
         self.tracking.follow(self.tracked[row.number])
+
+    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        """Kill processes of trials that give no sign of life; Ray Tune then retries the trials."""
+        if time.monotonic() - self.checked < HEARTBEAT_SECONDS:
+            return
+        self.checked = time.monotonic()
+        for trial in trials:
+            actor = trial.temporary_state.ray_actor
+            if trial.status != TuneTrial.RUNNING or actor is None:
+                continue
+            row = self.trials.numbered(trial.config["number"])
+            if self.heartbeats.is_lost(row.run):
+                self._say(row, f"no sign of life for {self.heartbeats.limit:g} s")
+                ray.kill(actor)
+                self.heartbeats.expect(row.run)
 
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
@@ -302,7 +327,8 @@ class Recorder(Callback):
         row = self.trials.numbered(trial.config["number"])
         row.failures += 1
         self.trials.save(row)
-        self._say(row, f"its process was lost; retry {row.failures}")
+        reason = take_stuck(row.run) or "its process was lost"
+        self._say(row, f"{reason}; retry {row.failures}")
 
     def on_trial_error(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any

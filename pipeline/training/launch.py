@@ -21,9 +21,16 @@ from pipeline.data import DataSet
 from pipeline.errors import UserError
 from pipeline.runs import CONFIG, IDENTITY, RESULT, Run, check_pixels
 from pipeline.storage.recipe import begin_named
-from pipeline.storage.uploads import MAX_OUTAGE, retry
+from pipeline.storage.uploads import retry
 from pipeline.training import loop
-from pipeline.training.restarts import Restarts, SaveAtTermination, asked_to_stop, terminated
+from pipeline.training.restarts import (
+    Restarts,
+    SaveAtTermination,
+    StartWatch,
+    asked_to_stop,
+    terminated,
+)
+from pipeline.training.watch import StepWatch
 from pipeline.values import JsonObject
 
 
@@ -75,9 +82,9 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
         trainer = TorchTrainer(
             worker,
             train_loop_config=to_dict(config),
-            # A collective may have to wait for another rank's retries of its storage. Ray reports
-            # a lost host, and sooner.
-            torch_config=TorchConfig(timeout_s=int(MAX_OUTAGE) + 60),
+            # After the watch of the rank that the collective waits for (see StepWatch), which names
+            # that rank. Ray reports a lost host, and sooner.
+            torch_config=TorchConfig(timeout_s=int(workers.stuck_seconds) + 60),
             scaling_config=ScalingConfig(
                 num_workers=(
                     (workers.min_workers, workers.max_workers)
@@ -93,7 +100,12 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
                 name=config.run_name,
                 storage_path=f"{config.storage.root}/ray",
                 failure_config=FailureConfig(max_failures=-1),  # Restarts decides instead
-                callbacks=[restarts, SaveAtTermination(), *callbacks],
+                callbacks=[
+                    restarts,
+                    SaveAtTermination(),
+                    StartWatch(restarts.record, workers.stuck_seconds),
+                    *callbacks,
+                ],
             ),
         )
         try:
@@ -132,10 +144,12 @@ def worker(config: JsonObject) -> None:
 def complete(config: TrainConfig, *, rank: int = 0, **options: Any) -> None:
     """Train to the end in this process, with the ``options`` of ``loop.fit``.
 
-    Rank 0 writes the result, which marks the run as complete.
+    Rank 0 writes the result, which marks the run as complete. Ends the process if the run makes no
+    step for ``cluster.stuck_seconds``; Ray must be connected.
     """
     torch.set_num_threads(config.cluster.cpus_per_worker)
-    validation = loop.fit(config, rank=rank, **options)
+    with StepWatch(config.run_name, rank, config.cluster.stuck_seconds) as watch:
+        validation = loop.fit(config, rank=rank, on_step=watch.begin, **options)
     if rank == 0:
         storage = Run.of(config).storage
         result = {

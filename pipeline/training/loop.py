@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
 from pipeline.data import DataSet
+from pipeline.data.batch import Batch
 from pipeline.data.cache import open_cache
 from pipeline.data.loader import EvalLoader, TrainLoader
 from pipeline.data.reader import ReadOptions
@@ -43,6 +44,7 @@ def fit(
     on_validation: Callable[[Metrics], None] = lambda metrics: None,
     on_report: Callable[[Metrics], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
+    on_step: Callable[[int | None], None] = lambda step: None,
 ) -> Metrics:
     """Train one model to the end, from its run's newest checkpoint if there is one.
 
@@ -53,7 +55,9 @@ def fit(
     With ``world_size`` above 1, torch.distributed must be initialised. ``on_validation`` is called
     on every rank. ``on_report`` is called on rank 0 with each row that it logs. ``should_stop`` is
     called on every rank about once a second; if it is true on any rank, all ranks stop, rank 0
-    saves the state, and all raise Stopped.
+    saves the state, and all raise Stopped. ``on_step`` is called on every rank with the number of
+    each step that it has the images for, again at each batch of a validation after that step, and
+    with None when only uploads remain.
 
     Raises UserError if the data is damaged, if the gradients are no longer finite, or if the
     storage stays unavailable.
@@ -80,7 +84,7 @@ def fit(
         )
         moments = measure(
             learner.ema.module,
-            loader,
+            announced(loader),
             samples=1,
             binarization=config.dataset.binarization,
             seed=train.seed,
@@ -97,6 +101,11 @@ def fit(
         on_validation({"step": step, **valid})
         return valid
 
+    def announced(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            on_step(step)
+            yield batch
+
     batches = TrainLoader(
         data,
         seed=train.seed,
@@ -109,7 +118,7 @@ def fit(
         options=reading,
     )
     with retry(lambda: MetricLog(run, step, writes=rank == 0)) as log, UploadQueue() as uploads:
-        for batch in meter.waits(batches):
+        for batch in meter.waits(announced(batches)):
             meter.add(*learner.learn(batch))
             step += 1
             last = step == train.num_steps
@@ -142,6 +151,7 @@ def fit(
                     partial(checkpoint.save, run, step, tensors, train.keep_checkpoints),
                 )
             if stop:
+                on_step(None)
                 uploads.join()
                 if world_size > 1:
                     dist.barrier()  # Ray ends all ranks when the first one returns
@@ -149,6 +159,7 @@ def fit(
             learner.guard.check(config.run_name, step)
         valid = validate()
         uploads.submit("metrics", log.flush)
+        on_step(None)
     if not math.isfinite(valid["elbo_nats"]):
         raise UserError(
             f"run {config.run_name}: the code length on validation images is not finite;"

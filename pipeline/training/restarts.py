@@ -1,18 +1,32 @@
 """Restart a run on Ray after failures, and stop one on request."""
 
+import contextlib
+import os
+import re
 import signal
 import threading
 import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import ray
 from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
 from ray.train import UserCallback
-from ray.train.v2._internal.execution.callback import WorkerCallback
+from ray.train.v2._internal.exceptions import (
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2._internal.execution.callback import WorkerCallback, WorkerGroupCallback
 
+from pipeline import background
+from pipeline.cluster import HEALTH_CHECK_TIMEOUT
 from pipeline.errors import UserError
+from pipeline.runs import RESTARTS, Run
 from pipeline.storage.base import Storage, Unavailable
 from pipeline.training import checkpoint
+from pipeline.training.watch import take_stuck
 
 
 class Restarts(UserCallback):
@@ -29,22 +43,33 @@ class Restarts(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         # Ray Train's wrapper keeps a worker's own exception in this attribute.
-        causes = [
-            getattr(exception, "_base_exc", exception) for exception in worker_exceptions.values()
-        ]
-        for cause in causes:
+        causes = {
+            rank: getattr(exception, "_base_exc", exception)
+            for rank, exception in worker_exceptions.items()
+        }
+        for cause in causes.values():
             if isinstance(cause, UserError) and not isinstance(cause, Unavailable):
                 raise cause
+        stuck = take_stuck(self.run) if ray.is_initialized() else None
+        reason = stuck or explain(*next(iter(causes.items())))
         step = self.newest_step()
         self.failures = 1 if step > self.step else self.failures + 1
         self.step = max(step, self.step)
         if self.failures > self.most:
-            last = (str(causes[0]).strip().splitlines() or [type(causes[0]).__name__])[-1]
             raise UserError(
                 f"run {self.run} failed {self.failures} times in a row without getting beyond step"
-                f" {self.step}; the last error: {last}"
+                f" {self.step}; the last error: {reason}"
             )
+        self.record(reason)
         time.sleep(self.pause(self.failures))
+
+    def record(self, reason: str) -> None:
+        """Add a restart to the run's list, for the command and its user."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        restart = {"time": now, "step": max(0, self.step), "reason": reason}
+        # A restart must not wait for the storage.
+        with contextlib.suppress(Unavailable):
+            self.storage.write_json(RESTARTS, [*Run(self.storage).restarts(), restart])
 
     def newest_step(self) -> int:
         try:
@@ -56,6 +81,45 @@ class Restarts(UserCallback):
     def pause(failures: int) -> float:
         """Seconds to wait before the next attempt, after ``failures`` in a row."""
         return 0.0 if failures == 1 else min(60.0, 5.0 * 2 ** (failures - 2))
+
+
+class StartWatch(WorkerGroupCallback):
+    """Kills the workers of a group that is not ready after ``seconds``; Ray Train starts another.
+
+    A worker that stops running while the group starts would be waited for without limit: Ray Train
+    polls workers only once they train.
+    """
+
+    def __init__(self, record: Callable[[str], None], seconds: float) -> None:
+        self.record, self.seconds = record, seconds
+        self.ready: threading.Event | None = None
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        self.ready = threading.Event()
+        background.start(partial(self._watch, workers, self.ready), "start watch")
+        return {}
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        assert self.ready is not None
+        self.ready.set()
+
+    def _watch(self, workers: list[Any], ready: threading.Event) -> None:
+        if not ready.wait(self.seconds):
+            self.record(f"its workers were not ready to train after {self.seconds:g} s")
+            for worker in workers:
+                ray.kill(worker.actor)
+
+
+def explain(rank: int, error: Exception) -> str:
+    """Why a worker failed, in one line that names its rank."""
+    text = str(error).strip()
+    found = dict(re.findall(r"(hostname|pid)=\W?([\w.-]+)", text))
+    worker = f"rank {rank} (process {found.get('pid', '?')} on {found.get('hostname', '?')})"
+    if isinstance(error, WorkerHealthCheckTimeoutError):
+        return f"{worker} has not answered for {os.environ[HEALTH_CHECK_TIMEOUT]} s"
+    if isinstance(error, WorkerHealthCheckFailedError):
+        return f"{worker} died"
+    return f"rank {rank}: {(text.splitlines() or [type(error).__name__])[-1]}"
 
 
 terminated = threading.Event()

@@ -114,24 +114,37 @@ class Exchange(BaseHTTPRequestHandler):
     server: "FaultyServer"
 
     def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream)
-        upstream.putrequest("GET", self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():
-            upstream.putheader(name, value)
-        upstream.endheaders()
-        response = upstream.getresponse()
-        self.status, self.body = response.status, response.read()
+        try:
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() != "expect":  # answered here already
+                    upstream.putheader(name, value)
+            upstream.endheaders(body)
+            response = upstream.getresponse()
+            self.status, self.body = response.status, response.read()
+        except (OSError, http.client.HTTPException):  # the real server is away
+            self.hang_up(reset=True)
+            return
+        finally:
+            upstream.close()
         self.fields = [
             (k, v)
             for k, v in response.getheaders()
-            if k.lower() not in ("content-length", "connection")
+            if k.lower() not in ("content-length", "connection", "transfer-encoding")
         ]
-        upstream.close()
+        self.length = response.getheader("Content-Length") if self.command == "HEAD" else None
         with self.server.counting:
             self.server.seen[self.path] += 1
             self.turn = self.server.seen[self.path]
         self.is_shard = ".tar" in self.path
-        self.server.fault(self)
+        if self.command == "GET":
+            self.server.fault(self)
+        else:
+            self.answer()
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
     def head(self, status: int | None = None, length: int | None = None) -> bytes:
         """Status line and headers."""
@@ -139,7 +152,7 @@ class Exchange(BaseHTTPRequestHandler):
         lines = [
             f"HTTP/1.1 {status or self.status} x",
             "Connection: close",
-            f"Content-Length: {len(self.body) if length is None else length}",
+            f"Content-Length: {(self.length or len(self.body)) if length is None else length}",
         ]
         return "\r\n".join([*lines, *(f"{k}: {v}" for k, v in self.fields), "", ""]).encode()
 
@@ -166,8 +179,8 @@ class Exchange(BaseHTTPRequestHandler):
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """A server on loopback that passes every GET on to port ``upstream`` and answers as ``fault``
-    decides.
+    """A server on loopback that passes every request on to port ``upstream``, and answers a GET as
+    ``fault`` decides.
     """
 
     daemon_threads = True

@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,12 +29,14 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from pipeline import commands
+from pipeline.cluster import HEALTH_CHECK_TIMEOUT
 from pipeline.runs import Run
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.storage.server import ObjectStorageServer
 from pipeline.training import loop
 from tests.faults import suite
+from tests.faults.storage import Exchange, FaultyServer
 from tests.pipeline import strokes
 
 ROOT, WEIGHTS, WORKERS = "s3://tests/training", "model/model.safetensors", 2
@@ -55,6 +58,7 @@ class Command:
 
     name: str
     options: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.run = open_storage(f"{ROOT}/runs/{self.name}")
@@ -63,6 +67,7 @@ class Command:
     def start(self) -> None:
         """Start the command, or start it again."""
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment |= self.environment
         self.process = subprocess.Popen(
             [
                 VLAE,
@@ -141,6 +146,55 @@ def worker_killed(stage: Stage) -> str:
     return ended_as_whole(command, f"at step {at}")
 
 
+def worker_stopped(stage: Stage) -> str:
+    """SIGSTOP: the process lives and does nothing."""
+    command = Command("worker-stopped", environment={HEALTH_CHECK_TIMEOUT: "15"})
+    at, worker = command.wait_for_step(300), command.workers()[1]
+    worker.suspend()
+    stopped = time.monotonic()
+    command.wait_for_step(at + 1)
+    seconds = time.monotonic() - stopped
+    ended = ended_as_whole(command, f"at step {at}, further after {seconds:.0f} s")
+    restart = Run(command.run).restarts()[0]
+    assert re.fullmatch(
+        rf"rank \d \(process {worker.pid} on .+\) has not answered for 15 s", restart["reason"]
+    ), restart
+    assert not worker.is_running(), "the stopped process is left"
+    return ended
+
+
+def worker_stuck(stage: Stage) -> str:
+    """One rank waits for a shard that never comes; its process answers Ray all the time."""
+    hung = threading.Event()
+
+    def hang(exchange: Exchange) -> None:
+        """Hang on the first read of a shard that comes once the run is under way."""
+        if exchange.is_shard and command.step() >= 300 and not hung.is_set():
+            hung.set()
+            time.sleep(60)  # much longer than a worker may be stuck
+        exchange.answer()
+
+    with FaultyServer(stage.server.port, Exchange.answer) as server:
+        command = Command(
+            "worker-stuck",
+            ["cluster.stuck_seconds=10"],
+            environment={"AWS_ENDPOINT_URL": server.url},
+        )
+        server.fault = hang
+        assert hung.wait(300), "no shard was read"
+        at, since = command.step(), time.monotonic()
+        command.wait_for_step(at + 1)
+        seconds = time.monotonic() - since
+        ended = ended_as_whole(command, f"at step {at}, further after {seconds:.0f} s")
+    restart = Run(command.run).restarts()[0]
+    assert re.fullmatch(
+        r"no step after step \d+ for 10 s: rank \d \(process \d+ on .+\) at pipeline/data/\S+ in"
+        r" \w+",
+        restart["reason"],
+    ), restart
+    return f"{ended}; {restart['reason']}"
+
+
 def worker_terminated(stage: Stage) -> str:
     command = Command("worker-terminated", ["train.checkpoint_seconds=600"])
     while len(Run(command.run).rows()) < 5:
@@ -161,7 +215,7 @@ def driver_terminated(stage: Stage) -> str:
     assert command.process.returncode == 128 + signal.SIGTERM, output[-2000:]
     said = re.search(
         r"run driver-terminated is stopped, its state saved after step (\d+) of 2000; the same"
-        r" command goes on",
+        r" command resumes it",
         output,
     )
     assert said, output[-2000:]
@@ -261,6 +315,8 @@ FAULTS: dict[str, Callable[[Stage], str]] = {
     "training: the driver is terminated": driver_terminated,
     "training: a worker is terminated": worker_terminated,
     "training: a worker is killed": worker_killed,
+    "training: a worker is stopped": worker_stopped,
+    "training: a worker waits forever": worker_stuck,
     "training: the driver and all workers are killed": driver_killed,
     "training: killed in the middle of an upload": killed_in_an_upload,
     "training: the newest checkpoint is damaged": newest_damaged,
@@ -302,8 +358,8 @@ def assert_same(run: Storage, whole: Storage) -> None:
     assert one == other, "other validations"
 
 
-def run() -> tuple[int, int]:
-    """Run all faults of training, and print a line for each.
+def run(only: Sequence[str] = ()) -> tuple[int, int]:
+    """Run all faults of training, or those whose names contain one of the words in ``only``.
 
     Returns the number of faults, and how many of them passed.
     """
@@ -322,8 +378,9 @@ def run() -> tuple[int, int]:
         return suite.run(
             (name, partial(fault, Stage(server, Path(tempfile.mkdtemp(dir=folder)))))
             for name, fault in FAULTS.items()
+            if not only or any(word in name for word in only)
         )
 
 
 if __name__ == "__main__":
-    suite.finish(*run())
+    suite.finish(*run(sys.argv[1:]))

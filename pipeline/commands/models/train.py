@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -95,8 +96,10 @@ def progress(config: TrainConfig) -> Iterator[None]:
 
     run, done = Run.of(config), threading.Event()
     resumed = retry(partial(checkpoint.newest_step, run.storage)) * config.train.global_batch
+    num_shown = len(retry(run.restarts))
 
     def follow() -> None:
+        nonlocal num_shown
         log, train, valid = MetricReader(run.storage), dict[str, float](), dict[str, float]()
         with tqdm(
             total=config.train.images,
@@ -109,10 +112,18 @@ def progress(config: TrainConfig) -> Iterator[None]:
             while True:
                 stop = done.wait(2.0)
                 try:
-                    rows = log.rows()
+                    # Before the rows, which are read only once.
+                    restarts, rows = run.restarts(), log.rows()
                 except Unavailable:
                     bar.set_postfix_str("the storage is unavailable")
-                    rows = []
+                    restarts, rows = [], []
+                for restart in restarts[num_shown:]:
+                    bar.write(
+                        f"run {config.run_name} restarts from step {restart['step']}:"
+                        f" {restart['reason']}",
+                        file=sys.stderr,
+                    )
+                num_shown = max(num_shown, len(restarts))
                 for row in rows:
                     train = row if "train/code_length" in row else train
                     valid = row if "valid/elbo_nats" in row else valid

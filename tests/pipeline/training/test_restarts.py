@@ -32,7 +32,7 @@ def test_failures_in_a_row_without_a_new_checkpoint_end_a_run(
     assert pauses == [0, 5, 10]
     with pytest.raises(
         UserError,
-        match=r"^run mine failed 4 times in a row .* beyond step 0; the last error: out of luck$",
+        match=r"^run mine failed 4 times in a row .* step 0; the last error: rank 1: out of luck$",
     ):
         policy.after_exception(None, {1: RuntimeError("long story\nout of luck")})
 

@@ -1,0 +1,101 @@
+"""A worker that lives and does nothing is found, named and ended; one that works is left alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import ray
+
+from pipeline.cluster import connect
+from pipeline.config.sections import ClusterOptions, StorageOptions
+from pipeline.training.watch import Heartbeat, Heartbeats, StepWatch, take_stuck
+
+WORKER = """
+import time
+from pipeline.training import watch
+watch.SETTLE_SECONDS = 0.1
+
+with watch.StepWatch("mine", 3, 1.0) as watching:
+    for step in range(8):
+        watching.begin(step)
+        time.sleep(0.3)
+    BEHAVIOUR
+print("finished")
+"""
+
+
+def worker(behaviour: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER.replace("BEHAVIOUR", behaviour)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_worker_that_makes_no_step_ends_with_its_stacks_and_one_that_only_uploads_does_not() -> (
+    None
+):
+    stuck, uploads = worker("time.sleep(600)"), worker("watching.begin(None); time.sleep(3)")
+    out, err = stuck.communicate(timeout=60)
+    assert (stuck.returncode, out) == (1, "")
+    assert "run mine: no step after step 7 for 1 s: rank 3 (process " in err
+    assert '"<string>", line 10 in <module>' in err, "no stacks"
+    assert uploads.communicate(timeout=60)[0] == "finished\n"
+
+
+def test_time_in_which_a_process_did_not_run_does_not_count() -> None:
+    process = worker("print('now', flush=True); time.sleep(0.5)")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=60)[0] == "finished\n"
+
+
+def train(rank: int, step: int) -> None:
+    """A rank that stops at ``step``."""
+    with StepWatch("mine", rank, 1.0) as watching:
+        watching.begin(step)
+        time.sleep(600)
+
+
+def beat() -> None:
+    with Heartbeat("stopped"):
+        time.sleep(600)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_rank_behind_the_others_is_named_once_and_a_stopped_process_is_lost() -> None:
+    connect(ClusterOptions(), StorageOptions())
+    task = ray.remote(num_cpus=0, max_retries=0)
+    heartbeats = Heartbeats(5.0)
+    heartbeats.expect("stopped")
+    beating = task(beat).remote()
+    ranks = [task(train).remote(rank, step) for rank, step in enumerate([41, 40, 41])]
+    for rank in ranks:
+        with pytest.raises(ray.exceptions.WorkerCrashedError):
+            ray.get(rank)
+    said = take_stuck("mine")
+    assert said is not None
+    assert said.startswith("no step after step 40 for 1 s: rank 1 (process ")
+    assert take_stuck("mine") is None
+
+    assert not heartbeats.is_lost("stopped")
+    sign = heartbeats._seen["stopped"][0]
+    assert sign, "no sign of life came"
+    pid = int(sign.split()[0])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        while not heartbeats.is_lost("stopped"):
+            time.sleep(0.2)
+        assert time.monotonic() - began > 3
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        ray.get(beating)
