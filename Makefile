@@ -33,6 +33,12 @@ test: lint ## run lint and all tests
 faults: install ## break storage, kill servers, cut off hosts; check that nothing is lost
 	$(BIN)/python -m tests.faults
 
+SEED ?= 1
+MINUTES ?= 10
+
+chaos: install ## draw faults from SEED, for MINUTES, over a run, a search and a registration
+	$(BIN)/python -m tests.faults.chaos $(SEED) $(MINUTES)
+
 lint: install ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +67,4 @@ sbom: install ## list what the wheel needs, as CycloneDX, in ./dist
 clean: ## remove what the demos and `make dist` created
 	rm -rf demo search-demo outputs build dist
 
-.PHONY: help install demo search-demo test faults lint dist lock audit sbom clean
+.PHONY: help install demo search-demo test faults chaos lint dist lock audit sbom clean

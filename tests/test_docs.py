@@ -138,13 +138,19 @@ def check_vlae(words: list[str]) -> None:
 
 
 def check_make(words: list[str]) -> None:
-    """Raise AssertionError unless each target is one of the Makefile's."""
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    """Raise AssertionError unless each target and variable is one of the Makefile's."""
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
+    variables = re.findall(r"^(\w+) \?=", makefile, re.MULTILINE)
     if words[:1] == ["--directory"]:
         words = words[2:]
     assert words
     for word in words:
-        assert word in targets, f"the Makefile has no target {word}"
+        name, sign, _ = word.partition("=")
+        if sign:
+            assert name in variables, f"the Makefile has no variable {name}"
+        else:
+            assert name in targets, f"the Makefile has no target {name}"
 
 
 def check_script(path: str, words: list[str]) -> None:
@@ -231,6 +237,7 @@ def test_files_that_are_named_exist(path: Path) -> None:
         "vlae serve-store -- vlae train trian.images=5",
         "python -m pipeline.train dataset=mnist",
         "make tset",
+        "make chaos SEDE=1",
         "make install && make search_demo",
         "ray up infra/locale.yaml",
         "ray job submit --runtime-env infra/job.yaml -- python -m pipeline train cluster.workers=2",

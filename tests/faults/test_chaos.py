@@ -1,0 +1,61 @@
+"""A seed draws the same faults again, and a run under them ends as an undisturbed one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline import commands
+from pipeline.runs import Run
+from pipeline.storage import open_storage
+from pipeline.training import loop
+from tests.faults import chaos, training
+from tests.faults.strikes import KINDS, Skipped, Strike, draw, rpc_failures
+
+SEED = 52
+"""Its first two faults of training are a stopped worker and reads that are cut."""
+SHORT = ["train.images=6400", "train.valid_every=3200", "train.checkpoint_seconds=0.5"]
+"""800 steps."""
+
+
+def test_faults_are_a_function_of_the_seed_and_all_kinds_are_drawn() -> None:
+    assert draw(3, 1, "train", 20) == draw(3, 1, "train", 20)
+    assert draw(3, 1, "train", 3) == draw(3, 1, "train", 20)[:3]
+    drawn = [draw(seed, 1, "tune", 3) for seed in range(60)]
+    assert len(set(map(tuple, drawn))) == 60
+    assert {each.kind for some in drawn for each in some} == {
+        kind for kind, fault in KINDS.items() if "tune" in fault.phases
+    }
+    dropped = [rpc_failures(seed, 1, "train") for seed in range(60)]
+    assert dropped == [rpc_failures(seed, 1, "train") for seed in range(60)]
+    assert 5 < sum(map(bool, dropped)) < 40
+
+
+def test_the_disk_is_filled_only_where_a_small_one_could_be_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mount").write_text("#!/bin/sh\nexit 32\n")
+    (tmp_path / "mount").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    strike = Strike(0, "the cache's disk is full", 0.1, 0)
+    with chaos.stage(tmp_path, with_team=False) as stage:
+        assert not stage.has_small_disk
+        with pytest.raises(Skipped, match="it needs root"):
+            KINDS[strike.kind].strike(stage, strike)
+        assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_run_under_drawn_faults_ends_as_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with chaos.stage(tmp_path, with_team=False) as stage:
+        disturbed = chaos.Round(stage, 1)
+        disturbed.arguments["train"] += [*SHORT, "cluster.num_workers=1"]
+        run = open_storage(f"{disturbed.root}/runs/run", stage.server.endpoint_url)
+        assert disturbed.play(["train"], SEED, 2, lambda: run.list("checkpoints/"), pace=0.25) == 2
+        assert "has not answered" in Run(run).restarts()[0]["reason"]
+        options = [*chaos.RUN, *SHORT, f"storage.root={disturbed.root}"]
+        loop.fit(commands.load("train", [*options, "name=whole"]))
+        whole = open_storage(f"{disturbed.root}/runs/whole", stage.server.endpoint_url)
+        training.assert_same(run, whole)
