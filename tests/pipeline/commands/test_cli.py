@@ -83,7 +83,7 @@ def test_help_lists_every_option_with_its_default(
         ),
         ("evaluate", ["model=nowhere"], ["nowhere", "no finished model"]),
         ("evaluate", ["model=models:/absent@champion"], ["absent"]),
-        ("registry", [], ["list, show, register, compare, promote, rollback"]),
+        ("registry", [], ["list, show, register, verify, compare, promote, rollback"]),
         ("registry", ["show"], ["name=NAME"]),
         ("registry", ["promote", "name=absent", "version=1"], ["absent"]),
         ("shard", ["dataset=folder", "dataset.name=x", "dataset.path=/absent"], ["/absent"]),
