@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from vlae.distributions import standard_normal_log_prob
@@ -24,6 +25,12 @@ class Prior(Protocol):
     def sample(self, noise: Tensor) -> Tensor:
         """z from standard normal ``noise`` of the same shape."""
 
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise that ``sample`` turns into z, and log |d noise / d z| split over the latents.
+
+        Both have the shape of ``z``, (..., latents).
+        """
+
 
 class StandardNormal(nn.Module):
     """p(z) = N(0, I)."""
@@ -37,3 +44,7 @@ class StandardNormal(nn.Module):
     def sample(self, noise: Tensor) -> Tensor:
         """z from standard normal ``noise`` of the same shape: the noise itself."""
         return noise
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z -> (noise, log |d noise / d z|): z itself and zeros, both (..., latents)."""
+        return z, torch.zeros_like(z)

@@ -23,6 +23,23 @@ def test_a_flow_of_depth_0_is_built_as_the_standard_normal(
     assert torch.equal(prior.sample(z), z)
 
 
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_the_inverse_gives_the_noise_back_with_which_z_was_drawn_and_its_density(
+    small_arguments: Callable[..., dict[str, Any]], depth: int
+) -> None:
+    prior = vlae.build(**small_arguments((1, 4, 4), "3x1", flow_depth=depth)).double().prior
+    noise = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z = prior.sample(noise)
+    found, log_det = prior.inverse(z)
+    torch.testing.assert_close(found, noise, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        torch.distributions.Normal(0, 1).log_prob(found).sum(-1) + log_det.sum(-1),
+        prior.log_prob(z).sum(-1),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_flow_of_any_other_depth_is_built_as_that_many_steps(
     small_arguments: Callable[..., dict[str, Any]], depth: int
