@@ -111,6 +111,30 @@ class Page:
             button = {"button": "left", "clickCount": 1} if kind == "click" else {}
             await self.call("Input.dispatchMouseEvent", type=each, x=x, y=y, **button)
 
+    async def drag(self, selector: str, way: list[tuple[float, float]]) -> None:
+        """Draw with the mouse over an element: places as shares of its width and height."""
+        box = f"document.querySelector({selector!r})"
+        await self.evaluate(f"{box}.scrollIntoView({{block: 'center'}})")
+        sides = f"(b => [b.x, b.y, b.width, b.height])({box}.getBoundingClientRect())"
+        left, top, width, height = await self.evaluate(sides)
+        kinds = ["mousePressed", *["mouseMoved"] * (len(way) - 2), "mouseReleased"]
+        for kind, (x, y) in zip(kinds, way, strict=True):
+            await self.call(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=left + x * width,
+                y=top + y * height,
+                button="left",
+                buttons=1,
+                clickCount=1,
+            )
+
+    async def choose_file(self, selector: str, path: Path) -> None:
+        """Give a file to an element that asks for one."""
+        root = (await self.call("DOM.getDocument"))["root"]["nodeId"]
+        found = await self.call("DOM.querySelector", nodeId=root, selector=selector)
+        await self.call("DOM.setFileInputFiles", files=[str(path)], nodeId=found["nodeId"])
+
     def errors(self) -> list[dict[str, Any]]:
         """What was written to the console, and exceptions."""
         return [

@@ -30,7 +30,7 @@ PLACEHOLDERS = {"COMMAND": "train", "NAME": "name", "FOLDER": "folder", "ROOT": 
 NEEDED = {
     **{
         name: ["model=somewhere"]
-        for name in ("evaluate", "encode", "compress", "reconstruct", "sample")
+        for name in ("evaluate", "encode", "compress", "reconstruct", "sample", "explore")
     },
     "data": ["action=inspect"],
     "registry": ["action=list"],

@@ -21,7 +21,7 @@ COMMANDS = {name: find(name).config for name in NAMES}
 NEEDED = {
     **{
         command: ["model=somewhere"]
-        for command in ("evaluate", "encode", "compress", "reconstruct", "sample")
+        for command in ("evaluate", "encode", "compress", "reconstruct", "sample", "explore")
     },
     **{command: ["action=list"] for command in ("registry",)},
     "data": ["action=inspect"],

@@ -1,0 +1,1 @@
+"""A page on loopback that shows what a code keeps of an image."""
