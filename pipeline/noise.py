@@ -51,6 +51,8 @@ class Purpose(IntEnum):
     SELECTION = 12
     REDRAWING = 13
     CANARY = 14
+    RESOLUTION = 15
+    RESAMPLING = 16
     SENT = 20
     STATIC_BINARIZATION = 3
     SHARD_ORDER = 4

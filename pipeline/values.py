@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 JsonObject: TypeAlias = dict[str, Any]
 """A JSON object, as ``Storage.read_json`` gives and ``Storage.write_json`` takes it."""
 
-UNITS = ("nats", "bits")
+UNITS = ("nats", "bits", "px")
 """The units that end the key of a figure in JSON: ``elbo_nats``."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")

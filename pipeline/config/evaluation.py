@@ -20,6 +20,12 @@ class BoundOptions:
     num_images: int | None = option(
         "evaluate only the first images of the split; none is all", None, at_least=2
     )
+    resolution_images: int = option(
+        "images that are redrawn from their codes to measure the resolution, the first ones; 0"
+        " measures none",
+        256,
+        at_least=0,
+    )
     pictures: int = option("images in each picture", 40, at_least=1, below=1 << 14)
     seed: int = option("the seed of binarization and all noise", 0)
 

@@ -72,6 +72,17 @@ def _probe_accuracy(found: Measurements) -> Values:
     return {"probe_accuracy": probe["accuracy"], "probe_accuracy_se": probe["accuracy_se"]}
 
 
+def _resolution(found: Measurements) -> Values:
+    """A code that keeps no structure counts as one that keeps what is as large as the images."""
+    if "resolution_px" not in found.valid:
+        return {}
+    px = found.valid["resolution_px"]
+    return {
+        "resolution_px": found.valid["resolution"]["coarsest_px"] if px is None else px,
+        "resolution_px_se": found.valid["resolution_px_se"],
+    }
+
+
 def _images_per_s(found: Measurements) -> Values:
     # `samples` stands here because records and tables keep this order of columns.
     return {"samples": found.samples, "images_per_s": statistics.median(found.speeds)}
@@ -112,6 +123,15 @@ QUANTITIES = {
         chart="probe accuracy, %",
         chart_place=2,
         chart_factor=100,
+    ),
+    "resolution_px": Quantity(
+        "resolution, pixels: the code keeps structure that is coarser",
+        _resolution,
+        title="resolution, px",
+        format=".2f",
+        shows_error=True,
+        chart="resolution, pixels",
+        chart_place=3,
     ),
     "images_per_s": Quantity(
         "training speed, images per second",

@@ -12,12 +12,13 @@ from pipeline.config.options import to_dict
 from pipeline.config.sections import StorageOptions
 from pipeline.data.batch import Batch, binarize
 from pipeline.data.loader import EvalLoader
-from pipeline.evaluation import nested, pictures
+from pipeline.evaluation import curves, nested, pictures
 from pipeline.evaluation.estimates import estimate_split, in_batches
 from pipeline.evaluation.information import Information
 from pipeline.evaluation.measure import map_batches, quantities, report
 from pipeline.evaluation.moments import Moments
 from pipeline.evaluation.probe import Codes, Probes, TooFewLabels, code_noise, encode
+from pipeline.evaluation.resolution import resolution
 from pipeline.machine import device, keep_freed_memory, num_threads
 from pipeline.runs import EVALUATION, RESULT, OpenedModel, Run, open_data
 from pipeline.storage import open_storage
@@ -27,7 +28,7 @@ from vlae.information import ACTIVE_VARIANCE
 from vlae.posterior import Posterior
 
 CODES_BATCH = 64
-"""Images in a batch that is only encoded. Sums over images are added in such batches."""
+"""Images in a batch that is only encoded or redrawn. Sums over images are added in such batches."""
 
 
 def evaluate(
@@ -158,6 +159,7 @@ class Evaluation:
                 bar.update(len(estimate.iwae))
         measured: JsonObject = dict(report(moments, self.model, bounds.samples))
         measured |= information.report(self.model.rate_splits)
+        measured |= self.resolution()
         if probes and not right.sums:
             skipped = f"none of the measured {self.config.split} images has a label"
         if skipped:
@@ -194,6 +196,24 @@ class Evaluation:
             nested.add_probes(rows, train, valid, measured)
         return rows
 
+    def resolution(self) -> JsonObject:
+        """The resolution of the codes of the split's first images; nothing if none is wanted."""
+        bounds = self.config.bounds
+        num_images = min(bounds.resolution_images, bounds.num_images or bounds.resolution_images)
+        if not num_images:
+            return {}
+        images = self.loader(self.config.split, CODES_BATCH, num_images)
+        with progress_bar(images, "resolution") as bar:
+            return resolution(
+                self.model,
+                images,
+                binarization=self.binarization,
+                seed=bounds.seed,
+                device=self.device,
+                threads=num_threads(self.device),
+                progress=bar.update,
+            ).to_json()
+
     def pictures(self, measured: JsonObject) -> Iterator[tuple[str, bytes]]:
         """Name and PNG of each picture; ``measured`` is what ``measure`` returned."""
         bounds, latents = self.config.bounds, measured["latents"]
@@ -212,6 +232,8 @@ class Evaluation:
             rows = measured["nested"]
             yield "nested", nested.draw_curve(rows)
             yield "decodings", nested.draw_decodings(self.model, x, rows, generator)
+        if "resolution" in measured:
+            yield "resolution", curves.resolutions({"": measured})
 
     def probes(self) -> Probes | None:
         """Probes fitted on ``train`` and chosen on ``valid``, whichever split is evaluated.

@@ -135,7 +135,14 @@ def test_the_accounting_of_a_trained_model_adds_up(
         assert f"{math.log2(13):.2f} that tell 13 images apart" in printed
     if name == "nested":
         files += ["nested", "decodings"]
+    files.append("resolution")
     assert result["pictures"] == [f"{tmp_path}/{file}.png" for file in files]
+    curve = test["resolution"]
+    assert (curve["num_images"], curve["coarsest_px"], curve["finest_px"]) == (13, 8, 2.0)
+    assert len(curve["correlation"]) == len(curve["correlation_se"]) == 5
+    kept = [value >= 0.5 for value in curve["correlation"][1:]]
+    assert (test["resolution_px"] is not None) == any(kept)
+    assert ("\nresolution: none" in printed) == (not any(kept))
     for picture in result["pictures"]:
         Image.open(picture).load()
 
@@ -209,6 +216,42 @@ def test_without_labels_there_are_no_probes(
         assert "probe" not in result["test"]
         assert "class" not in printed
         assert "mutual_information_nats" in result["test"]
+
+
+def test_resolution_is_measured_on_as_many_images_as_asked_for(
+    runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, count in (
+        (["bounds.resolution_images=5"], 5),
+        (["bounds.num_images=4"], 4),
+        (["bounds.resolution_images=0"], 0),
+    ):
+        printed, result = evaluated(
+            capsys, tmp_path, f"model={runs}/flow", "probe_images=0", *options
+        )
+        measured = result["test"]
+        assert ("\nresolution: " in printed) == bool(count)
+        assert measured.get("resolution", {}).get("num_images", 0) == count
+
+
+@pytest.mark.parametrize(
+    ("px", "error", "lost", "sentence"),
+    [
+        (5.21, 0.05, [], "5.21 +- 0.05 px; the code keeps coarser structure, and finer is redrawn"),
+        (2.0, 0.0, [], "2.00 px, the finest structure that pixels show"),
+        (None, None, [], "none; the code decides less than half of the variance of every size"),
+        (6.5, None, [16.0, 8.0], "6.50 px; .* redrawn (structure of 16.0, 8.0 px is redrawn, too)"),
+    ],
+)
+def test_the_resolution_is_told_in_a_sentence(
+    px: float | None, error: float | None, lost: list[float], sentence: str
+) -> None:
+    measured = {"resolution_px": px, "resolution_px_se": error}
+    measured["resolution"] = {"finest_px": 2.0, "lost_px": lost}  # type: ignore[assignment]
+    told = evaluate.format_resolution(measured)
+    first, *rest = sentence.split(" .* ")
+    assert told.startswith(first)
+    assert told.endswith(rest[0] if rest else first)
 
 
 def test_a_single_image_has_figures_but_no_errors(

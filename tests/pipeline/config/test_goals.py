@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.goals import Constraint, Goals, Objective
+from pipeline.config.goals import QUANTITIES, Constraint, Goals, Measurements, Objective
 from pipeline.errors import UserError
 
 NUMBERS = st.integers(0, 4).map(float)
@@ -100,3 +100,19 @@ def test_what_is_not_known_yet_is_left_out_of_the_comparison() -> None:
     goals = Goals.parse(["min nll", "max probe_accuracy"])
     assert goals.beats({"nll": 1.0}, {"nll": 2.0, "probe_accuracy": 0.9})
     assert not goals.beats({"probe_accuracy": 0.9}, {"nll": 2.0})
+
+
+def test_a_code_that_keeps_no_structure_breaks_every_bound_on_the_resolution() -> None:
+    goals = Goals.parse(["min nll"], ["resolution_px <= 4"])
+    measure = QUANTITIES["resolution_px"].measure
+
+    def measured(px: float | None, error: float | None = 0.1) -> dict[str, Any]:
+        valid = {"resolution_px": px, "resolution_px_se": error, "resolution": {"coarsest_px": 28}}
+        return {"nll": 80.0, **measure(Measurements(valid, 1, [1.0]))}
+
+    fine, coarse, none = measured(3.5), measured(5.0), measured(None, None)
+    assert (fine["resolution_px"], fine["resolution_px_se"]) == (3.5, 0.1)
+    assert goals.violation(fine) == 0 < goals.violation(coarse) < goals.violation(none)
+    assert [goals.beats(fine, coarse), goals.beats(coarse, none)] == [True, True]
+    assert none["resolution_px"] == 28
+    assert measure(Measurements({}, 1, [1.0])) == {}
