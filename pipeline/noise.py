@@ -53,6 +53,7 @@ class Purpose(IntEnum):
     CANARY = 14
     RESOLUTION = 15
     RESAMPLING = 16
+    SHOWN = 17
     SENT = 20
     STATIC_BINARIZATION = 3
     SHARD_ORDER = 4

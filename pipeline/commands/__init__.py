@@ -20,7 +20,15 @@ Config = TypeVar("Config")
 GROUPS = {
     "images": ("shard", "index", "data"),
     "models": ("plan", "train", "tune", "evaluate", "registry", "theory"),
-    "codes": ("encode", "compress", "decompress", "reconstruct", "sample", "explore"),
+    "codes": (
+        "encode",
+        "compress",
+        "decompress",
+        "reconstruct",
+        "sample",
+        "neighbours",
+        "explore",
+    ),
     "start": ("demo", "serve-store"),
 }
 """The commands, by the package that holds them, in the order of ``vlae --help``."""

@@ -139,11 +139,7 @@ def codes(
             pa.array(values.float().cpu().numpy().ravel()), type=vectors
         )
 
-    # File names may contain bytes that are not valid text, which Parquet does not accept.
-    texts = [
-        key.encode(errors="surrogateescape").decode(errors="backslashreplace") for key in keys or ()
-    ]
-    named = {"key": pa.array(texts, pa.string())} if keys is not None else {}
+    named = {"key": pa.array(map(as_text, keys), pa.string())} if keys is not None else {}
     scale = (
         {"scale": column(posterior.log_scale.exp())}
         if isinstance(posterior, DiagonalGaussian)
@@ -159,6 +155,11 @@ def codes(
             "rate_bits": pa.array(rate.cpu().numpy(), pa.float64()),
         }
     )
+
+
+def as_text(key: str) -> str:
+    """An image's name as Parquet accepts it: file names may hold bytes that are not valid text."""
+    return key.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _key(part: int) -> str:

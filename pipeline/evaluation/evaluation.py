@@ -12,7 +12,7 @@ from pipeline.config.options import to_dict
 from pipeline.config.sections import StorageOptions
 from pipeline.data.batch import Batch, binarize
 from pipeline.data.loader import EvalLoader
-from pipeline.evaluation import curves, nested, pictures
+from pipeline.evaluation import nested, pictures, sheets
 from pipeline.evaluation.estimates import estimate_split, in_batches
 from pipeline.evaluation.information import Information
 from pipeline.evaluation.measure import map_batches, quantities, report
@@ -233,7 +233,7 @@ class Evaluation:
             yield "nested", nested.draw_curve(rows)
             yield "decodings", nested.draw_decodings(self.model, x, rows, generator)
         if "resolution" in measured:
-            yield "resolution", curves.resolutions({"": measured})
+            yield "resolution", sheets.resolutions({"": measured})
 
     def probes(self) -> Probes | None:
         """Probes fitted on ``train`` and chosen on ``valid``, whichever split is evaluated.

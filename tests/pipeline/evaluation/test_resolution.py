@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.commands import load
 from pipeline.config.sections import Binarization
 from pipeline.data.loader import EvalLoader
-from pipeline.evaluation import curves
+from pipeline.evaluation import sheets
 from pipeline.evaluation.resolution import Resolution, compare, resolution
 from pipeline.storage import open_storage
 from tests.pipeline import strokes
@@ -227,8 +227,8 @@ def test_the_chart_shows_any_curve() -> None:
         for redrawn in (images[None], noise(1, 2, 20, 1, 9, 12), images + noise(1, 2, 20, 1, 9, 12))
     ]
     told.append(compare(images[:1], images[None, :1]).to_json())
-    pictures = [curves.resolutions({"": each}) for each in told]
-    pictures.append(curves.resolutions({f"model {n}": each for n, each in enumerate(told)}))
+    pictures = [sheets.resolutions({"": each}) for each in told]
+    pictures.append(sheets.resolutions({f"model {n}": each for n, each in enumerate(told)}))
     assert all(each.startswith(b"\x89PNG") for each in pictures)
     assert all(one != other for one, other in pairwise(pictures))
-    assert curves.resolutions({"": told[0]}) == pictures[0]
+    assert sheets.resolutions({"": told[0]}) == pictures[0]
