@@ -64,11 +64,11 @@ def run(config: NeighboursConfig) -> JsonObject:
     """
     import torch
 
-    from pipeline.evaluation import duplicates
-    from pipeline.evaluation.collection import collect, stored_codes
-    from pipeline.evaluation.neighbours import PIXELS, Search, check, find
     from pipeline.machine import device, num_threads
     from pipeline.registry.models import open_model
+    from pipeline.retrieval import duplicates
+    from pipeline.retrieval.collection import collect, stored_codes
+    from pipeline.retrieval.neighbours import PIXELS, Search, check, find
     from pipeline.runs import open_data
     from pipeline.storage import open_storage
 

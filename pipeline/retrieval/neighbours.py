@@ -17,11 +17,11 @@ from pipeline.data.reader import STRICT, Reader
 from pipeline.data.records import Integers
 from pipeline.errors import UserError
 from pipeline.evaluation import sheets
-from pipeline.evaluation.collection import Collection, images_at
 from pipeline.evaluation.encoding import as_text
-from pipeline.evaluation.nearest import nearest, scores
 from pipeline.machine import device, num_threads
 from pipeline.noise import Purpose
+from pipeline.retrieval.collection import Collection, images_at
+from pipeline.retrieval.nearest import nearest, scores
 from pipeline.values import JsonObject
 
 PIXELS = "pixels"

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from pipeline.data import DataSet
 from pipeline.evaluation import sheets
-from pipeline.evaluation.collection import Collection, images_at
 from pipeline.evaluation.encoding import as_text
-from pipeline.evaluation.nearest import nearest
+from pipeline.retrieval.collection import Collection, images_at
+from pipeline.retrieval.nearest import nearest
 from pipeline.values import JsonObject
 
 CANDIDATES = 20

@@ -1,0 +1,1 @@
+"""Images found by their codes: neighbours, scores by class, near-duplicates."""
