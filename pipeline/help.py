@@ -16,7 +16,8 @@ EXAMPLE = """a first session:
   vlae shard dataset=mnist                  images -> shards
   vlae train model.window=7x4               one model
   vlae tune search.num_trials=12            many models, the best into the registry
-  vlae evaluate model=models:/vlae-mnist@champion"""
+  vlae evaluate model=models:/vlae-mnist@champion
+  vlae explore model=models:/vlae-mnist@champion"""
 
 
 HEADINGS = {

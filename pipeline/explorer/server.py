@@ -34,15 +34,19 @@ from pipeline.explorer.session import Session
 from pipeline.machine import device, num_threads
 
 logger = logging.getLogger(__name__)
-SILENT = logging.Logger("aiohttp.server", logging.CRITICAL)
+SILENT = logging.Logger("aiohttp.server", logging.CRITICAL + 1)
 
 HOST = "127.0.0.1"
+GRACE = 1.0
+"""Seconds that answers may still take once the server is told to stop."""
 FILES = {
     "/": ("explore.html", "text/html"),
     "/explore.css": ("explore.css", "text/css"),
     "/explore.js": ("explore.js", "text/javascript"),
-    "/images.js": ("images.js", "text/javascript"),
+    "/asking.js": ("asking.js", "text/javascript"),
+    "/card.js": ("card.js", "text/javascript"),
     "/drawing.js": ("drawing.js", "text/javascript"),
+    "/elements.js": ("elements.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 """The page's files, by their path: no other file can be asked for."""
@@ -102,7 +106,7 @@ class Server:
             app.router.add_get(path, self._file)
         app.router.add_post("/api/{name}", self._answer)
         # What is not HTTP is refused by aiohttp, which would log it with a traceback.
-        runner = web.AppRunner(app, access_log=None, logger=SILENT)
+        runner = web.AppRunner(app, access_log=None, logger=SILENT, shutdown_timeout=GRACE)
         stopped = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)

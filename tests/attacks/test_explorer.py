@@ -411,7 +411,7 @@ def test_a_page_of_another_origin_cannot_ask_or_frame_it_though_it_knows_the_sec
             assert "frame-ancestors" in errors or "X-Frame-Options" in errors
             script = f"""new Promise(done => {{
                 const script = document.createElement("script");
-                script.src = "{explorer.address}/images.js";
+                script.src = "{explorer.address}/asking.js";
                 script.onload = () => done("loaded");
                 script.onerror = () => done("refused");
                 document.body.append(script);

@@ -4,17 +4,17 @@ const PAPER = 280;  // about how many pixels wide and high it is
 const LUMINANCE = [0.299, 0.587, 0.114];
 
 export class Drawing {
-  constructor(canvas, [channels, height, width], changed) {
+  constructor(canvas, [channels, height, width], changed, [paper, colour]) {
     this.canvas = canvas;
     this.channels = channels;
     this.fine = Math.max(1, Math.floor(PAPER / Math.max(height, width)));
     canvas.width = width * this.fine;
     canvas.height = height * this.fine;
     this.paper = canvas.getContext("2d", { willReadFrequently: true });
-    this.colour = "#ffffff";
+    this.colour = colour;
     this.brush = 2;  // pixels of the image
     this.changed = changed;
-    this.fill("#000000");
+    this.fill(paper);
     let last = null;
     canvas.addEventListener("pointerdown", event => {
       canvas.setPointerCapture(event.pointerId);
