@@ -10,7 +10,9 @@ export async function ask(what, question = {}) {
     const answer = await fetch(`/api/${what}`, {
       method: "POST", body: JSON.stringify(question),
       headers: { "Authorization": `Bearer ${secret}`, "Content-Type": "application/json" },
-    }).catch(() => { throw new Error("vlae explore has stopped; start it again and open the address that it prints"); });
+    }).catch(() => {
+      throw new Error("vlae explore has stopped; start it again, and open its new address");
+    });
     const values = await answer.json();
     if (!answer.ok) throw new Error(values.error);
     return values;

@@ -1,16 +1,17 @@
-// A model on the page: the image redrawn, its bits, its latents, and its rows of neighbours and walks.
+// A model on the page: the image redrawn, its bits and latents, and rows of neighbours and walks.
 
 import { ask, latest } from "/asking.js";
 import { count, described, element, figure, fillRow, paint, picture } from "/elements.js";
 
 const DRAWN = 4, STEPS = 9, NEAREST = 12, LATENTS = 8;
-const DRAWS = 32, QUICK_DRAWS = 8;  // drawings that the mean is of: at rest, and while something moves
+const DRAWS = 32, QUICK_DRAWS = 8;  // drawings that the mean is of: at rest, and while one moves
 const REACH = 3;  // standard deviations from the middle of a slider to its ends
 const STEP = 0.05;
 
 export class Card {
-  // ``place`` is the model's in ``page.about.models``; ``page.chosen`` are the images that are looked at and
-  // the seed, ``page.choose`` looks at another image, ``page.compare`` is called with new bits.
+  // ``place`` is the model's in ``page.about.models``. ``page.chosen`` holds the images that are
+  // looked at and the seed. ``page.choose`` looks at another image; ``page.compare`` is called when
+  // there are new bits.
   constructor(place, page) {
     const model = page.about.models[place];
     Object.assign(this, page, { place, model, shape: page.about.shape });
@@ -27,7 +28,10 @@ export class Card {
     this.back = element("button", { type: "button", textContent: "Put back", disabled: true });
     this.more = element("button", { type: "button" });
     this.back.addEventListener("click", () => this.move({}));
-    this.more.addEventListener("click", () => { this.showsAll = !this.showsAll; this.showLatents(); });
+    this.more.addEventListener("click", () => {
+      this.showsAll = !this.showsAll;
+      this.showLatents();
+    });
     this.box = element("article", { className: "card" },
       element("h3", { textContent: model.name }),
       element("p", { className: "note", textContent: model.about }),
@@ -52,7 +56,8 @@ export class Card {
   }
 
   row(strip) {
-    return element("div", { className: "row" }, element("h3", { textContent: this.model.name }), strip);
+    const name = element("h3", { textContent: this.model.name });
+    return element("div", { className: "row" }, name, strip);
   }
 
   question(values = {}) {
@@ -64,16 +69,20 @@ export class Card {
     this.code = code;
     paint(this.seen, code.seen, this.shape);
     paint(this.ends[0], code.seen, this.shape);
+    const bytes = bits => figure(bits / 8);
     const rows = [
-      ["rate", "rate: the code", code.rate_bits, code.rate_bits_se, `${figure(code.rate_bits / 8)} bytes`],
-      ["distortion", "distortion: the pixels", code.distortion_bits, code.distortion_bits_se, ""],
-      ["", "together, without loss", code.code_length_bits, code.code_length_bits_se,
-       `${figure(code.code_length_bits / 8)} of ${figure(this.model.raw_bits / 8)} bytes`],
+      ["rate", "rate: the code", "rate_bits", `${bytes(code.rate_bits)} bytes`],
+      ["distortion", "distortion: the pixels", "distortion_bits", ""],
+      ["", "together, without loss", "code_length_bits",
+       `${bytes(code.code_length_bits)} of ${bytes(this.model.raw_bits)} bytes`],
     ];
-    this.rows.replaceChildren(...rows.map(([kind, label, value, error, length]) => element("tr", {},
-      element("td", {}, element("i", { className: kind }), label),
-      element("td", { textContent: `${figure(value)} bits`, title: `${figure(value)} ± ${figure(error)} bits` }),
-      element("td", { textContent: length }))));
+    this.rows.replaceChildren(...rows.map(([kind, label, key, length]) => {
+      const bits = `${figure(code[key])} bits`, title = `± ${figure(code[`${key}_se`])} bits`;
+      return element("tr", {},
+        element("td", {}, element("i", { className: kind }), label),
+        element("td", { textContent: bits, title }),
+        element("td", { textContent: length }));
+    }));
     this.compare();
     if (!this.isMoving) this.showLatents();  // a slider under the mouse stays
   }
@@ -149,7 +158,7 @@ export class Card {
     const line = element("div", { className: "latent" });
     const tellValue = () => {
       output.textContent = `${input.value < 0 ? "−" : "+"}${Math.abs(input.value).toFixed(1)} sd`;
-      input.setAttribute("aria-valuetext", `${output.textContent} standard deviations`.replace(" sd", ""));
+      input.setAttribute("aria-valuetext", `${input.value} standard deviations`);
       line.classList.toggle("moved", latent.latent in this.moved);
     };
     tellValue();
@@ -173,7 +182,8 @@ export class Card {
     });
     const track = element("div", { className: "track" });
     if (latent.width !== null) {
-      const band = element("div", { className: "band", title: "the posterior of this image, one standard deviation to each side" });
+      const title = "the posterior of this image, one standard deviation to each side";
+      const band = element("div", { className: "band", title });
       band.style.left = at(Math.max(-reach, latent.place - latent.width));
       band.style.right = `calc(100% - ${at(Math.min(reach, latent.place + latent.width))})`;
       track.append(band);

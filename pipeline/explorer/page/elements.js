@@ -1,7 +1,8 @@
-// Elements of the page, and images as the server sends and takes them: base64 of their bytes, row by row,
-// with the channels last.
+// Elements of the page, and images as the server sends and takes them: base64 of their bytes, row
+// by row, with the channels last.
 
-const number = new Intl.NumberFormat("en");
+const number = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const tenths = new Intl.NumberFormat("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
 export const count = value => number.format(value);
 
 export function element(tag, properties = {}, ...children) {
@@ -12,8 +13,7 @@ export function element(tag, properties = {}, ...children) {
 
 // One digit after the point, unless the number is so large that nobody would read it.
 export function figure(value) {
-  const digits = Math.abs(value) < 100 ? 1 : 0;
-  return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  return (Math.abs(value) < 100 ? tenths : number).format(value);
 }
 
 export function paint(canvas, text, [channels, height, width]) {
@@ -54,5 +54,6 @@ export function fillRow(row, texts, shape) {
 }
 
 export function described(image) {
-  return [`image ${count(image.sample)}`, image.label, image.name].filter(part => part !== null).join(", ");
+  const parts = [`image ${count(image.sample)}`, image.label, image.name];
+  return parts.filter(part => part !== null).join(", ");
 }

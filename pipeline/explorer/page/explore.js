@@ -6,6 +6,9 @@ import { Drawing } from "/drawing.js";
 import { count, described, element, paint, picture, toText } from "/elements.js";
 
 const PAGE = 40;  // thumbnails
+const GREYS = ["#ffffff", "#aaaaaa", "#555555", "#000000"];
+const COLOURS = ["#ffffff", "#000000", "#d03b3b", "#eb8f34", "#f2d13c", "#3c9a4b", "#3b77d0",
+                 "#7d4fb0", "#8b5a3c"];
 const find = id => document.getElementById(id);
 const state = { first: null, second: null, active: "first", seed: 0, start: 0 };
 let about, shape, drawing, cards = [];
@@ -26,11 +29,12 @@ function choose(image, shown) {
   const button = find(state.active);
   tell("");
   paint(button.querySelector("canvas"), slot.pixels, shape);
-  button.querySelector("i").textContent = shown.sample === undefined ? "your drawing" : described(shown);
+  const caption = shown.sample === undefined ? "your drawing" : described(shown);
+  button.querySelector("i").textContent = caption;
   markThumbs();
   for (const card of cards) {
     if (state.active === "first") {
-      card.moved = {};
+      Object.assign(card, { moved: {}, isMoving: false });
       card.askCode();
       card.askDrawn();
       card.askNear();
@@ -47,13 +51,15 @@ function activate(name) {
 const askPage = latest(async () => {
   const { images } = await ask("images", { start: state.start, count: PAGE });
   find("thumbs").replaceChildren(...images.map(image => {
-    const button = element("button", { type: "button", className: "thumb", title: described(image) },
+    const title = described(image);
+    const button = element("button", { type: "button", className: "thumb", title },
       picture(image.pixels, shape));
     button.dataset.sample = image.sample;
     button.addEventListener("click", () => choose({ sample: image.sample }, image));
     return button;
   }));
-  find("range").textContent = `${count(state.start)} – ${count(state.start + images.length - 1)} of ${count(about.images)}`;
+  const last = state.start + images.length - 1;
+  find("range").textContent = `${count(state.start)} – ${count(last)} of ${count(about.images)}`;
   find("previous").disabled = state.start === 0;
   find("next").disabled = state.start + PAGE >= about.images;
   markThumbs();
@@ -86,9 +92,11 @@ async function search(event) {
   const text = find("wanted").value.trim();
   if (!text) return;
   try {
-    const after = state[state.active]?.image.sample ?? -1;
-    const sample = /^\d{1,15}$/.test(text) ? Number(text) : (await ask("find", { text, after })).sample;
-    if (sample >= about.images) throw new Error(`there is no image ${text}; the last one is ${about.images - 1}`);
+    const after = state[state.active]?.image.sample ?? -1, isNumber = /^\d{1,15}$/.test(text);
+    const sample = isNumber ? Number(text) : (await ask("find", { text, after })).sample;
+    if (sample >= about.images) {
+      throw new Error(`there is no image ${text}; the last one is ${about.images - 1}`);
+    }
     await goTo(sample);
   } catch (error) {
     tell(error.message);
@@ -104,11 +112,11 @@ function useDrawing() {
 
 // ``isLight``: whether the images are dark on light, as drawings then are.
 function setUpDrawing(isLight) {
-  drawing = new Drawing(find("paper"), shape, useDrawing, isLight ? ["#ffffff", "#000000"] : ["#000000", "#ffffff"]);
-  const grey = about.binary ? ["#ffffff", "#000000"] : ["#ffffff", "#aaaaaa", "#555555", "#000000"];
-  const colours = ["#ffffff", "#000000", "#d03b3b", "#eb8f34", "#f2d13c", "#3c9a4b", "#3b77d0", "#7d4fb0", "#8b5a3c"];
-  for (const colour of shape[0] === 3 ? colours : grey) {
-    const input = element("input", { type: "radio", name: "colour", value: colour, checked: colour === drawing.colour });
+  const ends = isLight ? ["#ffffff", "#000000"] : ["#000000", "#ffffff"];
+  drawing = new Drawing(find("paper"), shape, useDrawing, ends);
+  for (const colour of shape[0] === 3 ? COLOURS : about.binary ? ends : GREYS) {
+    const checked = colour === drawing.colour;
+    const input = element("input", { type: "radio", name: "colour", checked });
     input.setAttribute("aria-label", colour);
     input.style.backgroundColor = colour;
     input.addEventListener("change", () => { drawing.colour = colour; });
@@ -144,24 +152,24 @@ function openTab(name) {
 
 // --- the page ----------------------------------------------------------------------------------
 
+// Says what the images are and how many are encoded; returns whether more will be.
 function tellAbout({ encoded, to_encode, problem }) {
-  const [channels, height, width] = shape;
+  const [channels, height, width] = shape, isFollowed = !problem && encoded < to_encode;
+  const kind = channels === 3 ? "in colour" : about.binary ? "in black and white" : "in grey";
   const progress = problem ? ` ${problem}.`
-    : encoded < to_encode ? ` ${count(encoded)} of the first ${count(to_encode)} are encoded.` : "";
-  find("about").textContent = `${count(about.images)} ${about.split} images of data set ${about.dataset}, `
-    + `${width} × ${height}, ${channels === 3 ? "in colour" : about.binary ? "in black and white" : "in grey"}.${progress}`;
-  return !problem && encoded < to_encode;
+    : isFollowed ? ` ${count(encoded)} of the first ${count(to_encode)} are encoded.` : "";
+  find("about").textContent = `${count(about.images)} ${about.split} images of data set `
+    + `${about.dataset}, ${width} × ${height}, ${kind}.${progress}`;
+  return isFollowed;
 }
 
 // What is known of the latents, and the neighbours, improve until all images are encoded.
 async function follow() {
   try {
-    let goesOn = tellAbout(about);
-    if (!goesOn) return;
-    while (goesOn) {
+    if (!tellAbout(about)) return;
+    do {
       await new Promise(resolve => setTimeout(resolve, 1000));
-      goesOn = tellAbout(await ask("progress"));
-    }
+    } while (tellAbout(await ask("progress")));
     for (const card of cards) {
       card.askCode();
       card.askNear();
@@ -184,8 +192,12 @@ async function start() {
   find("find").addEventListener("submit", search);
   find("previous").addEventListener("click", () => turnPage(-1));
   find("next").addEventListener("click", () => turnPage(1));
-  for (const name of ["pick", "draw"]) find(`tab-${name}`).addEventListener("click", () => openTab(name));
-  for (const name of ["first", "second"]) find(name).addEventListener("click", () => activate(name));
+  for (const name of ["pick", "draw"]) {
+    find(`tab-${name}`).addEventListener("click", () => openTab(name));
+  }
+  for (const name of ["first", "second"]) {
+    find(name).addEventListener("click", () => activate(name));
+  }
   find("again").addEventListener("click", () => {
     state.seed++;
     for (const card of cards) {
