@@ -73,7 +73,9 @@ def add(name: str, config: EvaluateConfig, licence: str, cost: str, command: str
         check_sizes(name, folder)
         target = pretrained.FOLDER / name
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(folder, target)
+        target.mkdir()
+        for path in folder.iterdir():
+            shutil.copyfile(path, target / path.name)  # a temporary file is its owner's alone
     index_file = pretrained.FOLDER / pretrained.INDEX_FILE
     index = json.loads(index_file.read_text()) if index_file.exists() else {}
     index[name] = {path.name: sha256_of_file(path) for path in sorted(target.iterdir())}

@@ -63,20 +63,22 @@ def estimate_split(
     if left * bounds.samples <= ALONE * pairs:
         connect = None
     settings = (split, model.binarization, bounds.seed, bounds.samples)
-    found = here_or_in_tasks(
-        estimate_block,
-        (model.network.cpu(), data),
-        ((*settings, *each) for each in missing),
-        connect,
-        use_gpu,
-    )
     name = f"IWAE-{bounds.samples}"
     with tqdm(total=total, unit=" images", desc=name, dynamic_ncols=True) as bar:
         bar.update(total - left)
+        progress = bar.update if connect is None else None  # a task cannot reach the bar
+        found = here_or_in_tasks(
+            estimate_block,
+            (model.network.cpu(), data),
+            ((*settings, *each, progress) for each in missing),
+            connect,
+            use_gpu,
+        )
         for start, block in found:
             stop = start + len(block.iwae)
             output.write(_key(folder, start, stop), save(block._asdict()))
-            bar.update(stop - start)
+            if progress is None:
+                bar.update(stop - start)
     return (_read(output, _key(folder, *each), model.network.latents) for each in ends)
 
 
@@ -89,8 +91,12 @@ def estimate_block(
     samples: int,
     start: int,
     stop: int,
+    progress: Callable[[int], object] | None,
 ) -> tuple[int, vlae.Estimate]:
-    """Measure the images from number ``start`` to ``stop - 1``; returns ``start`` as well."""
+    """Measure the images from number ``start`` to ``stop - 1``; returns ``start`` as well.
+
+    ``progress``, if any, is called with the number of images of each pass.
+    """
     keep_freed_memory()
     torch.set_num_threads(1)  # several threads sum in another order
     place = device()
@@ -107,7 +113,12 @@ def estimate_block(
         device=place,
         threads=num_threads(place),
     )
-    return start, concatenate(found)
+    parts = list[vlae.Estimate]()
+    for part in found:
+        parts.append(part)
+        if progress:
+            progress(len(part.iwae))
+    return start, concatenate(parts)
 
 
 def in_batches(blocks: Iterable[vlae.Estimate], size: int) -> Iterator[vlae.Estimate]:

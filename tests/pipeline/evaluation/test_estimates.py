@@ -77,7 +77,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     starts, original = list[int](), estimates.estimate_block
 
     def estimate_block(*arguments: Any) -> Any:
-        starts.append(arguments[-2])
+        starts.append(arguments[-3])
         return original(*arguments)
 
     monkeypatch.setattr(estimates, "estimate_block", estimate_block)
