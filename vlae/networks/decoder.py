@@ -90,6 +90,10 @@ class Decoder(nn.Module):
 
     def condition(self, z: Tensor) -> Tensor:
         """The features of each pixel from z: (..., size of z) -> (..., height, width, features)."""
+        return self.from_maps(self.spread(z))
+
+    def spread(self, z: Tensor) -> Tensor:
+        """The maps of the image's size from z: (..., size of z) -> (..., height, width, maps)."""
         h = z.flatten(0, -2)
         if self.code_shape:
             h = self.unfold(h.unflatten(1, self.code_shape).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -105,7 +109,7 @@ class Decoder(nn.Module):
                     h = F.pixel_shuffle(h, 2)[..., : size[0], : size[1]]
             else:
                 h = layer(h)
-        return self.from_maps(h.permute(0, 2, 3, 1)).unflatten(0, z.shape[:-1])
+        return h.permute(0, 2, 3, 1).unflatten(0, z.shape[:-1])
 
     def see(self, x: Tensor) -> Tensor | float:
         """The features of each pixel from its window; 0.0 for window 0x0.
@@ -143,14 +147,15 @@ class Decoder(nn.Module):
         Without gradients, several codes of each image are evaluated on a CPU a few at a time, which
         their features and the processor's cache decide.
         """
-        condition, seen, pixels = self.condition(z), self.see(x), x.permute(0, 2, 3, 1)
-        parts: Sequence[Tensor] = [condition]
-        if condition.dim() > 4 and not torch.is_grad_enabled() and x.device.type == "cpu":
-            parts = condition.split(max(1, CACHE_BYTES // condition[0].nbytes))
+        maps, seen, pixels = self.spread(z), self.see(x), x.permute(0, 2, 3, 1)
+        parts: Sequence[Tensor] = [maps]
+        if maps.dim() > 4 and not torch.is_grad_enabled() and x.device.type == "cpu":
+            features = maps[0].nbytes // maps.shape[-1] * self.from_maps.out_features
+            parts = maps.split(max(1, CACHE_BYTES // features))
         # The density sums hundreds of terms, which bfloat16 would round too coarsely.
         found = []
         for part in parts:
-            distribution = self.predict(part + seen)
+            distribution = self.predict(self.from_maps(part) + seen)
             with torch.autocast(x.device.type, enabled=False):
                 found.append(distribution.log_prob(pixels))
         return torch.cat(found)
