@@ -23,6 +23,7 @@ from typing import Any, Literal, Self
 from pipeline.config import options, sections
 from pipeline.config.options import identity
 from pipeline.config.run import TrainConfig
+from pipeline.registry.lineage import Data, data_input
 from pipeline.runs import MetricReader, Run
 from pipeline.storage.base import Storage
 
@@ -60,6 +61,8 @@ class TrackedRun:
     """They identify the run: with other parameters, the same folder is another MLflow run."""
     parent: "TrackedRun | None" = None
     """The search that the run is a trial of."""
+    data: Data | None = None
+    """The data set that it is trained on."""
     run_id: str | None = field(default=None, init=False)
     """MLflow's id; none until MLflow was asked whether the run exists."""
     finished: bool = field(default=False, init=False)
@@ -82,7 +85,9 @@ def training_run(
         for part, values in identity(TrainConfig, config).items()
         for key, value in values.items()
     }
-    return TrackedRun(run.storage, run.name, config["dataset"]["name"], parameters, parent)
+    dataset = config["dataset"]
+    data = Data(dataset["name"], dataset["url"], manifest_digest)
+    return TrackedRun(run.storage, run.name, dataset["name"], parameters, parent, data)
 
 
 class Connection:
@@ -160,6 +165,8 @@ class Connection:
             self.client.set_tag(
                 run_id, "mlflow.parentRunId", run.parent.run_id or self.sync(run.parent)
             )
+        if run.data and not (kept.inputs and kept.inputs.dataset_inputs):
+            self.client.log_inputs(run_id, [data_input(run.data)])
         missing = [
             Param(key, value) for key, value in parameters.items() if key not in kept.data.params
         ]

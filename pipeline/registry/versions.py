@@ -7,8 +7,6 @@ and loading needs neither Ray nor the training code.
 """
 
 import contextlib
-import hashlib
-import json
 import re
 import tempfile
 import time
@@ -20,14 +18,13 @@ from typing import Any
 import mlflow.artifacts
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
-from mlflow.entities import Metric
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.config import sections
 from pipeline.errors import UserError
-from pipeline.registry import bom, champions, files, signing
+from pipeline.registry import bom, champions, files, lineage, signing
 from pipeline.registry.champions import PROMOTED, ROLLED_BACK, ChampionChange
 from pipeline.registry.summaries import ModelSummary, Verification, Version
 from pipeline.registry.tracking import Connection, ignore_existing, short_timeouts, training_run
@@ -36,6 +33,8 @@ from vlae.factory import WEIGHTS_FILE
 
 CHECKSUM = "sha256."
 """The prefix of a version's tags that hold the checksums of its files."""
+MODEL_ID = "model_id"
+"""A version's tag with the id of its LoggedModel."""
 EVALUATED = "evaluation/"
 """The prefix of the metrics that evaluations measured; the others are from training."""
 
@@ -77,8 +76,12 @@ class Registry:
             run_id = self.connection.sync(tracked)
             if not tracked.finished:
                 self.connection.end(tracked, "FINISHED")
-            self._log(run_id, evaluation["split"], evaluation[evaluation["split"]])
-            kept = self.client.get_run(run_id)
+            kept, split = self.client.get_run(run_id), evaluation["split"]
+            model = lineage.log_model(self.client, kept, name, tracked.parameters)
+            measured = lineage.metrics(
+                EVALUATED + split, evaluation[split], model.model_id, tracked.data
+            )
+            self.client.log_batch(run_id, metrics=measured)
             search = kept.data.tags.get("mlflow.parentRunId")
             tags = {"run": run.url, "run_id": run_id, "manifest": training["manifest"]}
             tags["code_version"] = kept.data.tags["code_version"]
@@ -88,17 +91,20 @@ class Registry:
             checksums = files.complete(
                 folder, name, training, evaluation, tags, finished, self.config
             )
-            # The path depends on the content, so that no other registration overwrites these files.
-            path = f"model-{hashlib.sha256(json.dumps(checksums).encode()).hexdigest()[:16]}"
-            self.client.log_artifacts(run_id, str(folder), path)
+            self.client.log_model_artifacts(model.model_id, str(folder))
+            self.client.finalize_logged_model(model.model_id, "READY")
             with ignore_existing():
                 self.client.create_registered_model(name)
-            self.client.create_model_version(
+            created = self.client.create_model_version(
                 name,
-                f"{kept.info.artifact_uri}/{path}",
+                model.artifact_location,
                 run_id=run_id,
-                tags=tags | {CHECKSUM + file: digest for file, digest in checksums.items()},
+                model_id=model.model_id,
+                tags=tags
+                | {MODEL_ID: model.model_id}
+                | {CHECKSUM + file: digest for file, digest in checksums.items()},
             )
+            lineage.link(self.client, model.model_id, name, created.version)
             # Duplicates arise if two people register a run at once, or a client repeats a request
             # whose answer was lost. The first version stays.
             first, *others = self._find_registered(name, run.url, weights)
@@ -304,13 +310,9 @@ class Registry:
     ) -> None:
         """Record the numbers of an evaluation with a version, nested ones too, but no lists."""
         with self.user_errors():
-            self._log(self.client.get_model_version(name, str(version)).run_id, split, measured)
-
-    def _log(self, run_id: str, split: str, values: Mapping[str, Any]) -> None:
-        now = int(time.time() * 1000)  # MLflow shows the newest value of a metric
-        figures = _flatten(EVALUATED + split, values)
-        metrics = [Metric(key, value, now, 0) for key, value in figures]
-        self.client.log_batch(run_id, metrics=metrics)
+            found = self.client.get_model_version(name, str(version))
+            metrics = lineage.metrics(EVALUATED + split, measured, found.tags.get(MODEL_ID))
+            self.client.log_batch(found.run_id, metrics=metrics)
 
     def _all_models(self) -> list[RegisteredModel]:
         found, token = [], None
@@ -388,12 +390,3 @@ class Registry:
             raise UserError(
                 f"the registry at {self.config.uri} reported an error: {str(error).splitlines()[0]}"
             ) from error
-
-
-def _flatten(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """The numbers in a JSON value, each with its path as its name."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flatten(f"{name}/{key}", item)
-    elif isinstance(value, int | float):
-        yield name, float(value)

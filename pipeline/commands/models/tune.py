@@ -25,12 +25,13 @@ def run(config: TuneConfig) -> JsonObject:
     continue from their checkpoints.
     """
     from pipeline.cluster import connect
+    from pipeline.registry.lineage import Data
     from pipeline.registry.tracking import TrackedRun, Tracking
     from pipeline.registry.versions import Registry
     from pipeline.search import report
     from pipeline.search.runner import search
     from pipeline.search.trial import Status
-    from pipeline.search.trials import Trials, check, shortfall, table
+    from pipeline.search.trials import RECORD, Trials, check, shortfall, table
     from pipeline.storage import open_storage
 
     storage = open_storage(_folder(config), config.storage.endpoint_url)
@@ -42,7 +43,9 @@ def run(config: TuneConfig) -> JsonObject:
         f"search.{key}": value for key, value in config.search_identity()["search"].items()
     }
     with Tracking(config.registry) as tracking:
-        parent = TrackedRun(storage, config.search_name, config.dataset.name, parameters)
+        dataset = config.dataset
+        data = Data(dataset.name, dataset.url, storage.read_json(RECORD)["manifest"])
+        parent = TrackedRun(storage, config.search_name, dataset.name, parameters, data=data)
         tracking.follow(parent)
         if not reused:
             connect(config.cluster, config.storage)

@@ -145,6 +145,35 @@ def test_a_tracked_trial_is_registered_with_its_mlflow_run_and_its_search(
     assert "a search" in (local.download(name, 1, tmp_path / "there") / "README.md").read_text()
 
 
+def test_a_version_is_a_logged_model_with_its_figures_its_options_and_its_data_set(
+    models: Registry, storage: Storage, name: str
+) -> None:
+    """MLflow's tables of runs and of models show them as columns."""
+    run = prepare_run(storage, 0)
+    number = models.register(name, run)
+    version = models.client.get_model_version(name, str(number))
+    model = models.client.get_logged_model(version.tags["model_id"])
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": name, "version": "1"}]
+    assert (model.status.value, model.source_run_id) == ("READY", version.run_id)
+    assert model.params["model.window"] == str(MODEL["window"])
+    models.log_evaluation(name, number, "test", {"iwae_nats": 84.5})
+    model = models.client.get_logged_model(model.model_id)
+    shown = {metric.key: metric for metric in model.metrics}
+    assert {key: metric.value for key, metric in shown.items()} == {
+        f"evaluation/valid/{key}": value for key, value in FIGURES.items()
+    } | {"evaluation/test/iwae_nats": 84.5}
+    nll = shown["evaluation/valid/iwae_nats"]
+    assert (nll.dataset_name, nll.dataset_digest) == ("mnist", "0" * 36)
+
+    tracked = models.client.get_run(version.run_id)
+    assert [each.model_id for each in tracked.outputs.model_outputs] == [model.model_id]
+    (used,) = tracked.inputs.dataset_inputs
+    settings = run.storage.read_json("model/training.json")["config"]["dataset"]
+    assert (used.dataset.name, used.dataset.digest) == ("mnist", "0" * 36)
+    assert json.loads(used.dataset.source) == {"uri": settings["url"]}
+    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "training")]
+
+
 def test_all_numbers_of_an_evaluation_are_recorded(
     local: Registry, tmp_path: Path, name: str
 ) -> None:
