@@ -19,8 +19,8 @@ DPI = 128
 """A power of two, so that a number of pixels in inches is exact."""
 MARGIN, GAP = 32, 8
 """Pixels around a page's content, and between images."""
-FRAME = "#c4c9d0"
-"""Thin enough not to be seen as part of an image, and dark enough to bound a white one."""
+FRAME = "#9aa1ab"
+"""Dark enough to bound a white image on a white page, where a browser shrinks the sheet as well."""
 TITLE, HEADING, TEXT = 13, 10, 9
 """Font sizes in points."""
 

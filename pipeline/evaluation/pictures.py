@@ -27,7 +27,21 @@ HEADER = 44
 CHART_HEIGHT, AXIS_HEIGHT = 320, 44
 """Pixels of the chart of latents, and of the labels below it."""
 DECODINGS = 3
-"""How many times each code is decoded in a picture of reconstructions."""
+"""How many decodings of each code a picture of reconstructions shows."""
+MEAN_OF = 16
+"""How many decodings of each code are averaged. Their mean shows what the code keeps: with the next
+16 it would differ by a quarter of the standard deviation of one decoding.
+"""
+PIXELS_AT_ONCE = 1 << 18
+"""Pixels that are decoded at once, which bounds the memory of large images. In small ones, rounds
+of pixels take about the same time for all decodings as for one.
+"""
+SIDE_BY_SIDE = (
+    f"mean of {MEAN_OF} decodings of each original's code",
+    "one of them",
+    "samples: z from the prior, x from the decoder",
+)
+"""The heads of the images of each model, side by side."""
 SEES = {
     "factorized": "sees no pixel ({window})",
     "covering": "sees the texture's window ({window})",
@@ -45,7 +59,22 @@ def draw_reconstructions(model: vlae.VLAE, x: Tensor, generator: torch.Generator
 
     x: (num_images, channels, height, width).
     """
-    return reconstructions(x, [vlae.reconstruct(model, x, generator) for _ in range(DECODINGS)])
+    return reconstructions(x, decodings(model, x, generator))
+
+
+def decodings(model: vlae.VLAE, x: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """``MEAN_OF`` tensors like x: in each, z ~ q(z|x) and an image x' ~ p(x'|z) for each image.
+
+    x: (num_images, channels, height, width). Their mean estimates E[x'|x]. It needs no likelihood's
+    mean: an autoregressive decoder has one only given the pixels that were drawn before.
+    """
+    at_once = max(1, PIXELS_AT_ONCE // (len(x) * x.shape[-2] * x.shape[-1]))
+    drawn: list[Tensor] = []
+    while left := MEAN_OF - len(drawn):
+        count = min(left, at_once)
+        images = vlae.reconstruct(model, x.repeat(count, 1, 1, 1), generator)
+        drawn += images.chunk(count)
+    return drawn
 
 
 def samples(images: Tensor, columns: int = 10) -> bytes:
@@ -64,15 +93,27 @@ def contact_sheet(images: Tensor, title: str, columns: int = 10) -> bytes:
 def reconstructions(originals: Tensor, drawn: list[Tensor], columns: int = 10) -> bytes:
     """Each original above images decoded from its code.
 
-    What the decodings share is in the code; where they differ, the decoder has filled it in.
+    What the decodings share is in the code; where they differ, the decoder has filled it in. If
+    there are more than ``DECODINGS``, the first of them are shown, below the mean of all.
 
     originals: (num_images, channels, height, width), pixels in [0, 1]; drawn: a list of tensors
     like it.
     """
-    parts = [images.split(columns) for images in (originals, *drawn)]
+    shown = {"original": [originals], "decoded": drawn[:DECODINGS]}
+    title = f"Originals, and {len(drawn)} decodings of each original's code"
+    if len(drawn) > DECODINGS:
+        mean = f"mean of {len(drawn)}"
+        shown = {"original": [originals], mean: [mean_of(drawn)], "decoded": drawn[:DECODINGS]}
+        title = f"Originals, the mean of {len(drawn)} decodings of each original's code, and"
+        title += f" {DECODINGS} of these"
+    parts = [images.split(columns) for rows in shown.values() for images in rows]
     blocks = [[tiles(part, TILE) for part in block] for block in zip(*parts, strict=True)]
-    labels = ["original", *("decoded" for _ in drawn)]
-    return _sheet(f"Originals, and {len(drawn)} decodings of each original's code", blocks, labels)
+    return _sheet(title, blocks, [label for label, rows in shown.items() for _ in rows])
+
+
+def mean_of(drawn: Sequence[Tensor]) -> Tensor:
+    """The mean image of several decodings of each code, of the shape of one of them."""
+    return torch.stack(list(drawn)).mean(0)
 
 
 @styled
@@ -179,12 +220,13 @@ def latents(capacity: list[float], rate: list[float] | None, active: list[bool])
 
 @styled
 def side_by_side(
-    originals: Tensor, models: Mapping[tuple[str, str], tuple[Tensor, Tensor]]
+    originals: Tensor, models: Mapping[tuple[str, str], tuple[Tensor, Tensor, Tensor]]
 ) -> bytes:
-    """A row for each model: its decodings of the same originals, and its samples.
+    """A row for each model: what it makes of the same originals, and its samples.
 
     originals: (num_images, channels, height, width), pixels in [0, 1]; models: under each model's
-    name and figures, its decodings and its samples, two tensors like the originals.
+    name and figures, the mean of its decodings of each original, one decoding, and samples: three
+    tensors like the originals.
     """
     top_row = tiles(originals, SMALL_TILE)
     count, height, width, _ = top_row.shape
@@ -194,20 +236,20 @@ def side_by_side(
         + max(max(text_width(name, HEADING), text_width(told)) for name, told in models)
         + 3 * GAP
     )
-    right = left + block + 4 * GAP
-    top = MARGIN + 2 * GAP + 14
-    page = Page(right + block + MARGIN, top + (len(models) + 1) * pitch + GAP + MARGIN)
-    page.text(left, MARGIN + 12, "one decoding of each original's code", TEXT, FAINT)
-    page.text(right, MARGIN + 12, "samples: z from the prior, x from the decoder", TEXT, FAINT)
+    lefts = [left + place * (block + 4 * GAP) for place in range(len(SIDE_BY_SIDE))]
+    right, top = lefts[-1] + block, MARGIN + 2 * GAP + 14
+    page = Page(right + MARGIN, top + (len(models) + 1) * pitch + GAP + MARGIN)
+    for x, head in zip(lefts, SIDE_BY_SIDE, strict=True):
+        page.text(x, MARGIN + 12, head, TEXT, FAINT)
     page.text(MARGIN, top + height // 2 + 6, "originals", HEADING)
     page.row(top_row, left, top)
-    page.fill(MARGIN, top + pitch - GAP // 2, right + block - MARGIN, 2, RULE)
-    for place, ((name, told), (decoded, drawn)) in enumerate(models.items(), 1):
+    page.fill(MARGIN, top + pitch - GAP // 2, right - MARGIN, 2, RULE)
+    for place, ((name, told), rows) in enumerate(models.items(), 1):
         y = top + place * pitch + GAP
         page.text(MARGIN, y + height // 2 - 5, name, HEADING)
         page.text(MARGIN, y + height // 2 + 19, told, TEXT, FAINT)
-        page.row(tiles(decoded, SMALL_TILE), left, y)
-        page.row(tiles(drawn, SMALL_TILE), right, y)
+        for x, row in zip(lefts, rows, strict=True):
+            page.row(tiles(row, SMALL_TILE), x, y)
     return page.png()
 
 

@@ -27,7 +27,7 @@ DASHES = (0, (4, 3))
 TRADE_OFF = Goals.parse(["min rate_bits", "min distortion_nats"])
 EXCLUDED = "#eceef1"
 """What the constraints exclude."""
-MODELS, IMAGES = 6, 10
+MODELS, IMAGES = 6, 8
 """Models on the comparison sheet, and images per model."""
 
 
@@ -301,8 +301,10 @@ def side_by_side(config: TuneConfig, rows: Sequence[Row], style: ChartStyle) -> 
             config.storage.run_folder(row["run"]), config.registry, config.storage
         ).network
         told = f"rate {row['rate_bits']:.1f} bits, NLL {row['nll']:.2f} nats"
+        decoded = pictures.decodings(model, originals, generator)
         drawn[style.words(row), told] = (
-            vlae.reconstruct(model, originals, generator),
+            pictures.mean_of(decoded),
+            decoded[0],
             vlae.sample(model, IMAGES, generator),
         )
     return pictures.side_by_side(originals, drawn)

@@ -238,7 +238,7 @@ CAPTIONS = {
     "importance": "How much of the differences between finished trials each option explains.",
     "models": (
         "The front's models, and if these are few those behind it: decodings of the same validation"
-        " images, and images that each draws by itself."
+        " images, whose mean shows what the code keeps, and images that each draws by itself."
     ),
 }
 

@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from torch import Tensor
 
+import vlae
 from pipeline.evaluation import pictures
 from pipeline.evaluation.page import FRAME, GAP, MARGIN, text_width
 from pipeline.evaluation.pictures import (
@@ -28,6 +29,7 @@ from pipeline.evaluation.pictures import (
     TILE,
 )
 from pipeline.evaluation.style import FAINT
+from tests.pipeline.models import MODEL
 
 TOP, PAPER = MARGIN + HEADER, 255
 LABELLED = MARGIN + max(text_width(label) for label in ("original", "decoded")) + 2 * GAP
@@ -142,6 +144,46 @@ def test_decodings_stand_below_their_original_whose_frame_is_dark(
     assert sheet.shape[0] == TOP + (blocks - 1) * block_height + 3 * (height + GAP) - GAP + MARGIN
 
 
+def test_the_mean_of_many_decodings_is_shown_above_the_first_of_them() -> None:
+    originals, *drawn = random_images(27, 3, 14, 10).split(3)
+    sheet = opened(pictures.reconstructions(originals, drawn))
+    mean = torch.stack(drawn).mean(0)
+    tops = [
+        [places(sheet, expected_tile(image))[0][0] for image in row]
+        for row in (originals, mean, *drawn[: pictures.DECODINGS])
+    ]
+    assert tops == sorted(tops)
+    assert len({top for row in tops for top in row}) == len(tops)
+    for image in drawn[pictures.DECODINGS]:
+        assert not places(sheet, expected_tile(image))
+
+
+@pytest.mark.parametrize("pixels", [1, 10**9])
+def test_decodings_are_independent_and_their_mean_is_what_the_code_keeps(
+    pixels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The factorized decoder's pixels are independent: their mean is known from the logits."""
+    monkeypatch.setattr(pictures, "PIXELS_AT_ONCE", pixels)
+    monkeypatch.setattr(pictures, "MEAN_OF", 500)
+    arguments = {**MODEL, "window": "0x0", "flow_depth": 0}
+    model, x = vlae.build(image_shape=(1, 8, 8), **arguments), random_images(2, 1, 8, 8).round()
+    with torch.no_grad():
+        for weight in model.encoder.parameters():
+            weight.zero_()  # q(z|x) is one distribution for all x
+    drawn = pictures.decodings(model, x, torch.Generator().manual_seed(0))
+    assert len(drawn) == 500
+    assert all(images.shape == x.shape for images in drawn)
+    assert len({images.numpy().tobytes() for images in drawn}) == 500
+    with torch.no_grad():
+        codes = model.encoder(x[:1]).sample(
+            torch.randn(4000, model.latents, generator=torch.Generator().manual_seed(1))
+        )
+        logits = model.decoder.predict(model.decoder.condition(codes)).logits
+    expected = torch.sigmoid(logits).mean(0).permute(2, 0, 1)
+    error = (pictures.mean_of(drawn) - expected).abs()
+    assert error.max() < 5 * 0.5 / 500**0.5
+
+
 def test_values_beyond_black_and_white_are_black_and_white() -> None:
     images = torch.tensor([-1.0, 2.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8)
     sheet = opened(pictures.samples(images))
@@ -185,24 +227,25 @@ def test_any_number_of_latents_of_any_size_has_its_chart(count: int, scale: floa
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_each_model_has_a_row_with_its_decodings_and_its_samples(channels: int) -> None:
-    images = random_images(15, channels, 16, 12)
+    images = random_images(21, channels, 16, 12)
     originals, *others = images.split(3)
     models = {
-        ("window 3x2", "rate 1 bit"): (others[0], others[1]),
-        ("a name $ of any {length} whatever", "and any _figures"): (others[2], others[3]),
+        ("window 3x2", "rate 1 bit"): (others[0], others[1], others[2]),
+        ("a name $ of any {length} whatever", "any _figures"): (others[3], others[4], others[5]),
     }
     sheet = opened(pictures.side_by_side(originals, models))
     corners = [places(sheet, expected_tile(image, SMALL_TILE)) for image in images]
-    assert [len(each) for each in corners] == [1] * 15
-    tops, lefts = np.array([each[0] for each in corners]).reshape(5, 3, 2).transpose(2, 0, 1)
+    assert [len(each) for each in corners] == [1] * 21
+    tops, lefts = np.array([each[0] for each in corners]).reshape(7, 3, 2).transpose(2, 0, 1)
     assert (tops == tops[:, :1]).all()
     original, *rows = tops[:, 0]
-    assert rows[0] == rows[1] > original
-    assert rows[2] == rows[3] > rows[1]
+    assert rows[0] == rows[1] == rows[2] > original
+    assert rows[3] == rows[4] == rows[5] > rows[2]
+    for first, second in zip(lefts[1:4], lefts[4:], strict=True):
+        assert (first == second).all()
     assert (lefts[1] == lefts[0]).all()
-    assert (lefts[3] == lefts[0]).all()
-    assert (lefts[2] == lefts[4]).all()
-    assert lefts[2, 0] > lefts[0, -1]
+    assert lefts[3, 0] > lefts[2, -1]
+    assert lefts[2, 0] > lefts[1, -1]
     assert (np.diff(lefts, axis=1) == expected_tile(images[0], SMALL_TILE).shape[1] + GAP).all()
 
 
@@ -260,7 +303,7 @@ def test_the_same_input_gives_the_same_bytes_whatever_matplotlibs_settings_are()
             pictures.samples(images),
             pictures.reconstructions(images, [images]),
             pictures.latents([1.0, 0.5], [0.5, 0.25], [True, False]),
-            pictures.side_by_side(images, {("name", "figures"): (images, images)}),
+            pictures.side_by_side(images, {("name", "figures"): (images, images, images)}),
             pictures.theory(
                 theory_figures(), {"images": images[:, :1]}, {"full": {"mean": images[:, :1]}}
             ),
