@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import vlae
+from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
 from pipeline.config.sections import Binarization, StorageOptions
 from pipeline.data import DataSet
@@ -98,6 +99,10 @@ class Run:
         """
         identity: JsonObject = self.storage.read_json(IDENTITY)
         return identity
+
+    def keep_options(self, config: TrainConfig) -> None:
+        """Write all options of the command that works on it."""
+        self.storage.write_json(CONFIG, to_dict(config))
 
     def rows(self) -> list[Row]:
         """The metrics that it has logged so far, row by row; none if it has not started."""

@@ -100,6 +100,7 @@ def _train_and_measure(typed: TrainConfig, point: Point, config: TuneConfig) -> 
     try:
         if not run.is_finished:
             launch.check(typed)
+            run.keep_options(typed)
             if typed.cluster.max_workers == 1:
                 device = torch.device("cuda" if typed.cluster.use_gpu else "cpu")
                 gauges = launch.Gauges(typed.run_name)

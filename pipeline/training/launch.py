@@ -19,7 +19,7 @@ from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
 from pipeline.data import DataSet
 from pipeline.errors import UserError
-from pipeline.runs import CONFIG, IDENTITY, RESULT, Run, check_pixels
+from pipeline.runs import IDENTITY, RESULT, Run, check_pixels
 from pipeline.storage.recipe import begin_named
 from pipeline.storage.uploads import retry
 from pipeline.training import loop
@@ -43,7 +43,6 @@ def check(config: TrainConfig) -> None:
     storage, data = Run.of(config).storage, check_data(config)
     identity = config.identity() | {"manifest": data.manifest.digest}
     begin_named(storage, IDENTITY, identity, f"run {config.run_name}")
-    storage.write_json(CONFIG, to_dict(config))
 
 
 def check_data(config: TrainConfig) -> DataSet:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline import commands, runs
 from pipeline.storage import open_storage
+from pipeline.storage.claims import CLAIM
 from pipeline.training import loop
 from tests.e2e.conftest import TINY, VLAE, Run
 
@@ -49,6 +50,7 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
                 f"the run ended before it could be interrupted:\n{log.read_text()}"
             )
             time.sleep(0.1)
+        assert storage.read_json(CLAIM)["process"] == process.pid
         return process
 
     kill_with_descendants(start_and_wait(workplace / "killed.log"))
@@ -68,6 +70,7 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
     loop.fit(
         commands.load("train", ["name=whole", *options])
     )  # without Ray, which changes nothing and takes long to start
+    assert not storage.exists(CLAIM)
     rows = runs.Run(storage).rows()
     assert rows[: len(kept)] == kept, "the log starts afresh: the checkpoint was not used"
     steps = [row["step"] for row in rows if "train/code_length" in row]

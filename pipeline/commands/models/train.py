@@ -25,19 +25,24 @@ def run(config: TrainConfig) -> JsonObject:
     """Train to the end, or resume where the same command was interrupted; returns the result.
 
     A finished run is not trained again. Raises UserError, before any training, if the data set is
-    missing or does not fit the model. Raises Interrupted if SIGTERM or Ctrl-C ended the run, after
-    its state was saved.
+    missing or does not fit the model, or if another command works on the run. Raises Interrupted
+    if SIGTERM or Ctrl-C ended the run, after its state was saved.
     """
     from pipeline.cluster import connect
     from pipeline.registry.tracking import Tracking, training_run
     from pipeline.runs import Run
+    from pipeline.storage.claims import claimed
     from pipeline.storage.uploads import retry
     from pipeline.training import checkpoint
     from pipeline.training.launch import check
 
     check(config)
     run = Run.of(config)
-    with Tracking(config.registry) as tracking:
+    with (
+        claimed(run.storage, f"run {config.run_name}"),
+        Tracking(config.registry) as tracking,
+    ):
+        run.keep_options(config)
         tracking.follow(training_run(run, to_dict(config), run.identity()["manifest"]))
         if run.is_finished:
             return {**run.result(), "reused": True}

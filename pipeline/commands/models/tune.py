@@ -15,6 +15,7 @@ from pipeline.values import JsonObject
 
 if TYPE_CHECKING:
     from pipeline.registry.versions import Registry
+    from pipeline.storage.base import Storage
 
 
 def run(config: TuneConfig) -> JsonObject:
@@ -22,8 +23,19 @@ def run(config: TuneConfig) -> JsonObject:
 
     A finished search is not run again; with a larger budget, it adds trials to those it has. A
     killed search resumes with the same command: finished trials are reused, and interrupted ones
-    continue from their checkpoints.
+    continue from their checkpoints. Raises UserError if another command works on the search.
     """
+    from pipeline.search.trials import check
+    from pipeline.storage import open_storage
+    from pipeline.storage.claims import claimed
+
+    storage = open_storage(_folder(config), config.storage.endpoint_url)
+    check(config, storage)
+    with claimed(storage, f"search {config.search_name}"):
+        return _search(config, storage)
+
+
+def _search(config: TuneConfig, storage: "Storage") -> JsonObject:
     from pipeline.cluster import connect
     from pipeline.registry.lineage import Data
     from pipeline.registry.tracking import TrackedRun, Tracking
@@ -31,11 +43,8 @@ def run(config: TuneConfig) -> JsonObject:
     from pipeline.search import report
     from pipeline.search.runner import search
     from pipeline.search.trial import Status
-    from pipeline.search.trials import RECORD, Trials, check, shortfall, table
-    from pipeline.storage import open_storage
+    from pipeline.search.trials import RECORD, Trials, shortfall, table
 
-    storage = open_storage(_folder(config), config.storage.endpoint_url)
-    check(config, storage)
     registry = Registry(config.registry)
     trials = Trials.load(config, storage)
     reused = trials.next() is None

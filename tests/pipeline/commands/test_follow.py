@@ -96,6 +96,7 @@ def test_a_run_is_the_same_however_its_preset_was_chosen(tmp_path: Path) -> None
     assert auto.run_name == stated.run_name
     check(auto)
     check(stated)
+    Run.of(auto).keep_options(auto)
     storage = Run.of(auto).storage
     assert storage.read_json(CONFIG)["preset"] == "fast"
     assert storage.read_json(CONFIG)["dataset"]["binarization"] == "dynamic"
