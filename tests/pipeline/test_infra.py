@@ -19,7 +19,7 @@ import jsonschema
 import pydantic
 import pytest
 import yaml
-from kubernetes.client import V1ObjectMeta, V1PodTemplateSpec
+from kubernetes.client import V1NetworkPolicy, V1ObjectMeta, V1PodTemplateSpec
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -160,8 +160,60 @@ def test_pods_want_a_token_and_run_without_privileges(name: str) -> None:
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
                 "capabilities": {"drop": ["ALL"]},
+                "readOnlyRootFilesystem": True,
             }
             assert container["resources"]["limits"] == container["resources"]["requests"]
+            # Everything that Ray, Python and this project write without being told where.
+            written = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            assert written.keys() == {"/tmp", "/dev/shm"}
+            assert set(written.values()) == {volume["name"] for volume in pod["volumes"]}
+            assert all("emptyDir" in volume for volume in pod["volumes"])
+            assert container["workingDir"] == "/tmp"
+            assert {"name": "HOME", "value": "/tmp"} in container["env"]
+
+
+def admits(rule: Any, labels: dict[str, str], port: int, end: str) -> bool:
+    """Whether a rule of a network policy admits pods with ``labels`` at its ``end``."""
+    ports = [each["port"] for each in rule.get("ports", [])]
+    if ports and port not in ports:
+        return False
+    for peer in rule[end]:
+        selector = peer.get("podSelector", {})
+        wanted = selector.get("matchLabels", {}).items()
+        keys = {each["key"] for each in selector.get("matchExpressions", [])}
+        if selector and wanted <= labels.items() and keys <= labels.keys():
+            return True
+    return False
+
+
+def test_pods_talk_to_each_other_the_operator_names_and_https_and_to_nothing_else() -> None:
+    policy = read("network-policy")
+    V1NetworkPolicy.model_validate(policy, strict=True, extra="forbid", by_alias=True)
+    spec = policy["spec"]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    node = {"ray.io/is-ray-node": "yes", "ray.io/cluster": "vlae"}
+    assert spec["podSelector"]["matchLabels"].items() <= node.items()
+    operator, other = {"app.kubernetes.io/name": "kuberay-operator"}, {"app": "shop"}
+    submitter = {"batch.kubernetes.io/job-name": "vlae-train-x"}
+    for labels, port, passes in (
+        (node, 10002, True),
+        (operator, 8265, True),
+        (operator, 6379, False),
+        (submitter, 8265, True),
+        (submitter, 6379, False),
+        (other, 8265, False),
+    ):
+        assert any(admits(rule, labels, port, "from") for rule in spec["ingress"]) is passes
+    for labels, port, passes in (
+        (node, 10002, True),
+        ({"k8s-app": "kube-dns"}, 53, True),
+        ({"k8s-app": "kube-dns"}, 443, False),
+        (other, 443, False),
+    ):
+        assert any(admits(rule, labels, port, "to") for rule in spec["egress"]) is passes
+    (outside,) = (rule for rule in spec["egress"] if "ipBlock" in rule["to"][0])
+    assert outside["ports"] == [{"port": 443, "protocol": "TCP"}]
+    assert "169.254.0.0/16" in outside["to"][0]["ipBlock"]["except"]
 
 
 def test_manifests_and_image_have_the_installed_version_of_ray() -> None:
