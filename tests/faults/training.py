@@ -359,6 +359,18 @@ def assert_same(run: Storage, whole: Storage) -> None:
     assert one == other, "other validations"
 
 
+def alone(fault: Callable[[Stage], str], stage: Stage) -> str:
+    """Run a fault; if it fails, kill the command that it leaves, which would slow the next down."""
+    before = set(psutil.Process().children())
+    try:
+        return fault(stage)
+    finally:
+        for left in set(psutil.Process().children()) - before:
+            for process in [*left.children(recursive=True), left]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
 def run(only: Sequence[str] = ()) -> tuple[int, int]:
     """Run all faults of training, or those whose names contain one of the words in ``only``.
 
@@ -377,7 +389,7 @@ def run(only: Sequence[str] = ()) -> tuple[int, int]:
         strokes.write(strokes.data_storage(ROOT))
         undisturbed()
         return suite.run(
-            (name, partial(fault, Stage(server, Path(tempfile.mkdtemp(dir=folder)))))
+            (name, partial(alone, fault, Stage(server, Path(tempfile.mkdtemp(dir=folder)))))
             for name, fault in FAULTS.items()
             if not only or any(word in name for word in only)
         )
