@@ -109,10 +109,14 @@ class StepWatch:
 
 
 def _place(frame: FrameType | None) -> str:
-    """The innermost line of this project in a stack, such as ``pipeline/runs.py:12 in rows``."""
+    """The innermost line of this project in a stack, such as ``pipeline/runs.py:12 in rows``.
+
+    Lines that wait for a background thread say nothing; the line that needs its result is given.
+    """
     while frame:
         path = Path(frame.f_code.co_filename)
-        if any(path.is_relative_to(PROJECT / package) for package in ("pipeline", "vlae")):
+        is_ours = any(path.is_relative_to(PROJECT / package) for package in ("pipeline", "vlae"))
+        if is_ours and path != Path(background.__file__):
             return f"{path.relative_to(PROJECT)}:{frame.f_lineno} in {frame.f_code.co_name}"
         frame = frame.f_back
     return "an unknown line"
