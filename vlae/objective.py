@@ -9,9 +9,6 @@ from torch import Tensor
 
 from vlae.model import Bound
 
-SENT_WHOLE = 0.5
-"""The share of codes of which nested training sends all latents."""
-
 
 def group_rates(rate_per_latent: Tensor, groups: int) -> Tensor:
     """The batch's mean rate of each of ``groups`` equal parts of the code, in nats.
@@ -56,17 +53,17 @@ def training_loss(
 
 
 def draw_sent(uniform: Tensor, latents: int) -> Tensor:
-    """How many latents are sent of each code in nested training, from uniform noise in [0, 1).
+    """How many latents are sent of each image's two codes in nested training: (2, batch), int64.
 
-    A share of ``SENT_WHOLE`` is sent whole. For the others the logarithm of the number, before it
-    is rounded down, is uniform from 0 to log(latents): a code is as likely to be cut between 1 and
-    2 as between 8 and 16. Returns int64 of the shape of ``uniform``.
+    The first is sent whole. The second is cut to a number drawn from uniform noise in [0, 1),
+    (batch,): its logarithm, before it is rounded down, is uniform from 0 to log(latents). So a code
+    is as likely to be cut between 1 and 2 as between 8 and 16.
 
     Reference: Rippel, Gelbart, Adams, *Learning Ordered Representations with Nested Dropout*,
     ICML 2014, arXiv:1402.0915, where the number is geometric.
     """
-    exponent = (uniform.double() - SENT_WHOLE).clamp(min=0) / (1 - SENT_WHOLE)
-    return torch.where(uniform < SENT_WHOLE, latents, (latents**exponent).floor().long())
+    cut = (latents ** uniform.double()).floor().long()
+    return torch.stack([torch.full_like(cut, latents), cut])
 
 
 class SoftFreeBits:

@@ -95,6 +95,7 @@ class Learner:
             drawn = uniform((Purpose.SENT, train.seed), batch.positions, 1)[:, 0]
             sent = vlae.draw_sent(torch.from_numpy(drawn), self.model.latents)
             sent = sent.to(self.device, non_blocking=True)
+            noise = noise.expand(2, -1, -1)
         return self.step(
             x.to(self.device, self.dtype, non_blocking=True),
             noise.to(self.device, self.dtype, non_blocking=True),
@@ -109,8 +110,9 @@ class Learner:
         does.
 
         ``x`` is this rank's part of the global batch, (local_batch, channels, height, width), and
-        ``noise`` is standard normal, (local_batch, latents). ``sent`` is how many latents of each
-        code are sent, (local_batch,); by default all.
+        ``noise`` is standard normal, (local_batch, latents), or (codes, local_batch, latents) for
+        several codes of each image, over which all means are taken. ``sent`` is how many latents of
+        each code are sent, (codes, local_batch); by default all.
         """
         optim = self.config.optim
         for group in self.optimizer.param_groups:
@@ -140,13 +142,13 @@ class Learner:
         """
         train, size = self.config.train, self.config.train.micro_batch or len(x)
         weight = self.soft.gamma if self.soft else optimizer.rate_weight(train, step)
-        parts = [None] * math.ceil(len(x) / size) if sent is None else sent.split(size)
-        micro_batches = list(zip(x.split(size), noise.split(size), parts, strict=True))
+        parts = [None] * math.ceil(len(x) / size) if sent is None else sent.split(size, -1)
+        micro_batches = list(zip(x.split(size), noise.split(size, -2), parts, strict=True))
         rates, distortion = None, x.new_zeros(())
         if self.splits:
             with torch.no_grad(), self._autocast():
                 per_latent = torch.cat(
-                    [self.model.rate_per_latent(*each) for each in micro_batches]
+                    [self.model.rate_per_latent(*each) for each in micro_batches], -2
                 )
             rates = sum_over_ranks(self._part(vlae.group_rates(per_latent, train.free_groups), x))
         for number, (images, codes, kept) in enumerate(micro_batches, 1):

@@ -172,14 +172,14 @@ def test_codes_that_cannot_be_cut_are_refused(
 
 
 @given(latents=st.integers(1, 300))
-def test_half_of_the_codes_are_sent_whole_and_the_others_at_every_scale(latents: int) -> None:
+def test_one_code_is_sent_whole_and_the_other_is_cut_at_every_scale(latents: int) -> None:
     count = 4000
-    sent = vlae.draw_sent((torch.arange(count) + 0.5) / count, latents)
-    assert sent.dtype == torch.int64
-    assert ((sent >= 1) & (sent <= latents)).all()
-    if latents > 1:
-        assert (sent == latents).sum() == count // 2
-    for number in {1 << power for power in range(latents.bit_length())} - {latents}:
-        # Among the others, at most ``number`` - 1 latents: as likely as its logarithm is long.
-        share = (sent < number).double().mean().item()
-        assert share == pytest.approx(0.5 * math.log(number) / math.log(latents), abs=2 / count)
+    whole, cut = vlae.draw_sent((torch.arange(count) + 0.5) / count, latents)
+    assert whole.dtype == cut.dtype == torch.int64
+    assert whole.tolist() == [latents] * count
+    assert ((cut >= 1) & (cut <= max(1, latents - 1))).all()
+    for power in range(latents.bit_length()):
+        # At most 2^power - 1 latents are as likely as the logarithm of 2^power is long.
+        share = (cut < 2**power).double().mean().item()
+        expected = power * math.log(2) / math.log(latents) if latents > 1 else 0.0
+        assert share == pytest.approx(expected, abs=2 / count)

@@ -494,13 +494,17 @@ def test_three_ranks_of_four_streams_have_the_losses_of_one_over_200_steps(
     options = {f"three-{name}": [f"train.precision={name}", *LONG] for name in PRECISIONS}
     # Two of the ranks then have one micro-batch, and one has two.
     micro = {"three-micro": ["train.precision=float64", "train.micro_batch=2", *LONG]}
-    valid = train_on(3, root, options | micro)
+    # Each image sends as many latents as it does on one rank.
+    nested = ["train.precision=float64", "train.nested=true"]
+    alone = loop.fit(configure(root, "one-nested", *nested))
+    valid = train_on(3, root, options | micro | {"three-nested": nested})
     assert valid[0] == valid[1] == valid[2], "all ranks have the same validation"
     for name, tolerance in PRECISIONS.items():
         assert_same_losses(open_storage(f"{root}/runs/three-{name}"), on_one_rank[name], tolerance)
     assert_same_losses(
         open_storage(f"{root}/runs/three-micro"), on_one_rank["float64"], PRECISIONS["float64"]
     )
+    assert valid[0]["three-nested"] == pytest.approx(alone, rel=PRECISIONS["float64"])
 
 
 def test_a_stopped_run_resumes_on_another_number_of_ranks_with_the_same_losses(
