@@ -176,7 +176,7 @@ class Evaluation:
         return measured
 
     def measure_nested(self, with_probe: bool) -> list[JsonObject]:
-        """Measure codes cut to each length, and what a linear probe of them knows."""
+        """Measure codes cut to each length, their resolution and what a linear probe knows."""
         config = self.config
         images = self.loader(config.split, nested.BATCH, config.bounds.num_images)
         with progress_bar(images, "codes of each length") as bar:
@@ -194,16 +194,23 @@ class Evaluation:
             train, valid = (self.codes(split, config.probe_images) for split in ("train", "valid"))
             measured = self.codes(config.split, config.bounds.num_images)
             nested.add_probes(rows, train, valid, measured)
+        for row in rows:
+            found = self.resolution(row["latents"])
+            row |= {key: found[key] for key in ("resolution_px", "resolution_px_se") if found}
         return rows
 
-    def resolution(self) -> JsonObject:
-        """The resolution of the codes of the split's first images; nothing if none is wanted."""
+    def resolution(self, sent: int | None = None) -> JsonObject:
+        """The resolution of the codes of the split's first images; nothing if none is wanted.
+
+        ``sent`` is the number of latents that codes are cut to; by default they are whole.
+        """
         bounds = self.config.bounds
         num_images = min(bounds.resolution_images, bounds.num_images or bounds.resolution_images)
         if not num_images:
             return {}
         images = self.loader(self.config.split, CODES_BATCH, num_images)
-        with progress_bar(images, "resolution") as bar:
+        name = "resolution" if sent is None else f"resolution, {sent} latents"
+        with progress_bar(images, name) as bar:
             return resolution(
                 self.model,
                 images,
@@ -212,6 +219,7 @@ class Evaluation:
                 device=self.device,
                 threads=num_threads(self.device),
                 progress=bar.update,
+                sent=sent,
             ).to_json()
 
     def pictures(self, measured: JsonObject) -> Iterator[tuple[str, bytes]]:

@@ -1,6 +1,7 @@
 """A nested model's codes, cut to their first latents: what each length costs, and what it keeps."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from matplotlib.ticker import MaxNLocator
@@ -25,6 +26,26 @@ PICTURED = 10
 """The most images on the sheet of decodings."""
 CHART_WIDTH = 520
 """Pixels of a chart."""
+
+
+class Line(NamedTuple):
+    """A line of a chart, of one figure of every row."""
+
+    name: str
+    color: str
+    scale: float = 1.0
+
+
+NATS = {
+    "elbo_nats": Line("code length", INK),
+    "distortion_nats": Line("distortion", BAR),
+}
+"""The lines of the first chart, by the key of their figure."""
+KEPT = (
+    ("linear probe, % right", "linear_accuracy", Line("linear probe", RATE, 100.0)),
+    ("resolution, pixels", "resolution_px", Line("resolution", RATE)),
+)
+"""The other charts: the label of the axis, the key of the figure, its line."""
 
 
 def lengths(latents: int) -> list[int]:
@@ -105,61 +126,46 @@ def draw_decodings(
 
 @styled
 def draw_curve(rows: list[JsonObject]) -> bytes:
-    """A chart of code length, distortion and, if it was measured, probe accuracy over the rate."""
-    has_probe = any("linear_accuracy" in row for row in rows)
-    charts = 2 if has_probe else 1
-    left, top = MARGIN + 72, MARGIN + HEADER + 24
-    pitch = CHART_WIDTH + 100
-    page = Page(
-        left + charts * pitch - 100 + MARGIN + GAP,
-        top + CHART_HEIGHT + 56 + MARGIN,
-    )
+    """Charts over the rate: code length and distortion and, where they were measured, the accuracy
+    of the probe and the resolution.
+    """
+    charts = [("nats per image", NATS)]
+    charts += [(label, {key: line}) for label, key, line in KEPT if _points(rows, key)]
+    left, top, pitch = MARGIN + 72, MARGIN + HEADER + 24, CHART_WIDTH + 100
+    page = Page(left + len(charts) * pitch - 100 + MARGIN + GAP, top + CHART_HEIGHT + 56 + MARGIN)
     page.text(MARGIN, MARGIN + 18, "One model at every rate", TITLE)
-    page.text(
-        MARGIN,
-        MARGIN + 46,
-        "codes cut to their first latents; points are labelled with the number of latents",
-        TEXT,
-        FAINT,
-    )
-    rates = [row["rate_bits"] for row in rows]
-    axes = page.axes(left, top, CHART_WIDTH, CHART_HEIGHT)
-    for key, label, color in (
-        ("elbo_nats", "code length", INK),
-        ("distortion_nats", "distortion", BAR),
-    ):
-        axes.plot(rates, [row[key] for row in rows], color=color, marker="o", ms=4, label=label)
-    axes.set_ylabel("nats per image", fontsize=TEXT)
-    axes.legend(fontsize=TEXT)
-    shown = [(axes, "elbo_nats", 1.0)]
+    told = "codes cut to their first latents; points are labelled with the number of latents"
+    page.text(MARGIN, MARGIN + 46, told, TEXT, FAINT)
+    # Not all of them: the points of the longest codes lie close together.
     labelled = {0, rows[-1]["latents"], *(1 << exponent for exponent in range(32))}
-    if has_probe:
-        probed = [row for row in rows if "linear_accuracy" in row]
-        axes = page.axes(left + pitch, top, CHART_WIDTH, CHART_HEIGHT)
-        axes.plot(
-            [row["rate_bits"] for row in probed],
-            [100 * row["linear_accuracy"] for row in probed],
-            color=RATE,
-            marker="o",
-            ms=4,
-        )
-        axes.set_ylabel("linear probe, % right", fontsize=TEXT)
-        shown.append((axes, "linear_accuracy", 100.0))
-    for axes, key, scale in shown:
+    for place, (unit, lines) in enumerate(charts):
+        axes = page.axes(left + place * pitch, top, CHART_WIDTH, CHART_HEIGHT)
+        for key, line in lines.items():
+            points = _points(rows, key)
+            rates = [row["rate_bits"] for row in points]
+            heights = [line.scale * row[key] for row in points]
+            axes.plot(rates, heights, color=line.color, marker="o", ms=4, label=line.name)
+            for row, x, y in zip(points, rates, heights, strict=True):
+                if row["latents"] in labelled and key != "distortion_nats":
+                    axes.annotate(
+                        str(row["latents"]),
+                        (x, y),
+                        (0, 6),
+                        textcoords="offset points",
+                        ha="center",
+                        color=FAINT,
+                        fontsize=TEXT - 1,
+                    )
+        axes.set_ylabel(unit, fontsize=TEXT)
         axes.set_xlabel("rate, bits per image", fontsize=TEXT)
         axes.tick_params(length=0, labelsize=TEXT)
         axes.xaxis.set_major_locator(MaxNLocator(8))
         axes.margins(y=0.08)
-        for row in rows:
-            # Not all of them: the points of the longest codes lie close together.
-            if key in row and row["latents"] in labelled:
-                axes.annotate(
-                    str(row["latents"]),
-                    (row["rate_bits"], scale * row[key]),
-                    (0, 6),
-                    textcoords="offset points",
-                    ha="center",
-                    color=FAINT,
-                    fontsize=TEXT - 1,
-                )
+        if len(lines) > 1:
+            axes.legend(fontsize=TEXT)
     return page.png()
+
+
+def _points(rows: list[JsonObject], key: str) -> list[JsonObject]:
+    """The rows that have a figure of this name."""
+    return [row for row in rows if row.get(key) is not None]

@@ -107,9 +107,11 @@ def resolution(
     device: torch.device,
     threads: int,
     progress: Callable[[int], object],
+    sent: int | None = None,
 ) -> Resolution:
     """The resolution of a model's codes, on the images of ``loader``.
 
+    ``sent`` is how many latents of each code are sent, the first ones; by default all.
     All noise is drawn from (seed, image): neither the batches nor ``threads``, the number of
     batches that are drawn at once, change the result. ``progress`` is called with the number of
     images of each batch.
@@ -123,6 +125,8 @@ def resolution(
         noise = normal((*key, 0), batch.positions, DRAWS * model.latents)
         pixels = uniform((*key, 1), batch.positions, DRAWS * math.prod(shape))
         z = model.encoder(x).sample(_draws_first(noise, (model.latents,)).to(x))
+        if sent is not None:
+            z = model.truncated(z, sent)
         redrawn = decode(decoder, z.flatten(0, 1), _draws_first(pixels, shape).flatten(0, 1).to(x))
         return _as_bytes(x), _as_bytes(redrawn.unflatten(0, (DRAWS, -1)))
 

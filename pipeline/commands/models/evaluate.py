@@ -87,7 +87,8 @@ def format_report(result: JsonObject, split: str) -> str:
     if "nested" in measured:
         lines += [
             "codes cut to their first latents:",
-            "  latents   rate, bits   distortion, nats   code length, nats   linear probe, %",
+            "  latents   rate, bits   distortion, nats   code length, nats   linear probe, %  "
+            " resolution, px",
             *map(_format_cut, measured["nested"]),
         ]
     latents = measured["latents"]
@@ -127,12 +128,16 @@ def format_report(result: JsonObject, split: str) -> str:
 def _format_cut(row: JsonObject) -> str:
     """A row of the table of codes that are cut."""
     figures = [Measured.from_json(row, f"{name}_nats").text() for name in ("distortion", "elbo")]
-    probe = ""
+    probe, resolution = "", ""
     if "linear_accuracy" in row:
         probe = Measured.from_json(row, "linear_accuracy").percent.text(1)
+    if "resolution_px" in row:
+        figure = Measured.from_json(row, "resolution_px")
+        resolution = "none" if row["resolution_px"] is None else figure.text()
     distortion, length = figures
     rate = f"{row['rate_bits']:.2f}"
-    return f"  {row['latents']:<10}{rate:<13}{distortion:<19}{length:<20}{probe}".rstrip()
+    line = f"  {row['latents']:<10}{rate:<13}{distortion:<19}{length:<20}{probe:<18}{resolution}"
+    return line.rstrip()
 
 
 def format_resolution(measured: JsonObject) -> str:

@@ -184,6 +184,8 @@ def test_the_curve_of_a_nested_model_goes_from_no_code_to_the_whole(
     none, whole = test["nested"][0], test["nested"][-1]
     assert none["rate_nats"] == 0
     assert whole["linear_accuracy"] == test["probe"]["linear"]["accuracy"]
+    assert none["resolution_px"] is None
+    assert whole["resolution_px"] == test["resolution_px"]
     printed, result = evaluated(capsys, tmp_path, f"model={runs}/nested", "probe_images=0")
     assert not any("linear_accuracy" in row for row in result["test"]["nested"])
 
