@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import vlae
 from vlae.distributions import DiagonalGaussian
 from vlae.flow import AutoregressiveFlow
-from vlae.likelihood import Bernoulli
 from vlae.model import VLAE
 from vlae.posterior import IAFPosterior
 from vlae.prior import StandardNormal
@@ -171,8 +170,8 @@ class FlowingDecoder(nn.Module):
         super().__init__()
         self.decoder, self.flow = decoder, flow
 
-    def forward(self, noise: Tensor, x: Tensor) -> Bernoulli:
-        return self.decoder(self.flow.sample(noise), x)
+    def log_prob(self, noise: Tensor, x: Tensor) -> Tensor:
+        return self.decoder.log_prob(self.flow.sample(noise), x)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("latents", [3, (3, 1, 1), (2, 2, 2), (1, 2, 3)])
