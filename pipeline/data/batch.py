@@ -1,11 +1,15 @@
 """Batches of images, and their binarization."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pipeline import noise
 from pipeline.config.sections import Binarization
+from pipeline.data.order import in_manifest_order
+from pipeline.data.reader import Reader, Rows
 from pipeline.data.records import Integers
 from pipeline.noise import Purpose
 
@@ -20,6 +24,20 @@ class Batch:
     samples: Integers  # (local_batch,): the number of each in its split
     positions: Integers
     """(local_batch,): keys of the noise: step * global_batch + place in training, else samples."""
+
+
+def pick(reader: Reader, samples: Sequence[int]) -> Batch:
+    """The samples with these numbers in the reader's split, in this order; they must exist.
+
+    Raises UserError if one is missing or damaged.
+    """
+    rows, circle = Rows.empty(len(samples), reader.image_shape), in_manifest_order(reader.sizes)
+    if samples:
+        segments = [circle.segments(sample, sample + 1) for sample in samples]
+        reader.read_into(rows, np.concatenate(segments))
+    numbers = np.array(samples, dtype=np.int64)
+    images, labels = torch.from_numpy(rows.images), torch.from_numpy(rows.labels)
+    return Batch(0, images, labels, numbers, numbers)
 
 
 def binarize(batch: Batch, mode: Binarization, seed: int) -> torch.Tensor:

@@ -7,9 +7,8 @@ import numpy as np
 import torch
 
 from pipeline.data import DataSet
-from pipeline.data.batch import Batch
-from pipeline.data.order import in_manifest_order
-from pipeline.data.reader import Images, Reader, Rows
+from pipeline.data.batch import Batch, pick
+from pipeline.data.reader import Images, Reader
 from pipeline.errors import UserError
 
 KEPT = 64
@@ -25,7 +24,6 @@ class Gallery:
         self.size = data.manifest.num_samples(split)
         self.num_known = min(num_known, self.size)
         self._reader = Reader(data, split)
-        self._circle = in_manifest_order(self._reader.sizes)
         self.image = lru_cache(maxsize=KEPT)(lambda sample: self.read([sample]))
         """One image as ``read`` gives it, which is kept: the page asks often about the same."""
         if not self.size:
@@ -45,13 +43,7 @@ class Gallery:
                     f"there is no image {sample}; those of split {self.split} are 0 to"
                     f" {self.size - 1}"
                 )
-        segments = [self._circle.segments(sample, sample + 1) for sample in samples]
-        rows = Rows.empty(len(samples), self._reader.image_shape)
-        self._reader.read_into(rows, np.concatenate(segments))
-        numbers = np.array(samples, dtype=np.int64)
-        return Batch(
-            0, torch.from_numpy(rows.images), torch.from_numpy(rows.labels), numbers, numbers
-        )
+        return pick(self._reader, samples)
 
     def drawn(self, pixels: Images) -> Batch:
         """An image that is not of the data set: uint8 of shape (channels, height, width)."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.moments import Moments
+from pipeline.retrieval.nearest import nearest
 from vlae.distributions import DiagonalGaussian
 from vlae.information import capacity
 from vlae.posterior import Posterior
@@ -70,9 +71,6 @@ class Population:
         The nearest first; the distance is Euclidean. ``skip`` is an image to leave out.
         """
         codes = self._codes[: self._count]
-        distances = torch.linalg.vector_norm(codes - code.cpu(), dim=1)
-        if skip is not None and skip < len(distances):
-            distances[skip] = torch.inf
-        count = min(count, int(distances.isfinite().sum()))
-        found = torch.topk(distances, count, largest=False)
-        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+        own = torch.tensor([-1 if skip is None or skip >= len(codes) else skip])
+        ((_, distances, numbers),) = nearest(code[None].cpu(), codes, count, own)
+        return list(zip(numbers[0].tolist(), distances[0].tolist(), strict=True))

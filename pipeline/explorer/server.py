@@ -95,7 +95,7 @@ class Server:
     async def run(self, port: int, ready: Callable[[], object]) -> None:
         """Serve until SIGINT or SIGTERM; ``ready`` is called once the port is open.
 
-        Meanwhile encode the session's images. Raises UserError if the port is taken.
+        Meanwhile learn about the session's images. Raises UserError if the port is taken.
         """
         # A question holds at most two images in base64 and a number for each latent.
         latents = max(model.network.latents for model in self.session.models)
@@ -111,7 +111,7 @@ class Server:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         await runner.setup()
-        encoding = None
+        learning = None
         try:
             try:
                 await web.TCPSite(runner, HOST, port).start()
@@ -121,20 +121,26 @@ class Server:
                     " port"
                 ) from None
             self.port = runner.addresses[0][1]
-            encoding = asyncio.create_task(self._encode())
+            learning = asyncio.create_task(self._learn())
             ready()
             await stopped.wait()
         finally:
-            if encoding:
-                encoding.cancel()
+            self.session.stop()
+            if learning:
+                learning.cancel()
             await runner.cleanup()
             self._pool.shutdown(cancel_futures=True)
 
-    async def _encode(self) -> None:
-        """Encode the session's images, one batch after the other, beside the answers."""
+    async def _learn(self) -> None:
+        """Encode the session's images, and measure resolutions, beside the answers.
+
+        Batches to encode stand in line with the questions. The resolution, which takes longer, has
+        a thread of its own.
+        """
         loop = asyncio.get_running_loop()
         while await loop.run_in_executor(self._pool, self.session.encode_next):
             pass
+        await asyncio.to_thread(self.session.measure_resolutions)
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -3,18 +3,22 @@ is known about the data set.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
 import vlae
+from pipeline.config.evaluation import BoundOptions
 from pipeline.data.batch import Batch
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import UserError
+from pipeline.evaluation.resolution import resolution
 from pipeline.explorer.asked import MOST_DRAWS, MOST_IMAGES, MOST_STEPS, Question, to_text
-from pipeline.explorer.exploring import Explored, scale
+from pipeline.explorer.exploring import SEED, Explored, scale
 from pipeline.explorer.gallery import Gallery
 from pipeline.explorer.population import Population
+from pipeline.machine import device
 from pipeline.runs import OpenedModel
 from pipeline.values import JsonObject
 
@@ -22,8 +26,14 @@ logger = logging.getLogger(__name__)
 
 ENCODED = 64
 """Images that are encoded at a time in the background: few, so that no answer waits long."""
+REDRAWN = 16
+"""Images that are redrawn at a time for the resolution: few, so that Ctrl-C need not wait."""
 SHOWN_LATENTS = 64
 """The most latents that the page shows, those of the largest capacity."""
+
+
+class Stopped(Exception):
+    """What was measured is no longer wanted."""
 
 
 class Session:
@@ -41,6 +51,8 @@ class Session:
             Population(gallery.num_known, model.network.latents) for model in self.models
         ]
         self.num_encoded = 0
+        self.resolutions: list[JsonObject | None] = [None] * len(models)
+        """What is known of the resolution of each model's codes."""
         loader = EvalLoader(
             gallery.data,
             split=gallery.split,
@@ -48,8 +60,9 @@ class Session:
             num_images=gallery.num_known,
         )
         self._batches: Iterator[Batch] = iter(loader)
+        self._stopped = threading.Event()
         self.problem: str | None = None
-        """Why not all of them could be encoded."""
+        """Why not all images could be encoded or redrawn."""
         self._encode(next(self._batches))
         self.answers: Mapping[str, Callable[[Question], JsonObject]] = {
             "start": self.start,
@@ -78,6 +91,43 @@ class Session:
             self._encode(batch)
         return batch is not None
 
+    def measure_resolutions(self) -> None:
+        """Measure the resolution of every model's codes, as ``vlae evaluate`` does by default.
+
+        Returns early once ``stop`` is called.
+        """
+        for number, model in enumerate(self.models):
+            images = EvalLoader(
+                self.gallery.data,
+                split=self.gallery.split,
+                batch_size=REDRAWN,
+                num_images=BoundOptions.resolution_images,
+            )
+            try:
+                found = resolution(
+                    model.network,
+                    images,
+                    binarization=model.opened.binarization,
+                    seed=SEED,
+                    device=device(),
+                    threads=1,
+                    progress=self._check,
+                )
+            except Stopped:
+                return
+            except UserError as error:
+                self.problem = str(error)
+                return
+            self.resolutions[number] = found.to_json()
+
+    def stop(self) -> None:
+        """End what is measured in the background."""
+        self._stopped.set()
+
+    def _check(self, images: int) -> None:
+        if self._stopped.is_set():
+            raise Stopped
+
     def _encode(self, batch: Batch) -> None:
         for model, population in zip(self.models, self.populations, strict=True):
             population.add(model.encode(model.see(batch)))
@@ -105,10 +155,11 @@ class Session:
         }
 
     def progress(self, question: Question) -> JsonObject:
-        """How many images are encoded, and how many will be."""
+        """How many images are encoded, how many will be, and which resolutions are measured."""
         return {
             "encoded": self.num_encoded,
             "to_encode": self.gallery.num_known,
+            "resolutions": self.resolutions,
             "problem": self.problem,
         }
 

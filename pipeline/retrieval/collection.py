@@ -13,10 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.data import DataSet
-from pipeline.data.batch import Batch, binarize
+from pipeline.data.batch import Batch, binarize, pick
 from pipeline.data.loader import EvalLoader
-from pipeline.data.order import in_manifest_order
-from pipeline.data.reader import STRICT, Reader, Rows
+from pipeline.data.reader import STRICT, Reader
 from pipeline.errors import UserError
 from pipeline.evaluation import encoding
 from pipeline.evaluation.measure import map_batches
@@ -154,8 +153,4 @@ def stored_codes(
 
 def images_at(data: DataSet, split: str, numbers: Sequence[int]) -> Tensor:
     """The images of a split with these numbers: float32 in [0, 1], (n, channels, height, width)."""
-    reader = Reader(data, split, STRICT)
-    rows, circle = Rows.empty(len(numbers), reader.image_shape), in_manifest_order(reader.sizes)
-    if numbers:
-        reader.read_into(rows, np.concatenate([circle.segments(n, n + 1) for n in numbers]))
-    return torch.from_numpy(rows.images).float() / 255
+    return pick(Reader(data, split, STRICT), numbers).images.float() / 255

@@ -24,6 +24,7 @@ export class Card {
     this.caption = element("figcaption");
     this.rows = element("tbody");
     this.bar = element("div", { className: "bar" }, element("i"), element("i"));
+    this.resolution = element("p", { className: "note", hidden: true });
     this.sliders = element("div", { className: "sliders" });
     this.back = element("button", { type: "button", textContent: "Put back", disabled: true });
     this.more = element("button", { type: "button" });
@@ -35,6 +36,7 @@ export class Card {
     this.box = element("article", { className: "card" },
       element("h3", { textContent: model.name }),
       element("p", { className: "note", textContent: model.about }),
+      this.resolution,
       element("div", { className: "parts" },
         element("div", { className: "pictures" },
           element("figure", { className: "original" }, this.seen,
@@ -91,6 +93,19 @@ export class Card {
     const [rate, distortion] = this.bar.children;
     rate.style.width = `${100 * Math.max(0, this.code.rate_bits) / most}%`;
     distortion.style.width = `${100 * Math.max(0, this.code.distortion_bits) / most}%`;
+  }
+
+  showResolution(known) {
+    if (!known) return;
+    const { resolution_px: px, resolution_px_se: error } = known;
+    const { num_images, finest_px } = known.resolution;
+    this.resolution.hidden = false;
+    this.resolution.textContent = "resolution: "
+      + (px === null ? "none, structure of every size is redrawn"
+        : px === finest_px ? `${px.toFixed(1)} px, all that pixels can show`
+        : `${px.toFixed(1)} px, what is finer is redrawn`);
+    this.resolution.title = `measured on the first ${count(num_images)} ${this.about.split} images`
+      + (error === null ? "" : `; the standard error is ${error.toFixed(2)} px`);
   }
 
   async loadDrawn() {

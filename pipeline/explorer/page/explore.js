@@ -152,27 +152,35 @@ function openTab(name) {
 
 // --- the page ----------------------------------------------------------------------------------
 
-// Says what the images are and how many are encoded; returns whether more will be.
-function tellAbout({ encoded, to_encode, problem }) {
-  const [channels, height, width] = shape, isFollowed = !problem && encoded < to_encode;
+// Says what the images are and what is known of them; returns whether more will be.
+function tellAbout({ encoded, to_encode, resolutions, problem }) {
+  const [channels, height, width] = shape, isEncoding = !problem && encoded < to_encode;
   const kind = channels === 3 ? "in colour" : about.binary ? "in black and white" : "in grey";
   const progress = problem ? ` ${problem}.`
-    : isFollowed ? ` ${count(encoded)} of the first ${count(to_encode)} are encoded.` : "";
+    : isEncoding ? ` ${count(encoded)} of the first ${count(to_encode)} are encoded.` : "";
   find("about").textContent = `${count(about.images)} ${about.split} images of data set `
     + `${about.dataset}, ${width} × ${height}, ${kind}.${progress}`;
-  return isFollowed;
+  cards.forEach((card, place) => card.showResolution(resolutions[place]));
+  return !problem && (isEncoding || resolutions.includes(null));
 }
 
-// What is known of the latents, and the neighbours, improve until all images are encoded.
+// What is known of the latents, and the neighbours, improve until all images are encoded. Then the
+// resolutions are measured.
 async function follow() {
   try {
     if (!tellAbout(about)) return;
-    do {
+    let isEncoding = about.encoded < about.to_encode, goesOn = true;
+    while (goesOn) {
       await new Promise(resolve => setTimeout(resolve, 1000));
-    } while (tellAbout(await ask("progress")));
-    for (const card of cards) {
-      card.askCode();
-      card.askNear();
+      const known = await ask("progress");
+      goesOn = tellAbout(known);
+      if (isEncoding && (known.encoded === known.to_encode || !goesOn)) {
+        isEncoding = false;
+        for (const card of cards) {
+          card.askCode();
+          card.askNear();
+        }
+      }
     }
   } catch (error) {
     tell(error.message);

@@ -68,6 +68,12 @@ def test_black_and_white_images_are_chosen_redrawn_moved_walked_and_drawn(tmp_pa
                 in await text(page, "#about")
             )
             await check_width(page)
+            resolution = ".card:first-child .note:not([hidden]) + .note:not([hidden])"
+            give_up = time.monotonic() + 60
+            while not await page.evaluate(f"!!document.querySelector({resolution!r})"):
+                assert time.monotonic() < give_up, "no resolution is shown"
+                await asyncio.sleep(0.1)
+            assert (await text(page, resolution)).startswith("resolution: ")
 
             seen, drawn, walked, near = [
                 await looks(page, each) for each in (SEEN, DRAWN, WALKED, NEAR)

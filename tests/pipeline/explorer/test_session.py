@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import vlae
+from pipeline import commands
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import UserError
+from pipeline.evaluation.evaluation import Evaluation
 from pipeline.evaluation.information import Information
 from pipeline.explorer.asked import Question, pixels, to_text
 from pipeline.explorer.gallery import Gallery
@@ -190,13 +192,30 @@ def test_damage_that_the_background_finds_is_told_and_ends_nothing(root: Path) -
     second = Path(data.storage.url) / f"test/{served.FIRST}.tar"
     second.write_bytes(bytes(second.stat().st_size))
     session = Session([opened], Gallery(data, "test", 10_000))
-    assert ask(session, "progress") == {"encoded": 64, "to_encode": 70, "problem": None}
+    told = ask(session, "progress")
+    assert (told["encoded"], told["to_encode"], told["problem"]) == (64, 70, None)
     assert not session.encode_next()
     assert f"test/{served.FIRST}.tar" in ask(session, "progress")["problem"]
     answer = ask(session, "neighbours", model=0, image={"sample": 1}, count=3)
     assert (len(answer["images"]), answer["among"]) == (3, 64)
     with pytest.raises(UserError, match=rf"test/{served.FIRST}\.tar"):
         ask(session, "code", model=0, image={"sample": 65})
+
+
+def test_resolutions_are_those_of_an_evaluation_and_are_not_waited_for(root: Path) -> None:
+    data = served.write_tiles(root / "sharp")
+    opened = served.models(root / "sharp", data)
+    session = Session(opened, Gallery(data, "test", 64))
+    session.measure_resolutions()
+    told = ask(session, "progress")["resolutions"]
+    for model, found in zip(opened, told, strict=True):
+        config = commands.load("evaluate", [f"model={model.reference}", f"output={root}/evaluated"])
+        assert found == json.loads(json.dumps(Evaluation(config, model).resolution()))
+        assert found["resolution"]["num_images"] == served.COLOURS
+    stopped = Session(opened, Gallery(data, "test", 64))
+    stopped.stop()
+    stopped.measure_resolutions()
+    assert ask(stopped, "progress")["resolutions"] == [None, None]
 
 
 def test_pixels_survive_the_way_to_the_page_and_back() -> None:
