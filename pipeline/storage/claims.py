@@ -25,6 +25,7 @@ from functools import partial
 from pipeline import background
 from pipeline.errors import UserError
 from pipeline.storage.base import ObjectNotFound, Storage, to_json
+from pipeline.storage.uploads import retry
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +101,9 @@ def _take(storage: Storage, what: str) -> Claim:
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     claim = Claim(uuid.uuid4().hex, now, socket.gethostname(), os.getpid(), 1)
     first, began = None, time.monotonic()
-    while not storage.create(CLAIM, to_json(asdict(claim))):
+    while not retry(partial(storage.create, CLAIM, to_json(asdict(claim)))):
         try:
-            data = storage.read(CLAIM)
+            data = retry(partial(storage.read, CLAIM))
         except ObjectNotFound:  # its holder has just ended
             continue
         found = Claim.parse(data)
