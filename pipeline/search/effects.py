@@ -29,7 +29,8 @@ def parallel(style: ChartStyle, rows: Sequence[Row], goals: Goals) -> Figure | N
     results = [
         name
         for name in QUANTITIES
-        if (name in goals.quantities or name in CHARTED) and all(name in row for row in finished)
+        if (name in goals.quantities or name in CHARTED)
+        and all(row.get(name) is not None for row in finished)
     ]
     varied = [key for key, values in style.axes.items() if len(values) > 1]
     if len(finished) < 2 or not varied:

@@ -23,7 +23,7 @@ from pipeline.config.evaluation import BoundOptions
 from pipeline.config.goals import ON_THE_WAY, QUANTITIES, Measurements
 from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
-from pipeline.config.search import TuneConfig
+from pipeline.config.search import Stopping, TuneConfig
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluation
 from pipeline.registry import tracking
@@ -58,11 +58,18 @@ def search(config: TuneConfig, trials: Trials, tracking: Tracking, parent: Track
     room = max(1, num_places(workers) // workers.max_workers)
     concurrent = min(config.search.max_concurrent or room, room)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
+    halting = Halting(trials)
+    if config.search.stopping is not Stopping.none and halting.grace >= halting.budget:
+        print(
+            "no trial is stopped early: train.free_fraction, train.rate_warmup_fraction or"
+            " search.grace_fraction forbid it until the end of a run",
+            flush=True,
+        )
     tuner = Tuner(
         ray.tune.with_resources(ray.tune.with_parameters(trial, config=config), needed),
         tune_config=ray.tune.TuneConfig(
             search_alg=Proposer(trials),
-            scheduler=Halting(trials),
+            scheduler=halting,
             num_samples=-1,
             max_concurrent_trials=concurrent,
             # Starting a process and importing PyTorch can take longer than a short trial.
