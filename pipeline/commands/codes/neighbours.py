@@ -117,7 +117,8 @@ def run(config: NeighboursConfig) -> JsonObject:
         "pictures": [f"{output.url}/neighbours.png"],
     }
     if config.duplicates:
-        pairs = duplicates.duplicates(list(splits.values()), name, num_threads(device()))
+        ordered = [splits[split] for split in data.manifest.splits]
+        pairs = duplicates.duplicates(ordered, name, num_threads(device()))
         result["duplicates"] = duplicates.summary(pairs, splits, EXAMPLES)
         output.write("duplicates.parquet", duplicates.table(pairs, splits))
         result["duplicates"]["table"] = f"{output.url}/duplicates.parquet"
