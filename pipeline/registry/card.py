@@ -161,6 +161,9 @@ def _figures(evaluation: JsonObject) -> list[str]:
             f"| {bound} | {Measured.from_json(figures, 'iwae_nats').text()} |"
             f" {figures['iwae_bits_per_dim']:.4f} bits per dim |"
         )
+    if figures.get("resolution_px") is not None:
+        resolution = Measured.from_json(figures, "resolution_px")
+        lines.append(f"| resolution: coarser structure is kept | | {resolution} |")
     for probe, label in PROBE_LABELS.items():
         if probe in figures.get("probe", {}):
             accuracy = Measured.from_json(figures["probe"][probe], "accuracy").percent

@@ -27,6 +27,8 @@ FIGURES = {
     "iwae_nats_se": 0.4,
     "iwae_bits_per_dim": 1.98,
     "iwae_samples": 8,
+    "resolution_px": 5.2,
+    "resolution_px_se": 0.05,
     "num_images": 1000,
 }
 

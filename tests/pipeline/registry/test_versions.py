@@ -116,6 +116,7 @@ def test_a_version_has_the_options_of_its_training_and_its_figures(
         "12.25 bits",
         "88.00 +- 0.40",
         "k = 8",
+        "5.20 +- 0.05 px",
         "vlae.load",
     ):
         assert said in card
