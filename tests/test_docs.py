@@ -30,7 +30,15 @@ PLACEHOLDERS = {"COMMAND": "train", "NAME": "name", "FOLDER": "folder", "ROOT": 
 NEEDED = {
     **{
         name: ["model=somewhere"]
-        for name in ("evaluate", "encode", "compress", "reconstruct", "sample", "explore")
+        for name in (
+            "evaluate",
+            "encode",
+            "compress",
+            "reconstruct",
+            "sample",
+            "explore",
+            "neighbours",
+        )
     },
     "data": ["action=inspect"],
     "registry": ["action=list"],
