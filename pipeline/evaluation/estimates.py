@@ -7,7 +7,9 @@ last bit on machines of one kind.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +17,6 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 
 import vlae
-from pipeline.cluster import here_or_in_tasks
 from pipeline.config.evaluation import BoundOptions
 from pipeline.config.sections import Binarization
 from pipeline.data import DataSet
@@ -67,13 +68,15 @@ def estimate_split(
     with tqdm(total=total, unit=" images", desc=name, dynamic_ncols=True) as bar:
         bar.update(total - left)
         progress = bar.update if connect is None else None  # a task cannot reach the bar
-        found = here_or_in_tasks(
-            estimate_block,
-            (model.network.cpu(), data),
-            ((*settings, *each, progress) for each in missing),
-            connect,
-            use_gpu,
-        )
+        found: Iterator[tuple[int, vlae.Estimate]]
+        shared = (model.network.cpu(), data)
+        calls = ((*settings, *each, progress) for each in missing)
+        if connect is None:
+            found = itertools.starmap(partial(estimate_block, *shared), calls)
+        else:
+            from pipeline.cluster import here_or_in_tasks  # which imports Ray
+
+            found = here_or_in_tasks(estimate_block, shared, calls, connect, use_gpu)
         for start, block in found:
             stop = start + len(block.iwae)
             output.write(_key(folder, start, stop), save(block._asdict()))

@@ -21,9 +21,10 @@ COMMANDS = {name: find(name).config for name in NAMES}
 NEEDED = {
     **{
         command: ["model=somewhere"]
-        for command in ("evaluate", "encode", "compress", "reconstruct", "sample", "explore")
+        for command in NAMES
+        if any(key == "model" for key, _ in describe(COMMANDS[command]))
     },
-    **{command: ["action=list"] for command in ("registry",)},
+    "registry": ["action=list"],
     "data": ["action=inspect"],
     "decompress": ["model=somewhere", "file=images.vlae"],
     "index": ["dataset.name=theirs", "index.train=s3://bucket/{0..9}.tar"],

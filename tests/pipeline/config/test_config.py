@@ -26,7 +26,7 @@ COMMANDS = {name: find(name).config for name in NAMES}
 
 NEEDED = {
     **{command: ["model=somewhere"] for command in ("evaluate", "encode", "reconstruct", "sample")},
-    "compress": ["model=somewhere"],
+    **{command: ["model=somewhere"] for command in ("compress", "neighbours", "explore")},
     "decompress": ["model=somewhere", "file=images.vlae"],
     "data": ["action=inspect"],
     "registry": ["action=list"],
@@ -183,7 +183,7 @@ def changed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
     if isinstance(value, float):
         return value / 2 or 0.25
     if isinstance(value, list):
-        return value[::-1]
+        return value[::-1] or [f"/other/{key}"]
     if value is None:
         return 7 if re.search("int|float", str(item.type)) else "/other"
     return f"/other/{key}"
@@ -204,7 +204,7 @@ def as_text(value: Any) -> str:
     )
 
 
-EXCLUSIVE = ("train.free_bits", "train.free_groups", "train.nested")
+EXCLUSIVE = ("train.free_bits", "train.free_groups", "train.nested", "models")
 """What cannot be changed along with every other option."""
 
 
