@@ -166,7 +166,7 @@ class Connection:
                 run_id, "mlflow.parentRunId", run.parent.run_id or self.sync(run.parent)
             )
         if run.data and not (kept.inputs and kept.inputs.dataset_inputs):
-            self.client.log_inputs(run_id, [data_input(run.data)])
+            self._log_input(run_id, run.data)
         missing = [
             Param(key, value) for key, value in parameters.items() if key not in kept.data.params
         ]
@@ -181,6 +181,19 @@ class Connection:
         if kept.info.status in ("FAILED", "KILLED"):
             self.client.update_run(run_id, "RUNNING")
         return run_id
+
+    def _log_input(self, run_id: str, data: Data) -> None:
+        """Log the data set of a run. Of two commands that log one at once, MLflow fails the second,
+        which finds it there when it asks again.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.log_inputs(run_id, [data_input(data)])
+        except MlflowException as error:
+            if "unique" not in str(error).lower():
+                raise
+            self.client.log_inputs(run_id, [data_input(data)])
 
     def _experiment(self, name: str) -> str:
         """The id of an experiment, created if necessary.

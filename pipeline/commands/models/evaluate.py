@@ -31,13 +31,18 @@ def run(config: EvaluateConfig) -> JsonObject:
     The figures of a registered model are also recorded with its version. Raises UserError if the
     model, the data set or the split does not exist, or the images have another shape.
     """
-    from pipeline.cluster import connect
     from pipeline.evaluation.evaluation import evaluate
     from pipeline.registry.models import open_model
     from pipeline.registry.versions import Registry
 
     model = open_model(config.model, config.registry, config.storage)
-    result = evaluate(config, model, lambda: connect(config.cluster, config.storage))
+
+    def connect() -> None:
+        from pipeline import cluster  # which imports Ray: only if there is much to measure
+
+        cluster.connect(config.cluster, config.storage)
+
+    result = evaluate(config, model, connect)
     if model.version:
         name, number = model.version
         measured = result[config.split]

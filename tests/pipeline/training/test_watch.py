@@ -57,20 +57,18 @@ def test_time_in_which_a_process_did_not_run_does_not_count() -> None:
     assert process.communicate(timeout=60)[0] == "finished\n"
 
 
-def train(rank: int, step: int) -> None:
-    """A rank that stops at ``step``."""
-    with StepWatch("mine", rank, 1.0) as watching:
-        watching.begin(step)
-        time.sleep(600)
-
-
-def beat() -> None:
-    with Heartbeat("stopped"):
-        time.sleep(600)
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_rank_behind_the_others_is_named_once_and_a_stopped_process_is_lost() -> None:
+    # Local functions, which Ray sends by value: its workers cannot import the tests.
+    def train(rank: int, step: int) -> None:
+        with StepWatch("mine", rank, 1.0) as watching:
+            watching.begin(step)  # and no other
+            time.sleep(600)
+
+    def beat() -> None:
+        with Heartbeat("stopped"):
+            time.sleep(600)
+
     connect(ClusterOptions(), StorageOptions())
     task = ray.remote(num_cpus=0, max_retries=0)
     heartbeats = Heartbeats(5.0)
