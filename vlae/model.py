@@ -76,12 +76,15 @@ class VLAE(nn.Module):
         ``sent`` is how many latents of each code are sent, the first ones; by default all. See
         ``truncated``.
         """
-        z, rates = self._code(x, noise, sent)
-        return Bound(-self.decoder.log_prob(z, x), rates)
+        z, log_posterior = self._sample(x, noise)
+        # The decoder first: gradients of z are summed in the order of its uses, to the last bit.
+        distortion = -self.decoder.log_prob(self._cut(z, sent), x)
+        return Bound(distortion, self._cut(log_posterior - self.prior.log_prob(z), sent))
 
     def rate_per_latent(self, x: Tensor, noise: Tensor, sent: Tensor | int | None = None) -> Tensor:
         """The same term of the bound, without evaluating the decoder: (batch, latents)."""
-        return self._code(x, noise, sent)[1]
+        z, log_posterior = self._sample(x, noise)
+        return self._cut(log_posterior - self.prior.log_prob(z), sent)
 
     def truncated(self, values: Tensor, sent: Tensor | int) -> Tensor:
         r"""Codes of which only the first latents are sent, or rates of these: the others are 0.
@@ -106,16 +109,15 @@ class VLAE(nn.Module):
         number = torch.as_tensor(sent, device=values.device)[..., None]
         return values * (torch.arange(self.latents, device=values.device) < number)
 
-    def _code(self, x: Tensor, noise: Tensor, sent: Tensor | int | None) -> tuple[Tensor, Tensor]:
-        """z as the decoder sees it, and its rates; both of the shape of ``noise``."""
+    def _cut(self, values: Tensor, sent: Tensor | int | None) -> Tensor:
+        return values if sent is None else self.truncated(values, sent)
+
+    def _sample(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """z, and log q(z|x) split over the latents, both of the shape of ``noise``."""
         # Noise of another shape would broadcast: all images would share it, or all latents.
         if noise.dim() not in (2, 3) or noise.shape[-2:] != (len(x), self.latents):
             raise ValueError(
                 f"noise has the shape {tuple(noise.shape)}; it must be ({len(x)}, {self.latents}), "
                 f"or (samples, {len(x)}, {self.latents}) for several codes of each image"
             )
-        z, log_posterior = self.encoder(x).sample_with_log_prob(noise)
-        rates = log_posterior - self.prior.log_prob(z)
-        if sent is None:
-            return z, rates
-        return self.truncated(z, sent), self.truncated(rates, sent)
+        return self.encoder(x).sample_with_log_prob(noise)
