@@ -58,7 +58,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PART_SECONDS = 60.0
 """The most that one part takes, but for the measurement that it is in; ``training`` takes 3."""
 LAST_START = 360.0
-"""After so many seconds no further part begins."""
+"""Seconds after which no further part begins."""
 
 
 class Bench:

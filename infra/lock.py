@@ -3,10 +3,10 @@
 uv resolves what ``pyproject.toml`` asks for, for all systems and Python versions at once. What is
 pinned already stays as it is; ``--upgrade-package NAME`` and uv's other arguments are passed on.
 
-PyTorch has two builds of one version. The package index has the one with CUDA. The one without
-comes from PyTorch's own index, or from a folder that pip is told of, and needs fewer packages: so
-what CUDA alone needs is in a file of its own. ``torch`` has the hashes of both builds. uv gives
-those of the package index; the others were added by hand, and stay while the version does.
+PyTorch has two builds of each version. The build with CUDA is on the package index; the packages
+that it alone needs are in a file of their own. The build for CPUs is on PyTorch's own index, or in
+a folder that pip knows of. ``torch`` has the hashes of both. uv finds those of the package index;
+the others were added by hand, and are kept as long as the version is the same.
 """
 
 import re

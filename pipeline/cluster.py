@@ -89,8 +89,8 @@ def _start(cluster: ClusterOptions) -> None:
         name: os.environ[name] for name in ("AWS_ENDPOINT_URL",) if name in os.environ
     }
     env_vars[places.VARIABLE] = " ".join(places.followed_everywhere())
-    # For so many seconds, Ray Train asks the workers of a lost run to leave their process group. A
-    # worker that is stuck does not answer, and with Ray's default its restart takes 30 s longer.
+    # The seconds that Ray Train waits for the workers of a lost run to leave their process group. A
+    # stuck worker never does, and Ray's default would make its restart 30 s longer.
     shutdown = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
     env_vars[shutdown] = os.environ.get(shutdown, "5")
     if address:
@@ -180,20 +180,24 @@ def _make_private(session: Path) -> None:
 
 
 def in_tasks(
-    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], use_gpu: bool = False
+    function: Callable[..., Any],
+    calls: Iterable[tuple[Any, ...]],
+    use_gpu: bool = False,
+    shared: Sequence[Any] = (),
 ) -> Iterator[Any]:
-    """Call ``function`` in Ray tasks, once for each tuple of arguments; yield the results.
+    """Call ``function(*shared, *call)`` in Ray tasks for each of ``calls``; yield the results.
 
-    Results come in the order in which tasks finish. The tuples are read as tasks become free. An
-    argument from ``ray.put`` reaches the function as the object that was put. Each task has a core,
-    and with ``use_gpu`` a GPU. The first UserError or MemoryError of a task is raised here, and so
-    is a UserError for a task whose process was lost; the other tasks are cancelled.
+    Results come in the order in which tasks finish. The calls are read as tasks become free;
+    workers get ``shared`` once. Each task has a core, and with ``use_gpu`` a GPU. The first
+    UserError or MemoryError of a task is raised here, and so is a UserError for a task whose
+    process was lost; the other tasks are cancelled.
     """
     task = ray.remote(num_gpus=1 if use_gpu else 0)(function)
+    put = [ray.put(each) for each in shared]
     remaining, pending = iter(calls), list[Any]()
     while True:
         pending += [
-            task.remote(*arguments)
+            task.remote(*put, *arguments)
             for arguments in itertools.islice(remaining, IN_FLIGHT - len(pending))
         ]
         if not pending:
@@ -216,26 +220,6 @@ def in_tasks(
                 " then run the command again"
             ) from error
         yield from results
-
-
-def here_or_in_tasks(
-    function: Callable[..., Any],
-    shared: Sequence[Any],
-    calls: Iterable[tuple[Any, ...]],
-    connect: Callable[[], None] | None,
-    use_gpu: bool = False,
-) -> Iterator[Any]:
-    """Call ``function(*shared, *call)`` for each of ``calls``, and yield the results.
-
-    In Ray tasks (``in_tasks``), whose workers get ``shared`` once. ``connect`` connects to Ray; if
-    it is None, the calls are made in this process, one after the other.
-    """
-    if connect is None:
-        yield from (function(*shared, *call) for call in calls)
-        return
-    connect()
-    put = [ray.put(each) for each in shared]
-    yield from in_tasks(function, ((*put, *call) for call in calls), use_gpu)
 
 
 def _has_token() -> bool:

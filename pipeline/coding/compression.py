@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import noise
-from pipeline.cluster import here_or_in_tasks
 from pipeline.coding import blocks, container, lossy
 from pipeline.coding.container import Frame, Header, Reader, Writer
 from pipeline.config.sections import Binarization, Encoding
@@ -35,6 +34,7 @@ from pipeline.machine import keep_freed_memory
 from pipeline.noise import Purpose
 from pipeline.runs import OpenedModel
 from pipeline.storage.base import Storage
+from pipeline.tasks import here_or_in_tasks
 from pipeline.values import JsonObject
 from vlae.model import VLAE
 

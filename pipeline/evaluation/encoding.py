@@ -17,7 +17,6 @@ import torch
 from tqdm import tqdm
 
 import vlae
-from pipeline.cluster import here_or_in_tasks
 from pipeline.config.sections import Binarization
 from pipeline.data import DataSet
 from pipeline.data.batch import Batch, binarize
@@ -29,6 +28,7 @@ from pipeline.machine import device, keep_freed_memory
 from pipeline.runs import OpenedModel
 from pipeline.storage.base import Storage
 from pipeline.storage.recipe import begin
+from pipeline.tasks import here_or_in_tasks
 from pipeline.values import JsonObject
 from vlae.distributions import DiagonalGaussian
 

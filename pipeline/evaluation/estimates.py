@@ -7,9 +7,7 @@ last bit on machines of one kind.
 """
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +24,7 @@ from pipeline.evaluation.measure import concatenate, estimates, images_in_pass, 
 from pipeline.machine import device, keep_freed_memory, num_threads
 from pipeline.runs import OpenedModel
 from pipeline.storage.base import Storage, to_json
+from pipeline.tasks import here_or_in_tasks
 
 FOLDER = "estimates"
 """The folder of the blocks, each set of them in one named after what it depends on."""
@@ -68,16 +67,9 @@ def estimate_split(
     with tqdm(total=total, unit=" images", desc=name, dynamic_ncols=True) as bar:
         bar.update(total - left)
         progress = bar.update if connect is None else None  # a task cannot reach the bar
-        found: Iterator[tuple[int, vlae.Estimate]]
         shared = (model.network.cpu(), data)
         calls = ((*settings, *each, progress) for each in missing)
-        if connect is None:
-            found = itertools.starmap(partial(estimate_block, *shared), calls)
-        else:
-            from pipeline.cluster import here_or_in_tasks  # which imports Ray
-
-            found = here_or_in_tasks(estimate_block, shared, calls, connect, use_gpu)
-        for start, block in found:
+        for start, block in here_or_in_tasks(estimate_block, shared, calls, connect, use_gpu):
             stop = start + len(block.iwae)
             output.write(_key(folder, start, stop), save(block._asdict()))
             if progress is None:

@@ -20,6 +20,27 @@ It compares the code of each with the posteriors of all.
 """
 
 
+def posterior_terms(posterior: Posterior) -> dict[str, Tensor]:
+    """What ``capacities`` needs of a batch, (batch, latents) each, to be added to moments."""
+    terms = {"code": posterior.code}
+    if isinstance(posterior, DiagonalGaussian):
+        log_scale = posterior.log_scale.double().cpu()
+        terms |= {"log_scale": log_scale, "square_scale": torch.exp(2 * log_scale)}
+    return terms
+
+
+def capacities(moments: Moments) -> Tensor | None:
+    """The capacity of each latent in nats, (latents,), from the moments of ``posterior_terms``.
+
+    None unless the posteriors are Gaussian.
+    """
+    if "log_scale" not in moments.sums:
+        return None
+    return capacity(
+        moments.variances("code"), moments.means("square_scale"), moments.means("log_scale")
+    )
+
+
 class Information:
     """Collects the posteriors of a split's images, batch by batch, for one ``report``.
 
@@ -40,18 +61,14 @@ class Information:
         """
         rate = estimate.rate_per_latent.double().cpu()
         self.moments.add(
-            {
-                "code": posterior.code,
-                "rate": rate,
-                "group_rate": rate.unflatten(1, (self.groups, -1)).sum(-1),
-            }
+            posterior_terms(posterior)
+            | {"rate": rate, "group_rate": rate.unflatten(1, (self.groups, -1)).sum(-1)}
         )
         if not isinstance(posterior, DiagonalGaussian):
             # An IAF's density at another image's code takes one pass per latent, which is too slow
             # for all pairs.
             return
         mean, log_scale = posterior.mean.double().cpu(), posterior.log_scale.double().cpu()
-        self.moments.add({"log_scale": log_scale, "square_scale": torch.exp(2 * log_scale)})
         if self.room:
             self.kept.append(
                 tuple(each[: self.room] for each in (mean, log_scale, noise.cpu(), rate.sum(1)))
@@ -69,17 +86,15 @@ class Information:
         variance = self.moments.variances("code")
         values: JsonObject = {"active_units": int((variance > ACTIVE_VARIANCE).sum())}
         latents: JsonObject = {"code_variance": variance.tolist()}
-        if self.kept:
-            capacities = capacity(
-                variance, self.moments.means("square_scale"), self.moments.means("log_scale")
-            )
+        capacity_nats = capacities(self.moments)
+        if capacity_nats is not None:
             values |= self._compare_pairs() | {
-                "capacity_nats": capacities.sum().item(),
-                "capacity_bits": capacities.sum().item() / LN_2,
+                "capacity_nats": capacity_nats.sum().item(),
+                "capacity_bits": capacity_nats.sum().item() / LN_2,
             }
             latents |= {
-                "capacity_nats": capacities.tolist(),
-                "capacity_bits": (capacities / LN_2).tolist(),
+                "capacity_nats": capacity_nats.tolist(),
+                "capacity_bits": (capacity_nats / LN_2).tolist(),
             }
         names = [] if not rate_splits else ["rate"] if self.groups == 1 else ["rate", "group_rate"]
         for name in names:

@@ -1,16 +1,14 @@
 """The codes of many images: how far each latent varies, what it tells, and whose code is near."""
 
-import math
 import threading
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pipeline.evaluation.information import LN_2, capacities, posterior_terms
 from pipeline.evaluation.moments import Moments
 from pipeline.retrieval.nearest import nearest
-from vlae.distributions import DiagonalGaussian
-from vlae.information import capacity
 from vlae.posterior import Posterior
 
 LEAST_SPREAD = 1e-6
@@ -45,25 +43,21 @@ class Population:
 
     def add(self, posterior: Posterior) -> None:
         """Add the posteriors of the next images."""
-        code = posterior.code.cpu()
-        values = {"code": code}
-        if isinstance(posterior, DiagonalGaussian):
-            log_scale = posterior.log_scale.double()
-            values |= {"log_scale": log_scale, "square_scale": torch.exp(2 * log_scale)}
+        code, terms = posterior.code.cpu(), posterior_terms(posterior)
         with self._lock:
             self._codes[self._count : self._count + len(code)] = code
             self._count += len(code)
-            self._moments.add(values)
+            self._moments.add(terms)
 
     def latents(self) -> Latents:
         """What the codes so far say about each latent."""
         with self._lock:
             variance, center = self._moments.variances("code"), self._moments.means("code")
-            if "log_scale" not in self._moments.sums:
+            nats = capacities(self._moments)
+            if nats is None:
                 return Latents(center, variance.sqrt().clamp(min=LEAST_SPREAD), None)
-            square_scale = self._moments.means("square_scale")
-            capacities = capacity(variance, square_scale, self._moments.means("log_scale"))
-        return Latents(center, (variance + square_scale).sqrt(), capacities / math.log(2))
+            spread = (variance + self._moments.means("square_scale")).sqrt()
+        return Latents(center, spread, nats / LN_2)
 
     def nearest(self, code: Tensor, count: int, skip: int | None = None) -> list[tuple[int, float]]:
         """The images whose codes are nearest to ``code``, (latents,): number and distance.

@@ -1,12 +1,14 @@
 """Opening a model: from the registry, from a run's folder, or one that comes with the package."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config.sections import RegistryOptions, StorageOptions
+from pipeline.data import DataSet
 from pipeline.errors import UserError
 from pipeline.registry.versions import Registry
-from pipeline.runs import OpenedModel, Run
+from pipeline.runs import OpenedModel, Run, open_data
 from vlae import pretrained
 
 PRETRAINED = "pretrained/"
@@ -28,6 +30,24 @@ def open_model(reference: str, registry: RegistryOptions, storage: StorageOption
     with tempfile.TemporaryDirectory() as folder:
         versions.download(version.name, version.number, Path(folder))
         return OpenedModel.read(reference, Path(folder), (version.name, version.number))
+
+
+def open_models(
+    references: Sequence[str],
+    dataset_url: str | None,
+    registry: RegistryOptions,
+    storage: StorageOptions,
+) -> tuple[list[OpenedModel], DataSet]:
+    """Models to compare, and the data set whose images all of them see.
+
+    By default it is that of the first model's training. Raises UserError as ``open_model`` and
+    ``open_data`` do.
+    """
+    models = [open_model(each, registry, storage) for each in references]
+    data = open_data(models[0], dataset_url, storage)
+    for other in models[1:]:
+        open_data(other, data.storage.url, storage)
+    return models, data
 
 
 def _open_pretrained(reference: str, storage: StorageOptions) -> OpenedModel:

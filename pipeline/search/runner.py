@@ -38,7 +38,7 @@ from pipeline.search.trials import (
     trial_config,
 )
 from pipeline.training import launch
-from pipeline.training.watch import HEARTBEAT_SECONDS, Heartbeat, Heartbeats, take_stuck
+from pipeline.training.watch import HEARTBEAT_SECONDS, Heartbeats, heartbeat, take_stuck
 
 
 def search(config: TuneConfig, trials: Trials, tracking: Tracking, parent: TrackedRun) -> None:
@@ -98,7 +98,7 @@ def trial(row: dict[str, Any], config: TuneConfig) -> None:
     errors are raised, so that Ray Tune retries the trial.
     """
     typed = trial_config(config, row["point"])
-    with Heartbeat(typed.run_name):
+    with heartbeat(typed.run_name):
         _train_and_measure(typed, row["point"], config)
 
 

@@ -4,7 +4,7 @@ Ray reports a worker whose process ends. A worker may also live and be stuck: it
 returns, a device does not answer, a collective waits for a rank that will not come. ``StepWatch``
 finds that from inside the process. A process that does not run at all (SIGSTOP, a frozen machine)
 can only be found from outside: Ray Train polls its workers, and for the trials of a search, which
-Ray Tune does not poll, ``Heartbeat`` sends signs of life, which ``Heartbeats`` reads.
+Ray Tune does not poll, ``heartbeat`` sends signs of life, which ``Heartbeats`` reads.
 """
 
 import faulthandler
@@ -14,7 +14,8 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -145,32 +146,24 @@ def _sentence(found: list[Stuck]) -> str:
     return f"no step after step {first} for {behind[0].seconds:g} s: {named}{more}"
 
 
-class Heartbeat:
-    """Sends a sign of life for ``run`` every HEARTBEAT_SECONDS. A context manager."""
+@contextmanager
+def heartbeat(run: str) -> Iterator[None]:
+    """Send a sign of life for ``run`` every HEARTBEAT_SECONDS, for the length of a block."""
+    closed = threading.Event()
 
-    def __init__(self, run: str) -> None:
-        self.run = run
-        self._closed = threading.Event()
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._closed.set()
-
-    def _beat(self) -> None:
+    def beat() -> None:
         while True:
             sign = f"{os.getpid()} {time.monotonic_ns()}".encode()
             with suppress(Exception):  # the head may be busy; the next beat counts as well
-                _put(_heartbeat_key(self.run), sign)
-            if self._closed.wait(HEARTBEAT_SECONDS):
+                _put(_heartbeat_key(run), sign)
+            if closed.wait(HEARTBEAT_SECONDS):
                 return
+
+    background.start(beat, "heartbeat")
+    try:
+        yield
+    finally:
+        closed.set()
 
 
 class Heartbeats:

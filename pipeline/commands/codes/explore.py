@@ -52,18 +52,12 @@ def run(config: ExploreConfig) -> int:
     from pipeline.explorer.server import serve
     from pipeline.explorer.session import Session
     from pipeline.machine import keep_freed_memory
-    from pipeline.registry.models import open_model
-    from pipeline.runs import open_data
+    from pipeline.registry.models import open_models
 
     keep_freed_memory()
     torch.set_num_threads(1)
-    models = [
-        open_model(reference, config.registry, config.storage)
-        for reference in config.models or [str(config.model)]
-    ]
-    data = open_data(models[0], config.dataset_url, config.storage)
-    for other in models[1:]:
-        open_data(other, data.storage.url, config.storage)  # its images suit every model
+    addresses = config.models or [str(config.model)]
+    models, data = open_models(addresses, config.dataset_url, config.registry, config.storage)
     gallery = Gallery(data, config.split, config.num_images)
     serve(Session(models, gallery), config.port, config.browser)
     return 0

@@ -65,19 +65,15 @@ def run(config: NeighboursConfig) -> JsonObject:
     import torch
 
     from pipeline.machine import device, num_threads
-    from pipeline.registry.models import open_model
+    from pipeline.registry.models import open_models
     from pipeline.retrieval import duplicates
     from pipeline.retrieval.collection import collect, stored_codes
     from pipeline.retrieval.neighbours import PIXELS, Search, check, find
-    from pipeline.runs import open_data
     from pipeline.storage import open_storage
 
     torch.set_num_threads(1)
     addresses = list(dict.fromkeys([config.model, *config.beside]))
-    models = [open_model(each, config.registry, config.storage) for each in addresses]
-    data = open_data(models[0], config.dataset_url, config.storage)
-    for other in models[1:]:
-        open_data(other, data.storage.url, config.storage)
+    models, data = open_models(addresses, config.dataset_url, config.registry, config.storage)
     among = config.among or config.split
     check(data, config.split, among)
     shown = find(data, config.split, config.images, config.shown, config.seed)

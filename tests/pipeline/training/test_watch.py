@@ -11,7 +11,7 @@ import ray
 
 from pipeline.cluster import connect
 from pipeline.config.sections import ClusterOptions, StorageOptions
-from pipeline.training.watch import Heartbeat, Heartbeats, StepWatch, take_stuck
+from pipeline.training.watch import Heartbeats, StepWatch, heartbeat, take_stuck
 
 WORKER = """
 import time
@@ -66,7 +66,7 @@ def test_the_rank_behind_the_others_is_named_once_and_a_stopped_process_is_lost(
             time.sleep(600)
 
     def beat() -> None:
-        with Heartbeat("stopped"):
+        with heartbeat("stopped"):
             time.sleep(600)
 
     connect(ClusterOptions(), StorageOptions())
