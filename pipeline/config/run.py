@@ -117,6 +117,12 @@ class TrainOptions:
         " to any rate",
         False,
     )
+    with_valid: bool = option(
+        "train on the validation images, too, once all choices are made: then only test images are"
+        " held out",
+        False,
+        shared=True,
+    )
     rate_warmup_fraction: float = option(
         "the first part of the run over which the rate's weight rises from 0 to 1",
         at_least=0,

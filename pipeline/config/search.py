@@ -152,6 +152,11 @@ class TuneConfig(TrainConfig):
     )
 
     def check(self) -> None:
+        require(
+            not self.train.with_valid,
+            "train.with_valid=true trains on the validation images, which a search compares its"
+            " models on; search without it, then train the best model with it by vlae train",
+        )
         typed = self._typed_space()
         size = math.prod(map(len, typed.values()))
         require(

@@ -1,6 +1,6 @@
 """A data set: a manifest, and the storage that its shards are read from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipeline.data import manifest as manifests
@@ -39,6 +39,15 @@ class DataSet:
         whose shards lie where they are not followed (``pipeline.places``).
         """
         return cls(storage, manifests.load(storage))
+
+    def with_valid(self) -> "DataSet":
+        """This data set with the images of the split valid in train, too, after train's own.
+
+        Raises ``UserError`` if one of the two does not exist.
+        """
+        both = [*self.manifest.shards("train"), *self.manifest.shards("valid")]
+        splits = {**self.manifest.splits, "train": both}
+        return replace(self, manifest=replace(self.manifest, splits=splits))
 
     def batches(
         self,

@@ -62,6 +62,7 @@ def evaluate(
         },
         "bounds": to_dict(config.bounds),
         "split": config.split,
+        "held_out": evaluation.is_held_out,
         config.split: measured,
         "pictures": [],
     }
@@ -107,6 +108,14 @@ class Evaluation:
         self.config, self.opened, self.binarization = config, model, model.binarization
         self.device, self.model = device(), model.network
         self.data = open_data(model, config.dataset_url, config.storage)
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether the model was not trained on the evaluated images."""
+        training = self.opened.training
+        seen = ("train", "valid") if training["config"]["train"].get("with_valid") else ("train",)
+        same = training["manifest"] == self.data.manifest.digest
+        return not (same and self.config.split in seen)
 
     def loader(self, split: str, batch_size: int, num_images: int | None) -> EvalLoader:
         return EvalLoader(self.data, split=split, batch_size=batch_size, num_images=num_images)

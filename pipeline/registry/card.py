@@ -112,6 +112,7 @@ def _summary(
         else f"black or white ({config['dataset']['binarization']})"
     )
     shape, data = evaluation["image_shape"], _code(config["dataset"]["name"])
+    splits = ", its validation images included" if config["train"].get("with_valid") else ""
     size = f"{model['latents']} {'maps' if model['code'] == 'maps' else 'latents'}"
     return [
         f"# {_plain(name)}",
@@ -125,7 +126,7 @@ def _summary(
         "| | |",
         "| --- | --- |",
         f"| code | {size}; prior {prior}; posterior a diagonal Gaussian{posterior} |",
-        f"| trained on | {data}, manifest sha256 {_code(training['manifest'])} |",
+        f"| trained on | {data}{splits}, manifest sha256 {_code(training['manifest'])} |",
         (
             f"| trained for | {config['train']['images']:,} images, counting repeats; seed"
             f" {config['train']['seed']} |"

@@ -107,7 +107,7 @@ def fit(
             yield batch
 
     batches = TrainLoader(
-        data,
+        data.with_valid() if train.with_valid else data,
         seed=train.seed,
         global_batch=train.global_batch,
         num_streams=train.num_streams,

@@ -84,7 +84,10 @@ def format_report(result: JsonObject, split: str) -> str:
             ("KL(q(z) || p(z)), at most", "marginal_kl_nats", "rate less I(x; z)"),
         ]
     architecture = vlae.describe(result["architecture"])
-    lines = [f"{architecture}; {measured['num_images']:,} {split} images, nats per image:"]
+    images = f"{measured['num_images']:,} {split} images"
+    if not result["held_out"]:
+        images += " that the model was trained on"
+    lines = [f"{architecture}; {images}, nats per image:"]
     lines += [
         f"  {label:<26}{Measured.from_json(measured, key).text(3):<20}{extra}".rstrip()
         for label, key, extra in rows

@@ -26,7 +26,7 @@ MODELS = {
     "flow": [],  # one step
     "normal": ["model.flow_depth=0"],
     "deep": ["model.flow_depth=2"],
-    "iaf": ["model.flow_depth=0", "model.posterior_depth=2"],
+    "iaf": ["model.flow_depth=0", "model.posterior_depth=2", "train.with_valid=true"],
     "nested": ["train.nested=true"],
 }
 
@@ -285,6 +285,22 @@ def test_the_report_says_if_the_probes_have_seen_the_split(
         capsys, tmp_path, f"model={runs}/flow", "split=train", "bounds.num_images=20"
     )
     assert "on the images that the probes were fitted on:" in printed
+
+
+def test_the_report_says_if_the_model_was_trained_on_the_images(
+    runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "images that the model was trained on, nats per image:"
+    for split, name, held_out in (
+        ("train", "flow", False),
+        ("valid", "flow", True),
+        ("valid", "iaf", False),
+        ("test", "iaf", True),
+    ):
+        options = (f"split={split}", "probe_images=0", "bounds.num_images=5")
+        printed, result = evaluated(capsys, tmp_path, f"model={runs}/{name}", *options)
+        assert result["held_out"] is held_out
+        assert (said in printed) is not held_out
 
 
 def test_too_few_images_for_a_probe_skip_it_and_name_the_option_to_change(

@@ -204,7 +204,13 @@ def as_text(value: Any) -> str:
     )
 
 
-EXCLUSIVE = ("train.free_bits", "train.free_groups", "train.nested", "models")
+EXCLUSIVE = (
+    "train.free_bits",
+    "train.free_groups",
+    "train.nested",
+    "train.with_valid",
+    "models",
+)
 """What cannot be changed along with every other option."""
 
 
@@ -553,6 +559,11 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
         "train",
         {"train.nested": True, "train.free_groups": 4, "model.flow_depth": 1},
         "train.nested=true sends the last latents seldom",
+    ),
+    (
+        "tune",
+        {"train.with_valid": True},
+        "which a search compares its models on; search without it, then train the best model",
     ),
     (
         "train",

@@ -5,6 +5,7 @@ gradients and missing data end it with one clear error.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -142,6 +143,21 @@ def test_the_published_model_is_the_average_and_has_the_last_validation(
     training = whole.read_json("model/training.json")
     assert {"images": 240, **report(moments, model, 1)} == training["valid"]
     assert Run(whole).rows()[-1]["valid/elbo_nats"] == training["valid"]["elbo_nats"]
+
+
+def test_a_run_with_the_validation_images_trains_on_them_as_on_others(root: str) -> None:
+    contents = DataSet.load(strokes.data_storage(root)).manifest
+    splits = {**contents.splits, "train": [*contents.shards("train"), *contents.shards("valid")]}
+    joined = open_storage(f"{root}/datasets/joined")
+    strokes.write(joined)
+    joined.delete(["manifest.json"])
+    dataclasses.replace(contents, name="joined", splits=splits).publish(joined)
+    given = configure(root, "given", "train.with_valid=true")
+    stated = configure(root, "stated", "dataset.name=joined")
+    assert loop.fit(given) == loop.fit(stated)
+    assert Run.of(given).storage.read(WEIGHTS) == Run.of(stated).storage.read(WEIGHTS)
+    training = Run.of(given).storage.read_json("model/training.json")
+    assert training["manifest"] == contents.digest
 
 
 @pytest.mark.parametrize("validation", [1, 2, 3])
