@@ -281,6 +281,7 @@ class FolderSource(FileSource):
     """A folder of images. Each sub-folder, with all below it, is a class, in the order of names.
 
     If the top folders are named after splits, they are these, and the classes lie below them.
+    Folders around all of them do not count.
     """
 
     _kind = "folder"
@@ -293,7 +294,7 @@ class FolderSource(FileSource):
             yield Candidate(entry.key, "", f"{entry.size} {entry.version}")
 
     def _arrange(self, listing: Listing) -> None:
-        tree = Tree(self._path, listing.folders())
+        tree = Tree(self._path, listing.folders)
         listing.place(lambda folder: (tree.split(folder), tree.label(folder)))
         self._classes = tree.classes
 

@@ -102,20 +102,19 @@ class Listing:
     ) -> None:
         """Give each image the split and the label that the folder of its key has.
 
-        ``drop`` parts are cut off the front of every key. ``keep_splits`` leaves the splits as they
-        were found.
+        Then ``drop`` parts are cut off the front of every key. ``keep_splits`` leaves the splits as
+        they were found.
         """
-
-        if drop:
-            self._define("short", lambda key: b"/".join(key.split(b"/")[drop:]))
-            self._define("hashed", lambda key: _hash(os.fsdecode(key)))
-            self._rows.execute("UPDATE found SET key = short(key)")
-            self._rows.execute("UPDATE found SET hash = hashed(key)")
         self._define("split_of", lambda key: where(_folder(key))[0])
         self._define("label_of", lambda key: where(_folder(key))[1])
         self._rows.execute("UPDATE found SET label = label_of(key)")
         if not keep_splits:
             self._rows.execute("UPDATE found SET split = split_of(key)")
+        if drop:
+            self._define("short", lambda key: b"/".join(key.split(b"/")[drop:]))
+            self._define("hashed", lambda key: _hash(os.fsdecode(key)))
+            self._rows.execute("UPDATE found SET key = short(key)")
+            self._rows.execute("UPDATE found SET hash = hashed(key)")
 
     def name_labels(self) -> list[str] | None:
         """Number labels that are names, in their order, and return these; None if all are numbers.

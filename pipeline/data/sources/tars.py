@@ -68,12 +68,11 @@ class TarSource(FileSource):
                 self.account.pass_over("link that leads to no image in its tar", f"{file}/{name}")
 
     def _arrange(self, listing: Listing) -> None:
-        common = common_length(listing.folders())
-        tree = Tree(self._path, (folder[common:] for folder in listing.folders()))
+        tree = Tree(self._path, listing.folders)
         self._classes = tree.classes
         listing.place(
             lambda folder: (tree.split(folder), tree.label(folder)),
-            common,
+            tree.around,
             keep_splits=self._by_file,
         )
         if self._by_file:
@@ -84,16 +83,6 @@ class TarSource(FileSource):
 
     def _contents(self, items: list[Item]) -> Iterator[bytes]:
         return ranges(self._storage, items)
-
-
-def common_length(folders: Iterator[tuple[str, ...]]) -> int:
-    """The number of parts that the folders of all images begin with in common."""
-    first = next(folders, ())
-    common = len(first)
-    for folder in folders:
-        while folder[:common] != first[:common]:
-            common -= 1
-    return common
 
 
 class WebDatasetSource(FileSource):

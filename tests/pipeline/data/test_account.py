@@ -220,9 +220,39 @@ def test_folders_named_after_splits_are_these_and_the_classes_lie_below(tmp_path
     write_images(tmp_path / "x", ["extra/1.png"])
     with pytest.raises(UserError, match=r"folders of splits .* and, beside them, extra; move"):
         opened(Source.folder, tmp_path / "x")
+    (tmp_path / "x/extra/1.png").unlink()
+    (tmp_path / "around/images").mkdir(parents=True)
+    (tmp_path / "x").rename(tmp_path / "around/images/x")
+    wrapped = opened(Source.folder, tmp_path / "around")
+    assert wrapped.class_names == source.class_names
+    assert wrapped.account.origins == source.account.origins
     # A class may be called test, if nothing is called train.
     write_images(tmp_path / "y", [f"{kind}/{n}.png" for kind in ("test", "cat") for n in range(9)])
     assert opened(Source.folder, tmp_path / "y").class_names == ["cat", "test"]
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "splits"),
+    [
+        (["all/cat/{}.png", "all/dog/{}.png"], ["cat", "dog"], None),
+        (["all/{}.png"], [], None),
+        (["cat/{}.png", "cat/more/{}.png"], ["cat"], None),
+        (["a/b/cat/{}.png", "a/b/cat/c/d/{}.png"], ["cat"], None),
+        (["train/cat/{}.png", "train/dog/{}.png"], ["cat", "dog"], ["train"]),
+        (["all/train/{}.png", "all/val/{}.png"], [], ["train", "valid"]),
+        (["a/train/{}.png", "b/train/{}.png", "b/test/{}.png"], ["a", "b"], ["train", "test"]),
+        (["cat/train/{}.png", "cat/test/{}.png"], [], ["train", "test"]),
+        (["cat/train/{}.png", "dog/other/{}.png"], ["cat", "dog"], None),
+    ],
+)
+def test_folders_say_splits_and_classes_wherever_these_begin(
+    names: list[str], classes: list[str], splits: list[str] | None, tmp_path: Path
+) -> None:
+    write_images(tmp_path, [name.format(n) for name in names for n in range(30)])
+    source = opened(Source.folder, tmp_path)
+    assert (source.class_names or []) == classes
+    stated = [split for split, origin in source.account.origins.items() if origin == "folder"]
+    assert sorted(stated) == sorted(splits or [])
 
 
 @pytest.mark.parametrize(
