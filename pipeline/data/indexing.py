@@ -29,7 +29,7 @@ from pipeline.data.manifest import Decoding, Manifest
 from pipeline.data.records import Index, Shard, checksum, paginate
 from pipeline.data.sources.account import REPORT_KEY, Account
 from pipeline.data.sources.base import SPLITS, hash_fraction
-from pipeline.data.sources.files import why_passed_over
+from pipeline.data.sources.files import refuse_compressed, why_passed_over
 from pipeline.data.sources.listing import Label, names_of
 from pipeline.data.sources.members import SampleReader
 from pipeline.data.sources.names import stated_splits
@@ -155,6 +155,7 @@ def expand(pattern: str, endpoint_url: str | None, account: Account) -> list[Tar
 
     Raises UserError for a range that is too long or runs downwards, and where nothing is found.
     """
+    refuse_compressed(pattern)
     if not pattern.lower().endswith(".tar"):
         place, found = open_storage(pattern, endpoint_url), []
         for entry in sorted(place.entries(), key=lambda entry: entry.key):

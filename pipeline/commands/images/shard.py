@@ -41,9 +41,9 @@ def format_result(config: ShardConfig, result: JsonObject) -> str:
         across = ", ".join(
             f"{count:,} of {splits}" for splits, count in report["duplicates_across_splits"].items()
         )
-        lines.append(
-            f"{report['duplicates']:,} duplicates" + (f", among them {across}" if across else "")
-        )
+        number = report["duplicates"]
+        found = "1 duplicate" if number == 1 else f"{number:,} duplicates"
+        lines.append(found + (f", among them {across}" if across else ""))
     return "\n".join([*lines, f"account: {result['url']}/report.json"])
 
 

@@ -102,6 +102,8 @@ class FileSource(ImageSource):
         if path.lower().endswith(self._wanted):
             folder, _, name = path.rpartition("/")
             return open_storage(folder or ".", endpoint_url), name
+        if ".tar" in self._wanted:
+            refuse_compressed(path)
         storage = open_storage(path, endpoint_url)
         if isinstance(storage, FolderStorage) and not storage.root.is_dir():
             raise UserError(f"dataset.path={path} is not a folder")
@@ -261,6 +263,18 @@ class FileSource(ImageSource):
             return error
 
 
+COMPRESSED_TAR = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
+
+
+def refuse_compressed(path: str) -> None:
+    """Raise UserError if a file that was named is a compressed tar."""
+    if path.lower().endswith(COMPRESSED_TAR):
+        raise UserError(
+            f"{path} is compressed, and its parts cannot be read alone; give the plain .tar, as"
+            " `gunzip` or the like leaves it"
+        )
+
+
 def why_passed_over(key: str, wanted: tuple[str, ...]) -> str | None:
     """Why a file is none of those to read, by its name; None if it is one."""
     if any(part.startswith(".") for part in key.split("/")):
@@ -268,10 +282,8 @@ def why_passed_over(key: str, wanted: tuple[str, ...]) -> str | None:
     if key.lower().endswith(wanted):
         return None
     name = key.rpartition("/")[2].lower()
-    if ".tar" in wanted:
-        for ending in (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4"):
-            if name.endswith(ending):
-                return "compressed tar, which has to be unpacked first"
+    if ".tar" in wanted and name.endswith(COMPRESSED_TAR):
+        return "compressed tar, which has to be unpacked first"
     ending = name.rpartition(".")[2] if "." in name else ""
     kind = f".{ending}" if ending else "without an ending"
     return f"not read here ({kind})"

@@ -269,6 +269,8 @@ def test_the_names_of_shards_state_splits_and_few_shards_leave_none_empty(tmp_pa
         "not read here (.txt)": 1,
         "hidden": 1,
     }
+    with pytest.raises(UserError, match=r"a\.tar\.gz is compressed, .* give the plain \.tar"):
+        indexing.find_shards(IndexOptions(train=str(tmp_path / "a.tar.gz")), None, Account())
     for name in ("train-0.tar", "train-1.tar", "val-0.tar"):
         (tmp_path / name).unlink()
     for number in range(8):

@@ -422,5 +422,9 @@ def test_the_configuration_names_a_source(tmp_path: Path) -> None:
     for source in (Source.idx, Source.folder):
         with pytest.raises(UserError, match=r"dataset\.path=/no/such is not a folder"):
             open_source(DatasetOptions(name="a", source=source, path="/no/such"), options)
+    for path in ("/no/such.tar.gz", "s3://bucket/SUCH.TGZ"):
+        for source in (Source.tar, Source.webdataset):
+            with pytest.raises(UserError, match=f"{path} is compressed, .* give the plain .tar"):
+                open_source(DatasetOptions(name="a", source=source, path=path), options)
     with pytest.raises(UserError, match=r"dataset\.path=/no/such is not a file"):
         open_source(DatasetOptions(name="a", source=Source.mnist, path="/no/such"), options)
