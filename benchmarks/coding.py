@@ -14,6 +14,10 @@ the package `pillow-jxl-plugin` can be imported, which the product does not depe
     .venv/bin/pip install --no-deps --target peers pillow-jxl-plugin
     PYTHONPATH=peers .venv/bin/python benchmarks/coding.py
 
+A learned coder takes part if `--bits-back CLONE` gives a clone of BB-ANS's own code (see
+`benchmarks/bits_back.py`), with the model that its authors trained on binary MNIST. It is slow: it
+gets the first 1,000 of the images, and its initial bits are not counted.
+
 `FOLDER/coding-*.png` stacks, for each model, the bits in z, the bits in x given z, and what the
 file takes beyond the bound, beside the peers. `FOLDER/lossy-*.png` shows images redrawn from codes
 of 8 to 20 bits, and the smallest files that lossy image coders write. The last line is JSON. Its
@@ -25,6 +29,9 @@ import io
 import json
 import lzma
 import math
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -43,6 +50,8 @@ DATA = {
     ),
 }
 """The options of each data set, and the images that a model is trained on."""
+LEARNED = 1000
+"""The images that the learned peer gets."""
 
 
 def train(folder: str, data: str, window: str, fashion: str, images: int | None) -> str:
@@ -193,6 +202,18 @@ def peers(images: Pixels) -> dict[str, float]:
     return {name: 8 * size / images.size for name, size in found.items()}
 
 
+def bits_back(clone: str, images: Pixels) -> float:
+    """The bits per dimension of BB-ANS by its authors' code and model, on the first images."""
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        np.save(file, images[:LEARNED] != 0)
+        file.flush()
+        command = [sys.executable, "-m", "benchmarks.bits_back", clone, file.name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(f"BB-ANS: {json.dumps(result)}", flush=True)
+    return float(result["bits_per_dim"])
+
+
 def draw(models: dict[str, dict[str, Any]], others: dict[str, float], path: Path) -> None:
     """Stack the bits of each model's files, beside the bits that peers take for an image."""
     import matplotlib
@@ -299,6 +320,7 @@ def main() -> None:
     parser.add_argument(
         "--windows", nargs="+", default=["5x2"], help="windows; the first is the one reported"
     )
+    parser.add_argument("--bits-back", help="a clone of github.com/bits-back/bits-back")
     parser.add_argument("--train-images", type=int, help="number of training images")
     arguments = parser.parse_args()
     folder = str(Path(arguments.folder).absolute())
@@ -315,6 +337,8 @@ def main() -> None:
             accounts[f"window {window}"] = figures
             print(f"{data} {window}: {json.dumps(figures)}", flush=True)
         found = peers(images)
+        if data == "binary_mnist" and arguments.bits_back:
+            found["BB-ANS"] = bits_back(arguments.bits_back, images)
         print(f"{data} peers, bits/dim: {json.dumps(found)}", flush=True)
         result[data] = accounts[f"window {arguments.windows[0]}"] | {"peers": found}
         in_bits = {name: bits * images[0].size for name, bits in found.items()}
