@@ -188,34 +188,35 @@ class PatternedTexture:
             .exp()
             .view(self.height, self.width, 2**num_above, 1, 2**num_left, self.classes)
         )
-        joint = torch.zeros(
-            self.classes,
-            self.height,
-            self.width,
-            *(2 for _ in self.window.offsets),
-            2,
-            dtype=torch.float64,
-        )
-        white = torch.empty(
-            2**num_above, 2 ** (memory - num_above - num_left), 2**num_left, dtype=torch.float64
-        )
+        shape = (2**num_above, 2 ** (memory - num_above - num_left), 2**num_left)
+        # Rows of a few numbers would be multiplied one at a time: p is repeated to longer ones.
+        repeats = min(32, shape[1])
+        white = torch.empty(shape, dtype=torch.float64).view(shape[0], -1, repeats * shape[2])
         black = torch.empty_like(white)
+        seen = torch.empty(
+            self.classes, self.height, self.width, shape[0], shape[2], dtype=torch.float64
+        )
         for c in range(self.classes):
             # The bits of a state are its pixels in raster order: first those above, last those to
             # the left.
             states = torch.zeros(2**memory, dtype=torch.float64)
             states[0] = 1
+            repeated = conditional[..., c].repeat(1, 1, 1, 1, repeats)
             for row in range(self.height):
                 for column in range(self.width):
-                    states = states.view(white.shape)
-                    p = conditional[row, column, ..., c].contiguous()
-                    seen, p_seen = states.sum(1), p[:, 0]
-                    both = torch.stack([seen * (1 - p_seen), seen * p_seen], -1)
-                    joint[c, row, column] = self._inside(both.view(joint.shape[3:]), row, column)
+                    torch.sum(states.view(shape), 1, out=seen[c, row, column])
                     # The new pixel becomes the last bit, and the first bit is dropped.
-                    torch.mul(states, p, out=white)
-                    torch.sub(states, white, out=black)
-                    states = torch.stack([black.view(2, -1).sum(0), white.view(2, -1).sum(0)], -1)
+                    torch.mul(states.view(white.shape), repeated[row, column], out=white)
+                    torch.sub(states.view(white.shape), white, out=black)
+                    torch.add(*black.view(2, -1), out=states.view(-1, 2)[:, 0])
+                    torch.add(*white.view(2, -1), out=states.view(-1, 2)[:, 1])
+        p = conditional[:, :, :, 0].movedim(-1, 0)
+        joint = torch.stack([seen * (1 - p), seen * p], -1).view(
+            self.classes, self.height, self.width, *(2 for _ in self.window.offsets), 2
+        )
+        for row in range(self.height):
+            for column in range(self.width):
+                joint[:, row, column] = self._inside(joint[:, row, column], row, column)
         return joint
 
     def _seen(self, row: int, column: int) -> list[tuple[tuple[int, int], float]]:
@@ -228,12 +229,12 @@ class PatternedTexture:
         ]
 
     def _inside(self, joint: Tensor, row: int, column: int) -> Tensor:
-        """Move the probability of pixels outside the image to the value 0.
+        """Move the probability of pixels outside the image to the value 0, for every class.
 
         Their bits of the state hold pixels of other rows.
         """
         inside = dict(self._seen(row, column))
-        for dimension, offset in enumerate(self.window.offsets):
+        for dimension, offset in enumerate(self.window.offsets, 1):
             if offset not in inside:
                 both = joint.sum(dimension, keepdim=True)
                 joint = torch.cat([both, torch.zeros_like(both)], dimension)
