@@ -13,13 +13,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.neural_network import MLPClassifier
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -34,6 +32,12 @@ from pipeline.evaluation.moments import Moments
 from pipeline.noise import Purpose, normal
 from pipeline.values import Measured
 from vlae.posterior import Posterior
+
+# Imported where a probe is fitted: scikit-learn takes a second of processor time to import, and the
+# tasks of other commands use only the codes of this module.
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neural_network import MLPClassifier
 
 Floats = npt.NDArray[np.float64]
 
@@ -118,7 +122,7 @@ class Probe:
 
     def __init__(
         self,
-        make: Callable[..., LogisticRegression | MLPClassifier],
+        make: "Callable[..., LogisticRegression | MLPClassifier]",
         settings: list[dict[str, float]],
         train: tuple[Floats, Integers],
         valid: tuple[Floats, Integers],
@@ -207,6 +211,10 @@ def accuracy_of_first(train: Codes, valid: Codes, test: Codes, sent: int) -> Mea
 @contextmanager
 def _alike_everywhere() -> Iterator[None]:
     """Fit probes to the same result on any number of threads."""
+    # All of scikit-learn that is used, since the limit reaches only libraries that are loaded.
+    from sklearn import linear_model, neural_network  # noqa: F401
+    from sklearn.exceptions import ConvergenceWarning
+
     # Several threads sum in another order, which would change the class of borderline images.
     with threadpool_limits(1), warnings.catch_warnings():
         # Stopping early is part of a probe's definition.
@@ -214,11 +222,15 @@ def _alike_everywhere() -> Iterator[None]:
         yield
 
 
-def _linear(**setting: float) -> LogisticRegression:
+def _linear(**setting: float) -> "LogisticRegression":
+    from sklearn.linear_model import LogisticRegression
+
     return LogisticRegression(max_iter=1000, **setting)
 
 
-def _two_layer(**setting: float) -> MLPClassifier:
+def _two_layer(**setting: float) -> "MLPClassifier":
+    from sklearn.neural_network import MLPClassifier
+
     return MLPClassifier(
         (HIDDEN,), max_iter=EPOCHS, learning_rate_init=LEARNING_RATE, random_state=0, **setting
     )

@@ -6,20 +6,18 @@ Pure functions of the search's trials so far.
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import optuna
-from optuna.distributions import CategoricalDistribution
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.goals import Goals
 from pipeline.config.search import Sampler, SearchOptions, Stopping
 from pipeline.search.trial import Point, Status, Trial
 
+# Imported where it is used: the processes of trials import this module, and need no Optuna.
+if TYPE_CHECKING:
+    import optuna
+
 ATTEMPTS = 32
 """Proposals asked of the sampler before an untried point is drawn at random."""
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def propose(search: SearchOptions, seed: int, rows: Sequence[Trial]) -> Point | None:
@@ -34,6 +32,9 @@ def propose(search: SearchOptions, seed: int, rows: Sequence[Trial]) -> Point | 
         return untried[0] if untried else None
     draw = random.Random(f"{seed} {len(rows)}")
     if search.sampler is Sampler.tpe:
+        from optuna.distributions import CategoricalDistribution
+        from optuna.trial import TrialState
+
         study = known(search, search.goals, rows, draw.getrandbits(32))
         distributions = {
             key: CategoricalDistribution(values) for key, values in search.axes.items()
@@ -48,8 +49,11 @@ def propose(search: SearchOptions, seed: int, rows: Sequence[Trial]) -> Point | 
 
 def known(
     search: SearchOptions, goals: Goals, rows: Iterable[Trial], seed: int = 0
-) -> optuna.Study:
+) -> "optuna.Study":
     """An Optuna study of the trials, with the objectives of ``goals``."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         directions=["maximize" if each.maximize else "minimize" for each in goals.objectives],
         sampler=optuna.samplers.TPESampler(
@@ -60,11 +64,14 @@ def known(
     return study
 
 
-def _as_optuna_sees(search: SearchOptions, goals: Goals, row: Trial) -> FrozenTrial:
+def _as_optuna_sees(search: SearchOptions, goals: Goals, row: Trial) -> "optuna.trial.FrozenTrial":
     """The Optuna trial: finished ones are complete, stopped ones pruned, others failed.
 
     Pruned trials are compared at equal numbers of images.
     """
+    from optuna.distributions import CategoricalDistribution
+    from optuna.trial import TrialState, create_trial
+
     values = row.values or {}
     complete = all(each.name in values for each in goals.objectives)
     pruned = row.status is Status.stopped and len(goals.objectives) == 1

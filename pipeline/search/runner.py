@@ -25,7 +25,6 @@ from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
 from pipeline.config.search import Stopping, TuneConfig
 from pipeline.errors import UserError
-from pipeline.evaluation import evaluation
 from pipeline.registry import tracking
 from pipeline.registry.tracking import TrackedRun, Tracking, training_run
 from pipeline.runs import TENSORBOARD, Run
@@ -139,6 +138,9 @@ def measure(config: TuneConfig, point: Point, run: Run) -> dict[str, float | Non
 
     The evaluation is stored with the run, and so are the figures as TensorBoard hyperparameters.
     """
+    # It loads matplotlib: a trial is measured after its training, if at all.
+    from pipeline.evaluation import evaluation
+
     search = config.search
     bounds = BoundOptions(
         samples=search.samples, num_images=search.num_images, pictures=10, seed=config.train.seed
