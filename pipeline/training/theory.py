@@ -108,7 +108,8 @@ def experiment(config: Experiment) -> JsonObject:
         "figure": f"{output.url}/theory.png",
         "reused": reused,
     }
-    output.write("theory.png", _figure(config, output, result))
+    if not (reused and output.exists("theory.png")):
+        output.write("theory.png", _figure(config, output, result))
     return result
 
 

@@ -1,10 +1,11 @@
 """``vlae theory`` from the outside, on few images: its results are consistent, and reused."""
 
+import io
 import json
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +16,55 @@ from PIL import Image
 import vlae
 from pipeline import cli, commands
 from pipeline.commands.models import theory
+from pipeline.training import theory as experiment
 
 DECODERS = ("factorized", "covering", "full")
 SMALL = ["images=320", "num_images=60"]
 
 
-@pytest.fixture(scope="module")
-def done(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
-    """The folder of a finished run, and what it printed."""
-    folder = tmp_path_factory.mktemp("theory")
-    command = [sys.executable, "-m", "pipeline", "theory", *SMALL, f"output={folder}"]
-    root = Path(theory.__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    return folder, subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=folder, check=False
-    )
+@dataclass(frozen=True)
+class Done:
+    """A finished run: its folder, its exit code and what it printed."""
+
+    folder: Path
+    code: object
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture(scope="module")
-def result(done: tuple[Path, "subprocess.CompletedProcess[str]"]) -> dict[str, Any]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+    folder, out, err = tmp_path_factory.mktemp("theory"), io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "AVERAGED", 2)  # drawing 200 takes half a minute
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            cli.main(["theory", *SMALL, f"output={folder}"])
+        yield Done(folder, ended.value.code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def result(done: Done) -> dict[str, Any]:
     """The finished run's ``result.json``."""
-    found: dict[str, Any] = json.loads((done[0] / "result.json").read_text())
+    found: dict[str, Any] = json.loads((done.folder / "result.json").read_text())
     return found
 
 
 def test_it_prints_its_measurements_and_where_the_result_is(
-    done: tuple[Path, "subprocess.CompletedProcess[str]"], result: dict[str, Any]
+    done: Done, result: dict[str, Any]
 ) -> None:
-    folder, process = done
-    assert process.returncode == 0, process.stderr
-    lines = process.stdout.splitlines()
+    folder = done.folder
+    assert done.code == 0, done.stderr
+    lines = done.stdout.splitlines()
     assert lines[-1] == f"result: {folder}/result.json"
     assert lines[-2] == f"figure: {folder}/theory.png"
-    assert (
-        "960 images" in process.stderr or "960/960" in process.stderr
-    )  # the progress of three decoders
+    assert "960 images" in done.stderr or "960/960" in done.stderr  # the progress of three decoders
     for value in (
         result["entropy"],
         result["global_information"],
         result["covering"]["rate"],
         result["full"]["code_length"],
     ):
-        assert f"{value:.3f} +- " in process.stdout
+        assert f"{value:.3f} +- " in done.stdout
     with Image.open(folder / "theory.png") as figure:
         assert figure.format == "PNG"
         assert min(figure.size) > 1000
@@ -87,21 +93,19 @@ def test_a_decoders_figures_add_up_and_none_beats_the_entropy(result: dict[str, 
     assert [result[name]["window"] for name in DECODERS] == ["0x0", "3x1", "full"]
 
 
-def test_the_trained_models_are_kept(
-    done: tuple[Path, "subprocess.CompletedProcess[str]"], result: dict[str, Any]
-) -> None:
+def test_the_trained_models_are_kept(done: Done, result: dict[str, Any]) -> None:
     for name in DECODERS:
-        model = vlae.load(done[0] / name / "model")
+        model = vlae.load(done.folder / name / "model")
         assert model.arguments["window"] == result[name]["window"]
         assert vlae.sample(model, 2, torch.Generator().manual_seed(0)).shape == (2, 1, 16, 16)
 
 
 def test_a_second_run_redoes_only_what_is_missing_with_the_same_result(
-    done: tuple[Path, "subprocess.CompletedProcess[str]"],
+    done: Done,
     result: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = done[0]
+    folder = done.folder
     pictured = (folder / "theory.png").read_bytes()
     shutil.rmtree(folder / "covering")
     written = {
@@ -112,10 +116,12 @@ def test_a_second_run_redoes_only_what_is_missing_with_the_same_result(
     assert theory.run(commands.load("theory", [*SMALL, f"output={folder}"])) == result
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert (folder / "theory.png").read_bytes() == pictured
+    drawn_at = (folder / "theory.png").stat().st_mtime_ns
     with pytest.raises(SystemExit) as ended:
         cli.main(["theory", *SMALL, f"output={folder}"])
     assert ended.value.code == 0
     assert f"figure (made before): {folder}/theory.png\n" in capsys.readouterr().out
+    assert (folder / "theory.png").stat().st_mtime_ns == drawn_at
     again = json.loads((folder / "result.json").read_text())
     assert again.pop("reused")
     assert again == {key: value for key, value in result.items() if key != "reused"}
