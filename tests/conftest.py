@@ -27,11 +27,24 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long tests of ``tests/e2e``, so that no core waits for the other in the end.
+    """Begin with files that take long, so that no core waits for the other in the end: the main
+    job, the others of ``tests/e2e``, then those that start servers or Ray, or train for long.
 
     Otherwise the order remains the one that pytest-randomly chose.
     """
-    items.sort(key=lambda item: "e2e" not in item.path.parts)
+    long = {
+        item.path
+        for item in items
+        if "faults" in item.path.parts
+        or "ray_cluster" in item.fixturenames  # type: ignore[attr-defined]
+        or item.path.stem in ("test_theory", "test_loop", "test_loader_page")
+    }
+
+    def turn(item: pytest.Item) -> tuple[bool, bool, bool]:
+        path = item.path
+        return path.stem != "test_main_job", "e2e" not in path.parts, path not in long
+
+    items.sort(key=turn)
 
 
 def pytest_runtest_setup() -> None:
