@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.job_submission import JobSubmissionClient
 
 from pipeline.cluster import connect
 from pipeline.config import sections
@@ -234,23 +234,6 @@ main(["evaluate", *sys.argv[1:]])
     assert "test: code length" in shown
 
 
-def ray_job(address: str, action: str, *arguments: str) -> str:
-    """What ``ray job`` prints."""
-    command = [
-        str(Path(sys.executable).with_name("ray")),
-        "job",
-        action,
-        "--address",
-        address,
-        *arguments,
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=250, env=dict(os.environ)
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def submit(
     address: str,
     server: ObjectStorageServer,
@@ -262,6 +245,8 @@ def submit(
     """Submit a run as a job of its name; returns what that prints."""
     environment = json.dumps({"env_vars": server.environment()})
     asked = [
+        "--address",
+        address,
         "--working-dir",
         str(REPOSITORY),
         "--submission-id",
@@ -279,7 +264,11 @@ def submit(
         *TINY,
         *options,
     ]
-    return ray_job(address, "submit", *asked, *([] if wait else ["--no-wait"]), "--", *run)
+    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", *asked]
+    command += [*([] if wait else ["--no-wait"]), "--", *run]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_a_job_is_submitted_to_a_running_cluster(
@@ -295,23 +284,26 @@ def test_a_running_job_is_seen_at_rays_metrics_endpoint(
     data: str, root: str, storage_server: ObjectStorageServer, ray_cluster: str
 ) -> None:
     submit(ray_cluster, storage_server, root, "watched", "train.images=40_000_000", wait=False)
+    jobs = JobSubmissionClient(ray_cluster)
     connect(sections.ClusterOptions(), sections.StorageOptions())
     (port,) = {node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]}
     shown = dict[str, float]()
-    while (
-        not {"images_per_s", "code_length", "rate"} <= shown.keys()
-    ):  # pytest's time limit ends it
-        assert (
-            "RUNNING" in (status := ray_job(ray_cluster, "status", "watched"))
-            or "PENDING" in status
-        ), status
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        lines = re.findall(
-            r'^ray_vlae_train_(\w+)\{[^}]*run="watched"[^}]*\} (\S+)$', text, re.MULTILINE
-        )
-        shown = {name: float(value) for name, value in lines}
-        time.sleep(1)
+    try:
+        while (
+            not {"images_per_s", "code_length", "rate"} <= shown.keys()
+        ):  # pytest's time limit ends it
+            assert (status := jobs.get_job_status("watched")) in ("PENDING", "RUNNING"), status
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+            lines = re.findall(
+                r'^ray_vlae_train_(\w+)\{[^}]*run="watched"[^}]*\} (\S+)$', text, re.MULTILINE
+            )
+            shown = {name: float(value) for name, value in lines}
+            time.sleep(1)
+    finally:  # it would take the cores that the other tests wait for
+        jobs.stop_job("watched")
+    while jobs.get_job_status("watched") == "RUNNING":
+        time.sleep(0.2)
+    assert jobs.get_job_status("watched") == "STOPPED"
     assert shown["images_per_s"] > 0
     assert 0 < shown["rate"] < shown["code_length"] < 784 * math.log(2)
-    assert "stopped" in ray_job(ray_cluster, "stop", "watched")
