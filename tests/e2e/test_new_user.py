@@ -35,7 +35,7 @@ def draw_icons(folder: Path) -> None:
 
 
 def test_icons_become_a_colour_model_without_any_option(
-    run: Run, root: str, workplace: Path
+    run: Run, call: Run, root: str, workplace: Path
 ) -> None:
     draw_icons(workplace / "icons")
     (workplace / "icons" / "licence.txt").write_text("free")
@@ -47,7 +47,7 @@ def test_icons_become_a_colour_model_without_any_option(
     manifest = DataSet.load(open_storage(f"{root}/datasets/icons")).manifest
     assert manifest.class_names == ["disc", "square"]
 
-    refused = run("train", place, "dataset.name=icons", "dataset.binarization=dynamic", code=2)
+    refused = call("train", place, "dataset.name=icons", "dataset.binarization=dynamic", code=2)
     assert "the images of data set icons are in colour" in refused.stderr
 
     run("train", place, "dataset.name=icons", "name=icons", *SHORT)
@@ -57,10 +57,10 @@ def test_icons_become_a_colour_model_without_any_option(
 
     model = f"model={root}/runs/icons"
     few = ["bounds.samples=2", "bounds.num_images=20", "bounds.pictures=8"]
-    run("evaluate", model, place, *few)
+    call("evaluate", model, place, *few)
     test = json.loads((workplace / "outputs/evaluate/result.json").read_text())["test"]
     assert 0 < test["elbo_nats"] < 3 * SIZE**2 * math.log(256)
     assert test["probe"]["linear"]["accuracy"] >= 0
-    run("sample", model, place)
+    call("sample", model, place)
     sheet = np.asarray(Image.open(workplace / "outputs/sample/samples.png").convert("RGB"), float)
     assert np.ptp(sheet, axis=2).max() > 50, "the samples are in colour"
