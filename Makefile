@@ -36,8 +36,8 @@ faults: install ## break storage, kill servers, cut off hosts; check that nothin
 SEED ?= 1
 MINUTES ?= 10
 
-chaos: install ## draw faults from SEED, for MINUTES, over a run, a search and a registration
-	$(BIN)/python -m tests.faults.chaos $(SEED) $(MINUTES)
+chaos: install ## draw faults from SEED (or several), for MINUTES, over run, search and registration
+	$(BIN)/python -m tests.faults.chaos $(MINUTES) $(SEED)
 
 lint: install ## run ruff and mypy
 	$(BIN)/ruff check .

@@ -1,16 +1,17 @@
 """Faults that nobody scripted: a seed draws which, when and for how long.
 
-    python -m tests.faults.chaos SEED MINUTES        (make chaos SEED=n MINUTES=m)
+    python -m tests.faults.chaos MINUTES SEED...        (make chaos SEED=n MINUTES=m)
 
 A round trains a run on two workers, searches, and registers, each by the command that a user gives,
 while faults strike at times after its start. A command that a fault ended is given again. The final
-weights, trials and versions must equal those of a round without faults. Rounds follow each other
-until the minutes are over. The faults of a round are a function of the seed and the round's number
-alone: the same seed draws the same faults at the same times.
+weights, trials and versions must equal those of a round without faults, which several seeds share.
+Rounds of a seed follow each other until its minutes are over. The faults of a round are a function
+of the seed and the round's number alone: the same seed draws the same faults at the same times.
 """
 
 import contextlib
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -66,14 +67,16 @@ SEARCH = [
 VARYING = {"images_per_s", "seconds", "failures", "front", "number"}
 """What a trial's row holds that is not a function of its options."""
 BUCKET = "tests"
+PHASES = ("train", "tune", "register")
 
 
 class Round:
     """One round on storage and registry that belong to it, with or without faults."""
 
-    def __init__(self, stage: Stage, number: int) -> None:
+    def __init__(self, stage: Stage, number: int, name: str = "round") -> None:
         self.stage, self.number = stage, number
-        self.root, self.model = f"s3://{BUCKET}/round-{number}", f"round-{number}"
+        self.model = f"{name}-{number}"
+        self.root = f"s3://{BUCKET}/{self.model}"
         registry = stage.team.uri if stage.team else f"sqlite:///{stage.folder}/registry.db"
         self.registry = RegistryOptions(uri=registry, artifacts="unused")
         common = [f"storage.root={self.root}", f"registry.uri={registry}"]
@@ -239,35 +242,39 @@ def mounted(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def run(seed: int, minutes: float) -> tuple[int, int]:
-    """Play rounds until ``minutes`` are over, and compare each with an undisturbed one.
+def run(seeds: Sequence[int], minutes: float) -> tuple[int, int]:
+    """Play rounds of each seed for ``minutes``, at least one, and compare them with an undisturbed
+    one.
 
-    Returns the number of faults that struck, and of those in rounds that ended as undisturbed.
+    Prints a line of JSON for each seed. Returns the number of faults that struck, and of those in
+    rounds that ended as undisturbed.
     """
-    phases, count = ("train", "tune", "register"), 3
-    began, faults, passed = time.monotonic(), 0, 0
+    total = total_passed = 0
     with (
         tempfile.TemporaryDirectory(prefix="chaos-") as folder,
         stage(Path(folder), with_team=True) as started,
     ):
-        whole = Round(started, 0)
-        whole.play(phases, None, 0)
+        began, whole = time.monotonic(), Round(started, 0)
+        whole.play(PHASES, None, 0)
         expected = whole.outcome()
         suite.print_row("undisturbed", began)
-        number = 0
-        while number == 0 or time.monotonic() - began < 60 * minutes:
-            number += 1
-            start, disturbed = time.monotonic(), Round(started, number)
-            struck, outcome = 1, ""
-            try:
-                struck = disturbed.play(phases, seed, count)
-                assert_same(disturbed.outcome(), expected)
-                passed += struck
-            except (AssertionError, UserError, subprocess.SubprocessError) as error:
-                outcome = f"FAILED: {error}"
-            faults += struck
-            suite.print_row(f"seed {seed}, round {number}: {struck} faults", start, outcome)
-    return faults, passed
+        for seed in seeds:
+            began, number, faults, passed = time.monotonic(), 0, 0, 0
+            while number == 0 or time.monotonic() - began < 60 * minutes:
+                number += 1
+                start, disturbed = time.monotonic(), Round(started, number, f"seed-{seed}")
+                struck, outcome = 1, ""
+                try:
+                    struck = disturbed.play(PHASES, seed, 3)
+                    assert_same(disturbed.outcome(), expected)
+                    passed += struck
+                except (AssertionError, UserError, subprocess.SubprocessError) as error:
+                    outcome = f"FAILED: {error}"
+                faults += struck
+                suite.print_row(f"seed {seed}, round {number}: {struck} faults", start, outcome)
+            print(json.dumps({"seed": seed, "faults": faults, "passed": passed}), flush=True)
+            total, total_passed = total + faults, total_passed + passed
+    return total, total_passed
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -278,4 +285,4 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    suite.finish(*run(int(sys.argv[1]), float(sys.argv[2])))
+    suite.finish(*run([int(each) for each in sys.argv[2:]], float(sys.argv[1])))
