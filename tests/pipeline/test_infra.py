@@ -95,6 +95,19 @@ def test_the_clouds_differ_from_plain_hosts_only_in_how_hosts_are_made() -> None
             assert other[key] == local[key], f"{name}: {key}"
 
 
+def test_a_host_on_compute_engine_may_do_no_more_than_it_must() -> None:
+    types = read("gcp")["available_node_types"]
+    # Ray gives the head, and only the head, an account with scopes for the whole platform, unless
+    # the file names one. The Compute API gives a host without an account none.
+    (account,) = types["head"]["node_config"]["serviceAccounts"]
+    assert account["scopes"] == ["https://www.googleapis.com/auth/compute"]
+    assert types["worker"]["node_config"]["serviceAccounts"] == []
+    docs = " ".join((ROOT / "docs/cluster.md").read_text().split())
+    name, _, project = account["email"].partition("@")
+    assert f"gcloud iam service-accounts create {name} " in docs
+    assert project == f"{read('gcp')['provider']['project_id']}.iam.gserviceaccount.com"
+
+
 # --- Kubernetes -----------------------------------------------------------------------------------
 
 
@@ -226,7 +239,7 @@ def test_the_image_is_pinned_does_not_run_as_root_and_copies_what_is_there() -> 
     lines = (INFRA / "Dockerfile").read_text().splitlines()
     instructions = [line.split() for line in lines if line and not line.startswith("#")]
     base = next(words[1] for words in instructions if words[0] == "FROM")
-    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base)
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}", base)
     users = [words[1] for words in instructions if words[0] == "USER"]
     assert users == ["1000"]
     copied = [source for words in instructions if words[0] == "COPY" for source in words[2:-1]]
