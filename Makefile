@@ -56,7 +56,14 @@ dist: install ## build the wheel and the sdist in ./dist, and check them
 lock: ## resolve the dependencies again, and write the hashes of their files; needs .venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python infra/lock.py
 
+# Where PyPI's interface is out of reach, as behind a mirror, pip-audit would say of the first
+# package that it does not exist.
+ADVISORIES = https://pypi.org/pypi/pip/24.0/json
+
 audit: install ## look up known vulnerabilities of the dependencies; fails if PyPI cannot tell
+	@$(BIN)/python -c 'import requests; requests.get("$(ADVISORIES)", timeout=60).json()["vulnerabilities"]' \
+		2> /dev/null || { echo "nothing was audited: PyPI's database of vulnerabilities cannot be" \
+		"reached ($(ADVISORIES))" >&2; exit 1; }
 	$(BIN)/uvx pip-audit@2.10.1 --strict --require-hashes --disable-pip --requirement constraints.txt
 
 sbom: install ## list what the wheel needs, as CycloneDX, in ./dist
