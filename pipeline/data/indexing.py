@@ -342,15 +342,15 @@ def index_shard(
     reader = SampleReader(url, options.label_key, options.image_key)
     for sample in reader.read(Pieces(passing)):
         try:
-            size = images.measure(sample.content, max_pixels)
-            if options.channels is None and most_channels < 3:
-                most_channels = images.num_channels(sample.content, max_pixels)
+            height, width, channels = images.measure(sample.content, max_pixels)
         except images.BadImage as error:
             raise UserError(
                 f"{url}: the image of sample {sample.key!r} cannot be used: {error}"
             ) from None
+        if options.channels is None:
+            most_channels = max(most_channels, channels)
         if len(sizes) < 2:
-            sizes.setdefault(size, sample.key)
+            sizes.setdefault((height, width), sample.key)
         row = (
             sample.offset,
             len(sample.content),

@@ -9,7 +9,6 @@ from pipeline.data.images.files import (
     decode_all,
     encode,
     measure,
-    num_channels,
     resize,
 )
 from pipeline.data.images.npy import array, pixels_of_array
@@ -31,7 +30,6 @@ __all__ = [
     "encode",
     "library",
     "measure",
-    "num_channels",
     "pixels_of_array",
     "resize",
 ]

@@ -47,34 +47,34 @@ GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 NPY = b"\x93NUMPY"
 
 
-def measure(content: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """The height and width of an image or ``.npy`` file, from its header. Raises ``BadImage``."""
-    if content[:6] == NPY:
-        height, width, _ = pixels_of_array(content).shape
-        refuse_above(max_pixels, height, width)
-        return height, width
-    with _open(content, max_pixels) as image:
-        try:
-            swapped = _turn_of(image) in LYING
-        except Exception as error:  # noqa: BLE001  (decoders raise whatever damaged bytes lead them to)
-            raise BadImage(reason(error)) from None
-        return (image.width, image.height) if swapped else (image.height, image.width)
+def measure(
+    content: bytes | memoryview, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int, Literal[1, 3]]:
+    """The height and width of an image or ``.npy`` file, and 1 if it is grey, else 3.
 
-
-def num_channels(content: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> int:
-    """1 if the header of an image or ``.npy`` file says that it is grey, else 3.
-
-    Raises ``BadImage``.
+    From the header alone. Raises ``BadImage``.
     """
     if content[:6] == NPY:
-        return pixels_of_array(content).shape[2]
+        height, width, channels = pixels_of_array(content).shape
+        refuse_above(max_pixels, height, width)
+        return height, width, 1 if channels == 1 else 3
     with _open(content, max_pixels) as image:
-        if image.mode == "P" and image.palette is not None:
-            colours = np.frombuffer(bytes(image.palette.getdata()[1]), dtype=np.uint8)
-            if image.palette.mode == "RGB" and len(colours) % 3 == 0:
-                is_grey = (colours.reshape(-1, 3) == colours.reshape(-1, 3)[:, :1]).all()
-                return 1 if is_grey else 3
-        return 1 if image.mode in GREY_MODES else 3
+        try:
+            swapped, channels = _turn_of(image) in LYING, _channels_of(image)
+        except Exception as error:  # noqa: BLE001  (decoders raise whatever damaged bytes lead them to)
+            raise BadImage(reason(error)) from None
+        if swapped:
+            return image.width, image.height, channels
+        return image.height, image.width, channels
+
+
+def _channels_of(image: Image.Image) -> Literal[1, 3]:
+    if image.mode == "P" and image.palette is not None:
+        colours = np.frombuffer(bytes(image.palette.getdata()[1]), dtype=np.uint8)
+        if image.palette.mode == "RGB" and len(colours) % 3 == 0:
+            is_grey = (colours.reshape(-1, 3) == colours.reshape(-1, 3)[:, :1]).all()
+            return 1 if is_grey else 3
+    return 1 if image.mode in GREY_MODES else 3
 
 
 def decode(

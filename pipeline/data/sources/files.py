@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from pipeline.config.sections import DatasetOptions, ShardOptions
-from pipeline.data.images import EXTENSIONS, BadImage, decode, num_channels
+from pipeline.data.images import EXTENSIONS, BadImage, decode, measure
 from pipeline.data.sources.account import Account
 from pipeline.data.sources.base import SPLITS, Images, ImageSource, Labels, required_path
 from pipeline.data.sources.listing import Candidate, Item, Listing
@@ -172,7 +172,7 @@ class FileSource(ImageSource):
 
         def look(item: Item) -> int:
             try:
-                return num_channels(next(self._contents([item])), self._max_pixels)
+                return measure(next(self._contents([item])), self._max_pixels)[2]
             except UserError:
                 return 1  # whoever reads it will say what is wrong
 

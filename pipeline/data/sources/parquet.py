@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from pipeline.data.images import BadImage, num_channels
+from pipeline.data.images import BadImage, measure
 from pipeline.data.sources.base import SPLITS
 from pipeline.data.sources.files import HEADERS, FileSource
 from pipeline.data.sources.listing import Candidate, Item, Label, Listing
@@ -110,7 +110,7 @@ class ParquetSource(FileSource):
             parts = (self._items(split, start, start + HEADERS) for start in starts)
             for content in self._contents(itertools.chain.from_iterable(parts)):
                 with suppress(BadImage):  # whoever reads it will say so
-                    channels = num_channels(content, self._max_pixels)
+                    channels = measure(content, self._max_pixels)[2]
                     yield channels
                     if channels == 3:
                         return

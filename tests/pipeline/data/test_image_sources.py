@@ -330,7 +330,7 @@ def test_a_picture_that_lies_on_its_side_is_stood_up() -> None:
     exif[0x0112] = 6
     Image.new("RGB", (8, 4)).save(file, "JPEG", exif=exif)
     assert decode(file.getvalue(), 3).shape == (8, 4, 3)
-    assert measure(file.getvalue()) == (8, 4)
+    assert measure(file.getvalue())[:2] == (8, 4)
     with pytest.raises(BadImage, match="it is not an image in a format known here"):
         measure(
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
