@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from pipeline.storage import open_storage
 from pipeline.training import loop
 from tests.pipeline import strokes
 
+ROOT = Path(__file__).parents[3]
 MODELS = {
     "flow": [],  # one step
     "normal": ["model.flow_depth=0"],
@@ -339,3 +343,30 @@ def test_figures_are_kept_when_a_picture_cannot_be_drawn(
     kept = strict((tmp_path / "result.json").read_text())
     assert kept["test"]["num_images"] == 13
     assert kept["pictures"] == []
+
+
+def test_a_killed_evaluation_measures_only_what_it_has_not_kept(
+    runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A block of four images and one of a single one.
+    options = [f"model={runs}/flow", "bounds.samples=16384", "bounds.num_images=5"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "pipeline", "evaluate", *options, f"output={killed}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (kept := sorted(killed.glob("estimates/*/*.safetensors"))):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (killed / "result.json").exists(), "it ended before it could be killed"
+    written = [path.stat().st_mtime_ns for path in kept]
+    _, resumed = evaluated(capsys, killed, *options)
+    assert [path.stat().st_mtime_ns for path in kept] == written
+    _, undisturbed = evaluated(capsys, whole, *options)
+    assert resumed["test"] == undisturbed["test"]
+    assert len(resumed["pictures"]) == len(undisturbed["pictures"])
+
+    def files(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+    assert files(killed) == files(whole), "the kill left something behind"
