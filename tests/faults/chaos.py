@@ -38,10 +38,13 @@ from vlae.factory import WEIGHTS_FILE
 
 WEIGHTS = "model/model.safetensors"
 PATIENCE = 600.0
-"""Seconds after its last fault in which a command must end: longer is a hang."""
+"""Seconds without a fault, and with no new object in its storage, after which a command hangs."""
+LOOK_SECONDS = 20.0
+"""Seconds between two looks for new objects."""
 BUSY = "timed out during startup"
-"""What Ray says if its processes need more than its 30 s to start, as beside much other work. That is
-no fault of the command, which is given again."""
+"""What Ray says if its processes need more than its 30 s to start, as beside much other work. The
+command, which is not to blame, is given again.
+"""
 ENVIRONMENT = {HEALTH_CHECK_TIMEOUT: "10", "OMP_NUM_THREADS": "1"}
 RUN = [
     *strokes.TINY,
@@ -141,12 +144,17 @@ class Round:
         command.start()
         waiting = list(drawn)
         due: float | None = None
-        give_up = began + PATIENCE
+        storage, kept = open_storage(self.root, stage.server.endpoint_url), list[str]()
+        give_up, next_look = began + PATIENCE, began
         stage.expected_end = False
         try:
             while True:
                 time.sleep(0.2)
                 command.look()
+                if time.monotonic() > next_look:
+                    before, kept = kept, list(storage.list())
+                    next_look = time.monotonic() + LOOK_SECONDS
+                    give_up = time.monotonic() + PATIENCE if kept != before else give_up
                 assert time.monotonic() < give_up, f"{phase} hangs:\n{command.tail()}"
                 code = command.process.poll()
                 if code == 0:
