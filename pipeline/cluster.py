@@ -1,9 +1,11 @@
 """Connect to a Ray cluster: a running one, or a new one on this machine."""
 
+import contextlib
 import itertools
 import logging
 import os
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,8 +25,12 @@ ANSWER_SECONDS = 15.0
 """How long a cluster may take to answer; a head that restarts takes some seconds."""
 HTTP2_START = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """What a client of HTTP/2 sends first: the preface, and a frame of settings without any."""
+HUNG_UP = "the server there hangs up; RAY_USE_TLS and its certificates must be the cluster's"
+"""Why a cluster with TLS does not answer a client without, or one that another authority signed."""
 HTTP2_HEADER, HTTP2_SETTINGS = 9, b"\4"
 """The bytes of a frame's header, whose fourth is its type: 4 for settings."""
+TLS_FILES = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
+"""Ray's variables with the paths of a certificate, its key and the authority's certificate."""
 LOST = (NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 """What Ray raises when a task's process is no more."""
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
@@ -85,6 +91,7 @@ def _start(cluster: ClusterOptions) -> None:
     # It would open every command with an invitation to switch authentication off.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
+    tls = _tls()
     env_vars = WORKER_ENVIRONMENT | {
         name: os.environ[name] for name in ("AWS_ENDPOINT_URL",) if name in os.environ
     }
@@ -94,7 +101,7 @@ def _start(cluster: ClusterOptions) -> None:
     shutdown = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
     env_vars[shutdown] = os.environ.get(shutdown, "5")
     if address:
-        _check_answers(address)
+        _check_answers(address, tls)
         if _has_token():
             # Ray makes and uses a token for a cluster that it starts here. A driver that joins a
             # cluster must be configured to use one.
@@ -125,7 +132,10 @@ def _start(cluster: ClusterOptions) -> None:
     except Exception as error:  # Ray raises bare Exceptions, too
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if not address:
-            raise UserError(f"Ray does not start on this machine: {reason}") from error
+            raise UserError(
+                f"Ray does not start on this machine: {reason.rstrip('.')}; where other programs"
+                " keep the cores busy, run the command again later"
+            ) from error
         raise UserError(
             f"no Ray cluster answers at {address}: {reason}; start one with `ray start --head`, or"
             " leave out cluster.address to use this machine alone"
@@ -134,11 +144,11 @@ def _start(cluster: ClusterOptions) -> None:
         _make_private(Path(context.address_info["session_dir"]))
 
 
-def _check_answers(address: str) -> None:
+def _check_answers(address: str, tls: ssl.SSLContext | None = None) -> None:
     """Raise UserError unless a server answers at a cluster's address as Ray does, within 15 s.
 
     Ray itself would try for many minutes. Its servers speak HTTP/2, in which each side begins with
-    a frame of settings (RFC 9113, section 3.4). With TLS, a connection has to do.
+    a frame of settings (RFC 9113, section 3.4), with TLS or without.
     """
     place = host_and_port(address)
     if place is None:  # auto, or something that Ray refuses at once
@@ -146,18 +156,30 @@ def _check_answers(address: str) -> None:
     deadline, reason = time.monotonic() + ANSWER_SECONDS, "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            with socket.create_connection(place, timeout=left) as connection:
-                if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
-                    return
+            with contextlib.ExitStack() as stack:
+                connection = stack.enter_context(socket.create_connection(place, timeout=left))
                 connection.settimeout(max(0.1, deadline - time.monotonic()))
+                if tls:
+                    connection = stack.enter_context(
+                        tls.wrap_socket(connection, server_hostname=place[0])
+                    )
                 connection.sendall(HTTP2_START)
                 frame = connection.makefile("rb").read(HTTP2_HEADER)
                 if frame[3:4] == HTTP2_SETTINGS:
                     return
-                reason = "another server answers there"
+                reason = "another server answers there" if frame else HUNG_UP
                 break
         except socket.gaierror as error:
             reason = error.strerror or str(error)
+            break
+        except ssl.SSLCertVerificationError as error:
+            reason = f"its certificate is not trusted ({error.verify_message})"
+            break
+        except ssl.SSLError as error:
+            is_alert = "ALERT" in (error.reason or "")
+            reason = (
+                HUNG_UP if is_alert else "the server there does not use TLS, unlike RAY_USE_TLS"
+            )
             break
         except OSError as error:
             reason = error.strerror or "no answer"
@@ -166,6 +188,37 @@ def _check_answers(address: str) -> None:
         f"no Ray cluster answers at {address}: {reason}; start one with `ray start --head`, or"
         " leave out cluster.address to use this machine alone"
     )
+
+
+def _tls() -> ssl.SSLContext | None:
+    """What Ray's TLS variables ask of a connection; None if RAY_USE_TLS is off.
+
+    Raises UserError if a variable is missing, or names a file that cannot be used. Ray itself would
+    end the process with a message in a log.
+    """
+    if os.environ.get("RAY_USE_TLS", "").lower() not in ("1", "true"):
+        return None
+    paths = []
+    for variable in TLS_FILES:
+        paths.append(os.environ.get(variable, ""))
+        if not os.access(paths[-1], os.R_OK):
+            raise UserError(
+                f"RAY_USE_TLS is on, but {variable}={paths[-1]} is not a file that can be read;"
+                " docs/cluster.md says how to make a certificate"
+            )
+    certificate, key, authority = paths
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols(["h2"])
+    try:
+        context.load_verify_locations(authority)
+        context.load_cert_chain(certificate, key, password="")
+    except OSError as error:  # ssl.SSLError is one
+        raise UserError(
+            f"RAY_USE_TLS is on, but RAY_TLS_SERVER_CERT={certificate},"
+            f" RAY_TLS_SERVER_KEY={key} and RAY_TLS_CA_CERT={authority} are not a certificate, its"
+            f" key and its authority in PEM ({error.strerror or error})"
+        ) from None
+    return context
 
 
 def _make_private(session: Path) -> None:

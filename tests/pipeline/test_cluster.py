@@ -3,29 +3,41 @@
 import http.server
 import json
 import os
+import re
+import shlex
 import socket
 import statistics
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+import ray.util
 
-from pipeline.cluster import _check_answers, connect, in_tasks
+from pipeline.cluster import TLS_FILES, _check_answers, _tls, connect, in_tasks
 from pipeline.config.sections import ClusterOptions, StorageOptions
 from pipeline.errors import UserError
 from pipeline.machine import WORKER_ENVIRONMENT
 
 ENVIRONMENT = """
 import json, os
-from pipeline.cluster import connect, in_tasks
+from pipeline.cluster import _check_answers, connect, in_tasks
 from pipeline.commands import load
+from pipeline.errors import UserError
 
 config = load("train", [])
 connect(config.cluster, config.storage)
 (environment,) = in_tasks(lambda: dict(os.environ), [()])
+try:
+    _check_answers(environment["RAY_ADDRESS"])
+except UserError as error:
+    environment["REFUSED"] = str(error)
 print(json.dumps(environment))
 """
 FAULTS = """
@@ -70,8 +82,11 @@ def last_line(code: str, **environment: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_workers_have_the_environment_that_is_meant_for_them() -> None:
-    assert last_line(ENVIRONMENT).items() >= WORKER_ENVIRONMENT.items()
+def test_workers_have_the_environment_that_is_meant_for_them_with_tls_too(tmp_path: Path) -> None:
+    tls = certificate(tmp_path, f"IP:127.0.0.1,IP:{ray.util.get_node_ip_address()}")
+    environment = last_line(ENVIRONMENT, **tls)
+    assert environment.items() >= (WORKER_ENVIRONMENT | tls).items()
+    assert "hangs up" in environment["REFUSED"], "Ray answers without TLS"
 
 
 def test_with_it_a_thread_that_trains_keeps_the_memory_of_a_step_for_the_next() -> None:
@@ -192,3 +207,90 @@ def test_an_address_where_no_cluster_answers_ends_in_a_sentence_soon(
             ):
                 _check_answers(address)
         web.shutdown()
+
+
+DOCS = Path(__file__).parents[2] / "docs/cluster.md"
+
+
+def certificate(folder: Path, names: str) -> dict[str, str]:
+    """A certificate for ``names`` that the documented command makes, in Ray's variables."""
+    shown = re.search(r"^openssl req .*?[^\\]$", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    assert shown
+    command = shlex.split(shown[0].replace("\\\n", " ").replace("~/.ray", str(folder)))
+    place = next(index for index, word in enumerate(command) if word.startswith("subjectAltName="))
+    command[place] = f"subjectAltName={names}"
+    folder.mkdir(exist_ok=True)
+    subprocess.run(command, check=True, capture_output=True)
+    assert (folder / "tls.key").stat().st_mode & 0o077 == 0, "others can read the key"
+    files = [str(folder / name) for name in ("tls.crt", "tls.key", "tls.crt")]
+    return {"RAY_USE_TLS": "1"} | dict(zip(TLS_FILES, files, strict=True))
+
+
+@contextmanager
+def grpc_server(tls: dict[str, str] | None) -> Iterator[str]:
+    """The address of a server of the library that Ray's servers are made with."""
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    if tls:
+        certificate, key, authority = (Path(tls[name]).read_bytes() for name in TLS_FILES)
+        port = server.add_secure_port(
+            "127.0.0.1:0",
+            grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True),
+        )
+    else:
+        port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+def test_a_cluster_is_reached_with_its_own_certificate_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = certificate(tmp_path / "ours", "IP:127.0.0.1")
+    other = certificate(tmp_path / "other", "IP:127.0.0.1")
+    elsewhere = certificate(tmp_path / "elsewhere", "IP:192.0.2.10")
+    stranger = ours | {name: other[name] for name in TLS_FILES[:2]}  # whom nobody signed
+    plain = {"RAY_USE_TLS": "0"}
+
+    def check(server: dict[str, str] | None, client: dict[str, str]) -> None:
+        for name, value in client.items():
+            monkeypatch.setenv(name, value)
+        with grpc_server(server) as address:
+            _check_answers(address, _tls())
+
+    check(ours, ours)
+    check(None, plain)
+    for server, client, reason in (
+        (ours, plain, "hangs up; RAY_USE_TLS and its certificates must be the cluster's"),
+        (ours, stranger, "hangs up; RAY_USE_TLS and its certificates must be the cluster's"),
+        (ours, other, "its certificate is not trusted"),
+        (elsewhere, elsewhere, "not valid for '127.0.0.1'"),
+        (None, ours, "does not use TLS"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            check(server, client)
+
+
+@pytest.mark.parametrize("fault", ["unset", "missing", "another key", "no certificate"])
+def test_a_missing_certificate_ends_in_a_sentence_before_ray_starts(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in certificate(tmp_path, "IP:127.0.0.1").items():
+        monkeypatch.setenv(name, value)
+    other = certificate(tmp_path / "other", "IP:127.0.0.1")
+    if fault == "unset":
+        monkeypatch.delenv("RAY_TLS_CA_CERT")
+    elif fault == "missing":
+        (tmp_path / "tls.key").unlink()
+    elif fault == "another key":
+        monkeypatch.setenv("RAY_TLS_SERVER_KEY", other["RAY_TLS_SERVER_KEY"])
+    else:
+        (tmp_path / "tls.crt").write_text("certificate")
+    named = {"unset": "RAY_TLS_CA_CERT=", "missing": f"RAY_TLS_SERVER_KEY={tmp_path}/tls.key"}
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(UserError, match=r"^RAY_USE_TLS is on, but ") as raised:
+        connect(ClusterOptions(), StorageOptions())
+    assert named.get(fault, "in PEM") in str(raised.value)
+    assert "\n" not in str(raised.value)

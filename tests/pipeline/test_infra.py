@@ -4,6 +4,7 @@ import ast
 import contextlib
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,6 +27,8 @@ from packaging.version import Version
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
+
+from pipeline.cluster import TLS_FILES
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -85,6 +88,31 @@ def test_hosts_want_a_token_and_keep_the_dashboard_to_themselves(name: str) -> N
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert "export RAY_AUTH_MODE=token" in (INFRA / "environment.sh").read_text()
+
+
+def test_hosts_use_tls_if_and_only_if_they_have_a_key(tmp_path: Path) -> None:
+    command = ["bash", "-c", f"source {INFRA}/environment.sh && env"]
+    (tmp_path / ".ray").mkdir()
+
+    def variables() -> dict[str, str]:
+        environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        lines = [
+            line for line in done.stdout.splitlines() if line.startswith(("RAY_USE", "RAY_TLS"))
+        ]
+        return dict(line.split("=", 1) for line in lines)
+
+    assert variables() == {}
+    (tmp_path / ".ray/tls.key").touch()
+    found = variables()
+    assert found.pop("RAY_USE_TLS") == "1"
+    commented = re.findall(
+        r"# (~/\.ray/tls\S+): \1$", (INFRA / "local.yaml").read_text(), re.MULTILINE
+    )
+    assert {path.replace("~", str(tmp_path)) for path in commented} == set(found.values())
+    assert set(found) == set(TLS_FILES)
+    mounts = read("local")["file_mounts"] | dict(zip(commented, commented, strict=True))
+    check_cluster(read("local") | {"file_mounts": mounts})
 
 
 def test_the_clouds_differ_from_plain_hosts_only_in_how_hosts_are_made() -> None:
