@@ -55,9 +55,9 @@ def measure(
     From the header alone. Raises ``BadImage``.
     """
     if content[:6] == NPY:
-        height, width, channels = pixels_of_array(content).shape
+        height, width, depth = pixels_of_array(content).shape
         refuse_above(max_pixels, height, width)
-        return height, width, 1 if channels == 1 else 3
+        return height, width, 1 if depth == 1 else 3
     with _open(content, max_pixels) as image:
         try:
             swapped, channels = _turn_of(image) in LYING, _channels_of(image)
