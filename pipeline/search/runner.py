@@ -36,6 +36,7 @@ from pipeline.search.trials import (
     describe,
     trial_config,
 )
+from pipeline.storage.rays import ray_storage
 from pipeline.training import launch
 from pipeline.training.watch import HEARTBEAT_SECONDS, Heartbeats, heartbeat, take_stuck
 
@@ -64,29 +65,35 @@ def search(config: TuneConfig, trials: Trials, tracking: Tracking, parent: Track
             " search.grace_fraction forbid it until the end of a run",
             flush=True,
         )
-    tuner = Tuner(
-        ray.tune.with_resources(ray.tune.with_parameters(trial, config=config), needed),
-        tune_config=ray.tune.TuneConfig(
-            search_alg=Proposer(trials),
-            scheduler=halting,
-            num_samples=-1,
-            max_concurrent_trials=concurrent,
-            # Starting a process and importing PyTorch can take longer than a short trial.
-            reuse_actors=True,
-        ),
-        run_config=ray.tune.RunConfig(
-            name=config.search_name,
-            storage_path=f"{config.storage.root}/ray",
-            failure_config=FailureConfig(max_failures=workers.max_failures),
-            stop=Budget(trials),
-            verbose=0,
-            callbacks=[Recorder(trials, tracking, parent)],
-        ),
-    )
     logging.getLogger("ray.tune.analysis").setLevel(
         logging.ERROR
     )  # which misses the loggers' files
-    tuner.fit()
+    try:
+        tuner = Tuner(
+            ray.tune.with_resources(ray.tune.with_parameters(trial, config=config), needed),
+            tune_config=ray.tune.TuneConfig(
+                search_alg=Proposer(trials),
+                scheduler=halting,
+                num_samples=-1,
+                max_concurrent_trials=concurrent,
+                # Starting a process and importing PyTorch can take longer than a short trial.
+                reuse_actors=True,
+            ),
+            run_config=ray.tune.RunConfig(
+                name=config.search_name,
+                **ray_storage(config.storage.root),
+                failure_config=FailureConfig(max_failures=workers.max_failures),
+                stop=Budget(trials),
+                verbose=0,
+                callbacks=[Recorder(trials, tracking, parent)],
+            ),
+        )
+        tuner.fit()
+    except OSError as error:
+        raise UserError(
+            f"Ray cannot keep its records in {config.storage.root}/ray ({error}); once the storage"
+            " answers, the same command continues the search"
+        ) from error
 
 
 def trial(row: dict[str, Any], config: TuneConfig) -> None:

@@ -20,6 +20,7 @@ from pipeline.config.run import TrainConfig
 from pipeline.data import DataSet
 from pipeline.errors import UserError
 from pipeline.runs import IDENTITY, RESULT, Run, check_pixels
+from pipeline.storage.rays import ray_storage
 from pipeline.storage.recipe import begin_named
 from pipeline.storage.uploads import retry
 from pipeline.training import loop
@@ -97,7 +98,7 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
             ),
             run_config=RunConfig(
                 name=config.run_name,
-                storage_path=f"{config.storage.root}/ray",
+                **ray_storage(config.storage.root),
                 failure_config=FailureConfig(max_failures=-1),  # Restarts decides instead
                 callbacks=[
                     restarts,
