@@ -166,4 +166,6 @@ def preset_for(image_shape: tuple[int, int, int], binarization: Binarization) ->
     """The preset in ``configs/model`` that ``model=auto`` stands for, for images of this shape."""
     if min(image_shape[1:]) >= LARGE:
         return "large"
-    return "colour" if binarization is Binarization.none else "fast"
+    if binarization is not Binarization.none:
+        return "fast"
+    return "colour" if image_shape[0] == 3 else "grey"

@@ -32,7 +32,7 @@ def publish(root: Path, shape: tuple[int, int, int], binarization: str, **others
     [
         (BINARY, "dynamic", "fast"),
         (BINARY, "static", "fast"),
-        (GREY, "none", "colour"),
+        (GREY, "none", "grey"),
         (COLOUR, "none", "colour"),
         ((3, 63, 200), "none", "colour"),
         ((3, 64, 64), "none", "large"),
@@ -148,7 +148,7 @@ def test_without_a_data_set_the_command_says_so(tmp_path: Path) -> None:
         ([], "fast", "dynamic"),
         (["channels=3"], "colour", "none"),
         (["channels=3", "image_size=64"], "large", "none"),
-        (["binarization=none"], "colour", "none"),
+        (["binarization=none"], "grey", "none"),
         (["image_size=64"], "large", "dynamic"),
     ],
     ids=str,
