@@ -10,6 +10,7 @@ copyright = "the authors of vlae-pipeline"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "pages"]
 exclude_patterns = ["search.md"]  # see pages.py
 highlight_language = "text"
+smartquotes = False  # quotes stay as they are typed
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4  # as GitHub makes them
@@ -31,5 +32,6 @@ html_title = "vlae-pipeline"
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sphinx = False
+html_show_search_summary = False  # browsers do not let a page fetch other files for it
 html_static_path = ["static"]
 html_css_files = ["site.css"]

@@ -112,7 +112,7 @@ def test_a_link_that_leads_nowhere_is_found(pages: dict[Path, Parsed], link: str
 
 
 def test_every_document_is_a_page(pages: dict[Path, Parsed]) -> None:
-    titles = {page.title.rstrip("#").strip() for page in pages.values()}
+    titles = {page.title.rstrip("\u00b6") for page in pages.values()}
     written = [path.read_text().partition("\n")[0] for path in (ROOT / "docs").glob("*.md")]
     assert {line.removeprefix("# ") for line in written} <= titles
     assert {"Quick start", "Architecture, and how to change it", "Changelog"} <= titles
@@ -152,7 +152,7 @@ def test_the_notebook_has_been_run_and_its_model_learns_what_is_global(
         float(page.text.split(f"window{window}:rate")[1].split("nats")[0])
         for window in ("0x0", "3x1")
     ]
-    information = float(page.text.split("known:global")[1].split("nats")[0])
+    information = float(page.text.rpartition("known:global")[2].split("nats")[0])
     # With the window, the code has about the global information; without, much more.
     assert 0.8 * information < rates[1] < 0.75 * rates[0]
 
@@ -188,7 +188,7 @@ def test_pages_fit_desks_and_phones_and_load_only_files(
             await page.open(f"{(site / 'search.html').as_uri()}?q=window")
             for _ in range(300):
                 results = await page.evaluate("document.querySelectorAll('.search li').length")
-                if results:
+                if results > 5:  # they come one by one
                     break
                 await asyncio.sleep(0.1)
             assert not page.errors()
