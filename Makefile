@@ -45,6 +45,10 @@ lint: install ## run ruff and mypy
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+docs: install ## build the documentation as a site, without a network; open build/docs/index.html
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+	@echo "open build/docs/index.html"
+
 dist: install ## build the wheel and the sdist in ./dist, and check them
 	rm -rf build dist vlae_pipeline.egg-info
 	$(BIN)/python -m build
@@ -71,7 +75,7 @@ sbom: install ## list what the wheel needs, as CycloneDX, in ./dist
 	$(BIN)/uvx --from cyclonedx-bom==7.5.0 cyclonedx-py requirements --pyproject pyproject.toml \
 		--output-reproducible --output-file dist/sbom.cdx.json constraints.txt
 
-clean: ## remove what the demos and `make dist` created
-	rm -rf demo search-demo outputs build dist
+clean: ## remove what the demos, `make docs` and `make dist` created
+	rm -rf demo search-demo outputs build dist docs/generated
 
-.PHONY: help install demo search-demo test faults chaos lint dist lock audit sbom clean
+.PHONY: help install demo search-demo test faults chaos lint docs dist lock audit sbom clean

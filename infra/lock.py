@@ -41,6 +41,8 @@ def resolve(pinned: list[str], *arguments: str) -> list[str]:
             [
                 *("uv", "pip", "compile", "--quiet", "--no-config", "--universal"),
                 *("--python-version", "3.11"),
+                # One version of a package, even where later Pythons could have a later one.
+                *("--fork-strategy", "fewest"),
                 *("--generate-hashes", "--no-annotate", "--no-header", "--output-file", str(path)),
                 *("pyproject.toml", *arguments),
             ],

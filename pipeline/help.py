@@ -40,44 +40,67 @@ def overview() -> str:
         "",
     ]
     for group, names in GROUPS.items():
-        lines += [HEADINGS[group], *(f"  {name:<13}{_summary(name)}" for name in names), ""]
+        lines += [HEADINGS[group], *(f"  {name:<13}{summary(name)}" for name in names), ""]
     return "\n".join([*lines, EXAMPLE])
-
-
-def _summary(name: str) -> str:
-    return " ".join(str(inspect.getdoc(find(name).config)).split())
 
 
 def help_page(name: str) -> str:
     """The text of ``vlae COMMAND --help``."""
-    command = find(name)
-    usage = command.usage or f"vlae {name} [key=value ...]"
-    lines = [f"usage: {usage}", "", _summary(name), ""]
-    groups = choices(name)
-    if groups:
+    lines = [f"usage: {usage(name)}", "", summary(name), ""]
+    if groups := groups_of(name):
         lines.append("ready-made groups of options:")
-        for group, default in groups.items():
-            names = [f"{each} (default)" if each == default else each for each in options_of(group)]
-            lines.append(f"  {group + '=':<12}{', '.join(names)}")
+        lines += [f"  {group:<12}{names}" for group, names in groups.items()]
         lines.append("")
-    if PRESETS in groups:
-        lines += ["model presets:", *(_preset(name) for name in options_of(PRESETS)), ""]
+    if presets := presets_of(name):
+        lines.append("model presets:")
+        for preset, text in presets.items():
+            head = f"  {preset:<14}"
+            lines.append(textwrap.fill(text, 96, initial_indent=head, subsequent_indent=" " * 16))
+        lines.append("")
     lines.append("options:")
-    values = _defaults(name, command.config)
-    for key, item in describe(command.config):
-        value = values.get(key)
-        head = f"  {key}={_show(value)}" if value is not None else f"  {key}="
-        indent = " " * 6
-        sentence = item.metadata["help"] + _properties(item.metadata)
-        text = textwrap.fill(sentence, 96, initial_indent=indent, subsequent_indent=indent)
-        lines += [head, text]
+    indent = " " * 6
+    for head, text in options_with_defaults(name).items():
+        filled = textwrap.fill(text, 96, initial_indent=indent, subsequent_indent=indent)
+        lines += [f"  {head}", filled]
     return "\n".join(lines)
 
 
-def _preset(name: str) -> str:
-    """A model preset, and what it is for."""
-    text = meaning(PRESETS, name)
-    return textwrap.fill(text, 96, initial_indent=f"  {name:<14}", subsequent_indent=" " * 16)
+def usage(name: str) -> str:
+    """How a command is typed."""
+    return find(name).usage or f"vlae {name} [key=value ...]"
+
+
+def summary(name: str) -> str:
+    """A command in a sentence."""
+    return " ".join(str(inspect.getdoc(find(name).config)).split())
+
+
+def groups_of(name: str) -> dict[str, str]:
+    """The config groups of a command, each as ``group=``, and the choices that each has."""
+    return {
+        f"{group}=": ", ".join(
+            f"{each} (default)" if each == default else each for each in options_of(group)
+        )
+        for group, default in choices(name).items()
+    }
+
+
+def presets_of(name: str) -> dict[str, str]:
+    """The model presets that a command takes, and what each is for."""
+    if PRESETS not in choices(name):
+        return {}
+    return {preset: meaning(PRESETS, preset) for preset in options_of(PRESETS)}
+
+
+def options_with_defaults(name: str) -> dict[str, str]:
+    """The options of a command, each as ``key=default``, and what they mean."""
+    command, found = find(name), {}
+    values = _defaults(name, command.config)
+    for key, item in describe(command.config):
+        value = values.get(key)
+        head = f"{key}={_show(value)}" if value is not None else f"{key}="
+        found[head] = item.metadata["help"] + _properties(item.metadata)
+    return found
 
 
 def _properties(metadata: Mapping[str, Any]) -> str:

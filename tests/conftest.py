@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items
         if "faults" in item.path.parts
         or "ray_cluster" in item.fixturenames  # type: ignore[attr-defined]
-        or item.path.stem in ("test_theory", "test_loop", "test_loader_page")
+        or item.path.stem in ("test_theory", "test_loop", "test_loader_page", "test_site")
     }
 
     def turn(item: pytest.Item) -> tuple[bool, bool, bool]:
