@@ -28,6 +28,7 @@ GROUPS = {
         "sample",
         "neighbours",
         "explore",
+        "export",
     ),
     "start": ("demo", "serve-store"),
 }

@@ -131,7 +131,7 @@ def test_results_have_the_name_of_their_model(model: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["evaluate", "encode", "compress", "sample", "reconstruct", "neighbours"]
+    "command", ["evaluate", "encode", "compress", "sample", "reconstruct", "neighbours", "export"]
 )
 def test_results_of_two_models_lie_in_two_folders(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
