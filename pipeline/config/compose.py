@@ -34,6 +34,8 @@ from pipeline.errors import UserError
 Follow: TypeAlias = Callable[[Any, Mapping[str, str | None]], list[str]]
 REFUSALS = (OmegaConfBaseException, TypeError, ValueError, AttributeError, RuntimeError)
 """What is raised for values that a configuration does not take."""
+UNREADABLE = (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException)
+"""What is raised for a file that is no YAML, or no configuration."""
 SQLITE = "sqlite:///"
 """What the address of a SQLite file begins with; its path follows, relative or absolute."""
 CONFIG_DIR = "--config-dir"
@@ -134,7 +136,7 @@ def _composed(command: str, words: Words) -> tuple[DictConfig, Mapping[str, str 
     """``compose`` for the user's choices of config groups. Raises UserError."""
     try:
         return compose(command, *words.chosen.values(), folders=words.folders)
-    except HydraException as error:
+    except (HydraException, *UNREADABLE) as error:
         raise UserError(" ".join(str(error).split())) from None
 
 
@@ -178,7 +180,7 @@ def _read(
     """
     try:
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is not understood: {reason}") from None
     if not isinstance(content, dict):

@@ -115,6 +115,23 @@ def test_folders_and_files_that_do_not_exist_are_named(
 
 
 @pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (b"window: [", "while parsing"),
+        (b"\xff\xfe\x00window", "codec|unacceptable|special characters"),
+        (b"windw: 3x1", "windw"),
+        (b"defaults:\n  - none_such", "none_such"),
+    ],
+)
+def test_a_mistake_in_a_choice_of_the_users_folder_is_one_sentence(
+    folder: Path, text: bytes, sentence: str
+) -> None:
+    (folder / "model/broken.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=sentence):
+        commands.load("train", ["--config-dir=own", "model=broken"])
+
+
+@pytest.mark.parametrize(
     ("model", "name"),
     [
         ("models:/birds@champion", "birds-champion"),
