@@ -23,7 +23,7 @@ from torch import Tensor
 import vlae
 from vlae.flow import AutoregressiveFlow
 from vlae.prior import Prior
-from vlae.sampling import decode, decode_naively
+from vlae.sampling import decode_naively, draw_pixels
 
 
 def make(size: int) -> vlae.VLAE:
@@ -84,7 +84,7 @@ def naively(model: vlae.VLAE, noise: Tensor, uniform: Tensor) -> Tensor:
 
 @torch.no_grad()
 def by_wavefronts(model: vlae.VLAE, noise: Tensor, uniform: Tensor) -> Tensor:
-    return decode(model.decoder, model.prior.sample(noise), uniform)
+    return draw_pixels(model.decoder, model.prior.sample(noise), uniform)
 
 
 @torch.no_grad()

@@ -26,19 +26,17 @@ from pipeline.data.batch import binarize
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import UserError
 from pipeline.evaluation.estimates import estimate_split, in_batches
-from pipeline.registry import card
+from pipeline.registry import card, public
 from pipeline.registry.tracking import code_version
 from pipeline.runs import TRAINING_FILE, Run, open_data, sha256_of_file
 from pipeline.storage import open_storage
-from pipeline.values import JsonObject, is_name
+from pipeline.values import is_name
 from vlae import pretrained
 
 EXAMPLES = 200
 """Test images that come with a model."""
 MAX_BYTES, MAX_TOTAL = 8_000_000, 24_000_000
 """The most bytes of one model, and of all: they are part of every installation."""
-PRIVATE = ("storage", "registry", "cluster", "name")
-"""Sections of a run's options that say where it ran, and decide nothing about the model."""
 
 
 def add(name: str, config: EvaluateConfig, licence: str, cost: str, command: str) -> Path:
@@ -54,10 +52,10 @@ def add(name: str, config: EvaluateConfig, licence: str, cost: str, command: str
     with tempfile.TemporaryDirectory(dir=pretrained.FOLDER, prefix=".new-") as place:
         folder = Path(place)
         run.download(folder)
-        training = public(json.loads((folder / TRAINING_FILE).read_text()))
+        training = public.training(json.loads((folder / TRAINING_FILE).read_text()))
         write_json(folder / TRAINING_FILE, training)
         write_examples(folder, run, config)
-        measured = figures(evaluation)
+        measured = public.evaluation(evaluation)
         write_json(folder / "evaluation.json", measured)
         output = open_storage(config.output, config.storage.endpoint_url)
         for picture in measured["pictures"]:
@@ -81,21 +79,6 @@ def add(name: str, config: EvaluateConfig, licence: str, cost: str, command: str
     index[name] = {path.name: sha256_of_file(path) for path in sorted(target.iterdir())}
     write_json(index_file, dict(sorted(index.items())))
     return target
-
-
-def public(training: JsonObject) -> JsonObject:
-    """The record of a training without the addresses of the machine that it ran on."""
-    config = {key: value for key, value in training["config"].items() if key not in PRIVATE}
-    kept = {key: config["dataset"][key] for key in ("name", "binarization")}
-    return {**training, "config": {**config, "dataset": kept}}
-
-
-def figures(evaluation: JsonObject) -> JsonObject:
-    """The record of an evaluation without addresses; pictures are the names of their files."""
-    names = [url.rpartition("/")[2] for url in evaluation["pictures"]]
-    kept = ("weights", "architecture", "image_shape", "bounds", "split", evaluation["split"])
-    manifest = {"manifest": evaluation["dataset"]["manifest"]}
-    return {key: evaluation[key] for key in kept} | {"dataset": manifest, "pictures": names}
 
 
 def write_examples(folder: Path, run: Run, config: EvaluateConfig) -> None:

@@ -52,7 +52,9 @@ def main(words: list[str]) -> NoReturn:
         print(interruption, file=sys.stderr)
         sys.exit(interruption.code)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from here", file=sys.stderr)
+        resumes = words[0] in NAMES and find(words[0]).resumes
+        continued = "; the same command continues from here" if resumes else ""
+        print(f"interrupted{continued}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -122,6 +123,8 @@ def _start(cluster: ClusterOptions) -> None:
         # A submitted job has an environment from `ray job submit`, and Ray refuses variables that
         # are set in both places.
         env_vars = {name: value for name, value in env_vars.items() if name not in os.environ}
+    where = f"waiting for the Ray cluster at {address}" if address else "starting Ray here"
+    print(f"{where}; this takes about ten seconds", file=sys.stderr, flush=True)
     try:
         context = ray.init(
             address or "local",
@@ -140,6 +143,11 @@ def _start(cluster: ClusterOptions) -> None:
             f"no Ray cluster answers at {address}: {reason}; start one with `ray start --head`, or"
             " leave out cluster.address to use this machine alone"
         ) from error
+    if context.dashboard_url:
+        token = "; it asks for the token, which `ray get-auth-token` prints" if _has_token() else ""
+        print(
+            f"Ray's dashboard: http://{context.dashboard_url}{token}", file=sys.stderr, flush=True
+        )
     if not address:
         _make_private(Path(context.address_info["session_dir"]))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.commands import GROUPS, find
 from pipeline.config.compose import choices, compose, meaning, options_of
+from pipeline.config.evaluation import MODEL_NAME
 from pipeline.config.options import describe
 
 EXAMPLE = """a first session:
@@ -29,6 +30,7 @@ HEADINGS = {
 """What the commands of each group turn into what."""
 PRESETS = "model"
 """The config group whose choices are explained one by one."""
+PRESET_TITLE = "model presets, with the time of 1,000,000 images on two cores:"
 
 
 def overview() -> str:
@@ -37,6 +39,9 @@ def overview() -> str:
         "Variational Lossy Autoencoders: from images in object storage to models in a registry.",
         "",
         "usage: vlae COMMAND [key=value ...]      vlae COMMAND --help lists a command's options",
+        "",
+        "Words may also be FILE.yaml, a file of options, and --config-dir FOLDER, which holds your",
+        "own choices of the ready-made groups, such as experiment/NAME.yaml.",
         "",
     ]
     for group, names in GROUPS.items():
@@ -52,7 +57,7 @@ def help_page(name: str) -> str:
         lines += [f"  {group:<12}{names}" for group, names in groups.items()]
         lines.append("")
     if presets := presets_of(name):
-        lines.append("model presets:")
+        lines.append(PRESET_TITLE)
         for preset, text in presets.items():
             head = f"  {preset:<14}"
             lines.append(textwrap.fill(text, 96, initial_indent=head, subsequent_indent=" " * 16))
@@ -131,6 +136,8 @@ def _show(value: Any) -> str:
         return "[" + ",".join(map(_show, value)) + "]"
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{_show(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str) and MODEL_NAME in value:
+        return value.replace(MODEL_NAME, "NAME")
     if isinstance(value, str) and " " in value:
         return f"'{value}'"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

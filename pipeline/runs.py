@@ -253,7 +253,9 @@ def open_data(model: OpenedModel, url: str | None, storage: StorageOptions) -> D
     Raises UserError if there is none, or its images have another shape or other pixels than the
     model's.
     """
-    url = url or str(model.training["config"]["dataset"]["url"])
+    url = url or model.training["config"]["dataset"].get("url")
+    if url is None:
+        raise UserError(f"{model.reference} does not say where its images are; give dataset_url=")
     data = DataSet.open(url, storage.endpoint_url)
     if tuple(data.manifest.image_shape) != tuple(model.network.image_shape):
         raise UserError(

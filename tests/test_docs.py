@@ -37,6 +37,7 @@ NEEDED = {
             "reconstruct",
             "sample",
             "explore",
+            "export",
             "neighbours",
         )
     },

@@ -5,6 +5,7 @@ loading PyTorch.
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
         group_rates,
         training_loss,
     )
-    from vlae.sampling import reconstruct, sample
+    from vlae.sampling import decode, reconstruct, sample
     from vlae.weights import EMA, flatten
     from vlae.window import Window
+
+    __version__: str
 
 MODULES = {
     "factory": ("build", "describe", "load", "save"),
@@ -33,7 +36,7 @@ MODULES = {
         "group_rates",
         "training_loss",
     ),
-    "sampling": ("reconstruct", "sample"),
+    "sampling": ("decode", "reconstruct", "sample"),
     "weights": ("EMA", "flatten"),
     "window": ("Window",),
 }
@@ -52,6 +55,7 @@ __all__ = [  # noqa: RUF022  (in the order of the modules)
     "estimate",
     "group_rates",
     "training_loss",
+    "decode",
     "reconstruct",
     "sample",
     "EMA",
@@ -61,12 +65,22 @@ __all__ = [  # noqa: RUF022  (in the order of the modules)
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return _version()
     for module, names in MODULES.items():
         if name in names:
             value = getattr(importlib.import_module(f"vlae.{module}"), name)
             globals()[name] = value
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    """The version of the installed package; of a checkout that is not installed, ``unknown``."""
+    try:
+        return importlib.metadata.version("vlae-pipeline")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def __dir__() -> list[str]:

@@ -23,7 +23,7 @@ Draw = Callable[[Distribution, Tensor, Tensor], Tensor]
 
 
 @torch.no_grad()
-def decode(decoder: Decoder, z: Tensor, uniform: Tensor) -> Tensor:
+def draw_pixels(decoder: Decoder, z: Tensor, uniform: Tensor) -> Tensor:
     """x ~ p(x|z), exactly, in as few rounds as the decoder's window allows.
 
     z: (batch, latents). uniform: noise in [0, 1), (batch, ``likelihood.num_uniforms``, height,
@@ -78,7 +78,7 @@ def walk(decoder: Decoder, z: Tensor, draw: Draw, dtype: torch.dtype = torch.flo
 
 @torch.no_grad()
 def decode_naively(decoder: Decoder, z: Tensor, uniform: Tensor) -> Tensor:
-    """x ~ p(x|z), with a whole pass of the decoder for every pixel; arguments as for ``decode``."""
+    """x ~ p(x|z), with a whole pass of the decoder for every pixel; called as ``draw_pixels``."""
     channels, height, width = decoder.image_shape
     condition, noise = decoder.condition(z), uniform.permute(0, 2, 3, 1)
     x = uniform.new_zeros(len(z), channels, height, width)
@@ -90,37 +90,53 @@ def decode_naively(decoder: Decoder, z: Tensor, uniform: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sample(model: VLAE, num_images: int, generator: torch.Generator) -> Tensor:
+def sample(model: VLAE, num_images: int, generator: torch.Generator | None = None) -> Tensor:
     """Images from the model: z ~ p(z), then x ~ p(x|z).
 
     Returns (num_images, channels, height, width), pixels in [0, 1], in float32, or in float64 if
     the model is. The generator is a CPU generator, so that a seed gives the same noise on every
-    device.
+    device; by default it is PyTorch's own.
     """
     noise = torch.randn(num_images, model.latents, generator=generator)
     weight = next(model.parameters())
     uniform = _uniform(model.decoder, noise.to(weight), generator)
-    return decode(model.decoder, model.prior.sample(noise.to(weight)), uniform)
+    return draw_pixels(model.decoder, model.prior.sample(noise.to(weight)), uniform)
 
 
 @torch.no_grad()
 def reconstruct(
-    model: VLAE, x: Tensor, generator: torch.Generator, sent: int | None = None
+    model: VLAE, x: Tensor, generator: torch.Generator | None = None, sent: int | None = None
 ) -> Tensor:
     """Reconstructions of ``x`` from its code: z ~ q(z|x), then x' ~ p(x'|z).
 
     The paper calls this decompression. ``sent`` is how many latents are sent, the first ones; by
     default all (see ``VLAE.truncated``). Returns the shape of ``x``, and the dtype that ``sample``
-    would. The generator is a CPU generator, as for ``sample``.
+    would. The generator is as for ``sample``.
     """
     noise = torch.randn(len(x), model.latents, generator=generator)
     uniform = _uniform(model.decoder, x, generator)
     z = model.encoder(x).sample(noise.to(x))
-    return decode(model.decoder, z if sent is None else model.truncated(z, sent), uniform)
+    return draw_pixels(model.decoder, z if sent is None else model.truncated(z, sent), uniform)
 
 
-def _uniform(decoder: Decoder, like: Tensor, generator: torch.Generator) -> Tensor:
-    """The noise that ``decode`` takes, for as many images as ``like`` has rows, on its device."""
+@torch.no_grad()
+def decode(model: VLAE, codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Images from codes: x ~ p(x|z).
+
+    codes: (batch, latents), such as ``model.encoder(x).code``, or posterior samples. Returns
+    (batch, channels, height, width) as ``sample`` does, whose generator this has, too. Raises
+    ValueError on codes of another shape.
+    """
+    if codes.dim() != 2 or codes.shape[1] != model.latents:
+        raise ValueError(
+            f"codes have the shape {tuple(codes.shape)}; it must be (batch, {model.latents})"
+        )
+    z = codes.to(next(model.parameters()))
+    return draw_pixels(model.decoder, z, _uniform(model.decoder, z, generator))
+
+
+def _uniform(decoder: Decoder, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The noise of ``draw_pixels``, for as many images as ``like`` has rows, on its device."""
     _, height, width = decoder.image_shape
     shape = (len(like), decoder.likelihood.num_uniforms, height, width)
     noise = torch.rand(shape, generator=generator)

@@ -11,7 +11,7 @@ from pipeline.data.records import Integers
 from pipeline.noise import Purpose
 from vlae.coding import codebook
 from vlae.model import VLAE
-from vlae.sampling import decode, walk
+from vlae.sampling import draw_pixels, walk
 
 BATCH = 64
 """Images that are drawn or weighed at a time."""
@@ -69,7 +69,7 @@ def redraw(model: VLAE, z: Tensor, seed: int, first: int, most_likely: bool) -> 
             length = decoder.likelihood.num_uniforms * size[0] * size[1]
             uniform = noise.uniform((seed, Purpose.REDRAWING), numbers, length)
             shape = (len(part), decoder.likelihood.num_uniforms, *size)
-            drawn = decode(decoder, part, torch.from_numpy(uniform).view(shape))
+            drawn = draw_pixels(decoder, part, torch.from_numpy(uniform).view(shape))
         parts.append(drawn)
     return torch.cat(parts)
 

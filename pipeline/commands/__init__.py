@@ -28,6 +28,7 @@ GROUPS = {
         "sample",
         "neighbours",
         "explore",
+        "export",
     ),
     "start": ("demo", "serve-store"),
 }
@@ -62,6 +63,8 @@ class Command(Generic[Config]):
     """The words of which one has to come first: the value of the option ``action``."""
     flags: Mapping[str, str] = field(default_factory=dict)
     """Words that stand for options: ``{"--yes": "yes=true"}``."""
+    resumes: bool = False
+    """Whether the same command continues an interrupted one, instead of beginning anew."""
     follow: compose.Follow | None = None
     """Gives the overrides that ``auto`` stands for, from the options, which are not checked yet,
     and the choices of config groups.

@@ -1,6 +1,7 @@
-"""Addresses of servers, as options and the environment give them."""
+"""Addresses of servers and models, as options and the environment give them."""
 
 import re
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
@@ -27,6 +28,21 @@ def check_endpoint(key: str, url: str) -> None:
     elif "://" not in url and re.fullmatch(r"[\w.-]+:\d+", url):
         meant = f"http://{url} or https://{url}"
     raise UserError(f"{key}={url} is not the address of an S3 server; it must be {meant}")
+
+
+def name_of(model: str) -> str:
+    """The name that a model's results have by default, from the model's address.
+
+    ``models:/birds@champion`` -> ``birds-champion``, ``pretrained/mnist`` -> ``mnist``, and of a
+    run's folder its name; of ``RUN/best`` both.
+    """
+    if model.startswith("models:/"):
+        parts = [model.removeprefix("models:/")]
+    else:
+        path = model if "://" in model else str(Path(model).expanduser().absolute())
+        parts = [part for part in path.split("/") if part]
+        parts = parts[-2:] if parts[-1:] == ["best"] else parts[-1:]
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-.") or "model"
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:

@@ -30,6 +30,8 @@ class BoundOptions:
     seed: int = option("the seed of binarization and all noise", 0)
 
 
+MODEL_NAME = "${name_of:${model}}"
+"""The end of a default output folder: the name of the model, see ``addresses.name_of``."""
 A_MODEL = (
     "a run's folder, models:/NAME@ALIAS or models:/NAME/VERSION from the registry, or"
     " pretrained/NAME for one that comes with the package"
@@ -47,7 +49,7 @@ class EvaluateConfig:
     model: str = option(A_MODEL)
     split: str = option("the part of the data set: train, valid or test", "test")
     dataset_url: str | None = option(ANOTHER_DATA_SET, None, path=True)
-    output: str = option("where the report goes", "outputs/evaluate", path=True)
+    output: str = option("where the report goes", f"outputs/evaluate/{MODEL_NAME}", path=True)
     probe_images: int = option(
         "training images that the probes of labelled data are fitted on, and validation images that"
         " choose among them; 0 is no probe",

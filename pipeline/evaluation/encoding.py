@@ -76,8 +76,13 @@ def encode_split(
         settings = (split, model.binarization, seed)
         ends = [even_part(total, part, num_parts) for part in missing]
         left = sum(stop - start for start, stop in ends)
-        with tqdm(total=total, unit=" images", desc=f"codes of {split}", dynamic_ncols=True) as bar:
-            bar.update(total - left)
+        with tqdm(
+            total=total,
+            initial=total - left,
+            unit=" images",
+            desc=f"codes of {split}",
+            dynamic_ncols=True,
+        ) as bar:
             calls = ((*settings, part, num_parts) for part in missing)
             for count in here_or_in_tasks(encode_part, shared, calls, connect, use_gpu):
                 bar.update(count)

@@ -64,8 +64,9 @@ def estimate_split(
         connect = None
     settings = (split, model.binarization, bounds.seed, bounds.samples)
     name = f"IWAE-{bounds.samples}"
-    with tqdm(total=total, unit=" images", desc=name, dynamic_ncols=True) as bar:
-        bar.update(total - left)
+    with tqdm(
+        total=total, initial=total - left, unit=" images", desc=name, dynamic_ncols=True
+    ) as bar:
         progress = bar.update if connect is None else None  # a task cannot reach the bar
         shared = (model.network.cpu(), data)
         calls = ((*settings, *each, progress) for each in missing)

@@ -37,7 +37,7 @@ from pipeline.data.loader import EvalLoader
 from pipeline.evaluation.measure import map_batches
 from pipeline.noise import Purpose, normal, uniform
 from pipeline.values import JsonObject
-from vlae.sampling import decode
+from vlae.sampling import draw_pixels
 
 THRESHOLD = 0.5
 """The correlation at which the code decides as much of the variance as it leaves open."""
@@ -127,7 +127,9 @@ def resolution(
         z = model.encoder(x).sample(_draws_first(noise, (model.latents,)).to(x))
         if sent is not None:
             z = model.truncated(z, sent)
-        redrawn = decode(decoder, z.flatten(0, 1), _draws_first(pixels, shape).flatten(0, 1).to(x))
+        redrawn = draw_pixels(
+            decoder, z.flatten(0, 1), _draws_first(pixels, shape).flatten(0, 1).to(x)
+        )
         return _as_bytes(x), _as_bytes(redrawn.unflatten(0, (DRAWS, -1)))
 
     images, redrawn = [], []

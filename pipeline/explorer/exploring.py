@@ -21,7 +21,7 @@ from pipeline.runs import OpenedModel
 from pipeline.values import Measured
 from vlae.distributions import DiagonalGaussian
 from vlae.posterior import Posterior
-from vlae.sampling import decode
+from vlae.sampling import draw_pixels
 
 SAMPLES = 16
 """Codes of an image that its bits are averaged over."""
@@ -111,7 +111,9 @@ class Explored:
         """x ~ p(x|z), with the noise of the drawings with these numbers."""
         shape = (self.network.decoder.likelihood.num_uniforms, *self.network.image_shape[1:])
         noise = uniform((seed, Purpose.REDRAWING), numbers, math.prod(shape))
-        return decode(self.network.decoder, z, torch.from_numpy(noise).to(z).unflatten(1, shape))
+        return draw_pixels(
+            self.network.decoder, z, torch.from_numpy(noise).to(z).unflatten(1, shape)
+        )
 
 
 def scale(posterior: Posterior) -> Tensor | None:

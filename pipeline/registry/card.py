@@ -1,5 +1,6 @@
-"""The card of a registered or pretrained model: its architecture, data, figures and limits."""
+"""The card of a registered, pretrained or exported model: architecture, data, figures, limits."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 
@@ -38,9 +39,9 @@ def text(name: str, training: JsonObject, evaluation: JsonObject, origin: Mappin
     ]
     return "\n".join(
         [
-            *_summary(name, training, evaluation, made),
+            *_summary(name, training, evaluation["image_shape"], made),
             *_figures(evaluation),
-            *_loading(loading, evaluation),
+            *_loading(loading, evaluation["image_shape"]),
             *_limits(training, evaluation),
             "",
         ]
@@ -68,13 +69,13 @@ def pretrained(
     ]
     return "\n".join(
         [
-            *_summary(name, training, evaluation, made),
+            *_summary(name, training, evaluation["image_shape"], made),
             "",
             "All options of its training are in `training.json`.",
             *_figures(evaluation),
             f"Measured on {_plain(origin['date'])} by `{origin['command']}`.",
             "",
-            *_loading(loading, evaluation),
+            *_loading(loading, evaluation["image_shape"]),
             "## Data",
             "",
             _plain(origin["licence"]),
@@ -85,8 +86,77 @@ def pretrained(
     )
 
 
+def exported(
+    name: str,
+    training: JsonObject,
+    evaluation: JsonObject | None,
+    interface: JsonObject,
+    licence: str | None,
+) -> str:
+    """The card of a folder for a model hub, with the front matter that hubs read.
+
+    training, evaluation: their public records; without an evaluation the card has no figures.
+    interface: what ``config.json`` holds. licence: an SPDX expression.
+    """
+    loading = ["import vlae", "", 'model = vlae.load("...")  # this folder, downloaded']
+    differences = ", ".join(
+        f"{graph} {found['difference']:.0e}" for graph, found in interface["graphs"].items()
+    )
+    return "\n".join(
+        [
+            *_front_matter(name, training, evaluation, licence),
+            *_summary(name, training, interface["image_shape"], []),
+            *(_figures(evaluation) if evaluation else [""]),
+            *_loading(loading, interface["image_shape"]),
+            "## Without this package",
+            "",
+            (
+                "`encoder.onnx` maps images to codes, and `decoder.onnx` codes and the pixels so"
+                " far to the parameters of each pixel's distribution; `.pt2` are the same graphs by"
+                " `torch.export`. `config.json` names their inputs and outputs. Largest"
+                f" differences from the model, relative to the largest value: {differences}."
+            ),
+            "",
+            *_limits(training, evaluation),
+            "",
+        ]
+    )
+
+
+def _front_matter(
+    name: str, training: JsonObject, evaluation: JsonObject | None, licence: str | None
+) -> list[str]:
+    """The lines of YAML, each value as JSON, which is YAML, too."""
+    fields: JsonObject = {
+        "library_name": "vlae-pipeline",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["vlae", "variational-autoencoder", "autoregressive", "onnx", "safetensors"],
+    }
+    if licence:
+        # Hubs know single licences by their identifiers in lower case.
+        is_single = re.fullmatch(r"[A-Za-z0-9.-]+", licence) and "LicenseRef" not in licence
+        fields["license"] = licence.lower() if is_single else "other"
+        if not is_single:
+            fields["license_name"] = licence
+    if evaluation:
+        split = evaluation["split"]
+        metrics = [
+            {"type": key, "value": evaluation[split][key]}
+            for key in ("elbo_bits_per_dim", "iwae_bits_per_dim", "rate_bits", "resolution_px")
+            if evaluation[split].get(key) is not None
+        ]
+        data = training["config"]["dataset"]["name"]
+        result = {
+            "task": {"type": "image-feature-extraction"},
+            "dataset": {"name": data, "type": data, "split": split},
+            "metrics": metrics,
+        }
+        fields["model-index"] = [{"name": name, "results": [result]}]
+    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---", ""]
+
+
 def _summary(
-    name: str, training: JsonObject, evaluation: JsonObject, made: Sequence[str]
+    name: str, training: JsonObject, shape: Sequence[int], made: Sequence[str]
 ) -> list[str]:
     """What the model is, and how it was made: ``made`` are more rows of the table."""
     config = training["config"]
@@ -111,7 +181,7 @@ def _summary(
         if config["dataset"]["binarization"] == "none"
         else f"black or white ({config['dataset']['binarization']})"
     )
-    shape, data = evaluation["image_shape"], _code(config["dataset"]["name"])
+    data = _code(config["dataset"]["name"])
     splits = ", its validation images included" if config["train"].get("with_valid") else ""
     size = f"{model['latents']} {'maps' if model['code'] == 'maps' else 'latents'}"
     return [
@@ -185,8 +255,8 @@ def _figures(evaluation: JsonObject) -> list[str]:
     ]
 
 
-def _loading(lines: Sequence[str], evaluation: JsonObject) -> list[str]:
-    shape = ", ".join(map(str, evaluation["image_shape"]))
+def _loading(lines: Sequence[str], image_shape: Sequence[int]) -> list[str]:
+    shape = ", ".join(map(str, image_shape))
     return [
         "## How to load it",
         "",
@@ -200,16 +270,23 @@ def _loading(lines: Sequence[str], evaluation: JsonObject) -> list[str]:
     ]
 
 
-def _limits(training: JsonObject, evaluation: JsonObject) -> list[str]:
+def _limits(training: JsonObject, evaluation: JsonObject | None) -> list[str]:
     return ["## Limits", "", *(f"- {limit}" for limit in limits(training, evaluation))]
 
 
-def limits(training: JsonObject, evaluation: JsonObject) -> list[str]:
-    """What the model is not good for, a sentence each."""
-    split, data = evaluation["split"], _code(training["config"]["dataset"]["name"])
+def limits(training: JsonObject, evaluation: JsonObject | None) -> list[str]:
+    """What the model is not good for, a sentence each. ``evaluation``: None if it has none."""
+    data = _code(training["config"]["dataset"]["name"])
+    trained = f"It was trained on {data} only; on other images its bounds and codes mean little."
+    if evaluation is None:
+        return [
+            trained,
+            "The code omits what the window can predict, whether a task needs it or not.",
+        ]
+    split = evaluation["split"]
     bits = Measured.from_json(evaluation[split], "elbo_nats").bits
     found = [
-        f"It was trained on {data} only; on other images its bounds and codes mean little.",
+        trained,
         (
             "The code omits what the window can predict, whether a task needs it or not: it"
             f" carries {evaluation[split]['rate_bits']:.1f} of an image's {bits:.0f} bits."

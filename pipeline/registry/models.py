@@ -1,5 +1,7 @@
 """Opening a model: from the registry, from a run's folder, or one that comes with the package."""
 
+import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +10,8 @@ from pipeline.config.sections import RegistryOptions, StorageOptions
 from pipeline.data import DataSet
 from pipeline.errors import UserError
 from pipeline.registry.versions import Registry
-from pipeline.runs import OpenedModel, Run, open_data
+from pipeline.runs import EVALUATION, OpenedModel, Run, open_data
+from pipeline.values import JsonObject
 from vlae import pretrained
 
 PRETRAINED = "pretrained/"
@@ -48,6 +51,32 @@ def open_models(
     for other in models[1:]:
         open_data(other, data.storage.url, storage)
     return models, data
+
+
+def copy_evaluation(
+    model: OpenedModel, registry: RegistryOptions, storage: StorageOptions, folder: Path
+) -> JsonObject | None:
+    """The record of an opened model's evaluation, whose pictures are copied into ``folder``.
+
+    None if the model has not been evaluated. Raises UserError if a file is missing or damaged.
+    """
+    if model.version is None and not model.reference.startswith(PRETRAINED):
+        run = Run.at(model.reference, storage.endpoint_url)
+        evaluation = run.evaluation(model.weights)
+        for picture in evaluation["pictures"] if evaluation else []:
+            file = picture.rpartition("/")[2]
+            run.storage.download(f"{EVALUATION}/{file}", folder / file)
+        return evaluation
+    with tempfile.TemporaryDirectory() as place:
+        if model.version:
+            source = Registry(registry).download(*model.version, Path(place))
+        else:
+            source = pretrained.folder(model.reference.removeprefix(PRETRAINED))
+        evaluation = json.loads((source / f"{EVALUATION}.json").read_text())
+        for picture in evaluation["pictures"]:
+            file = picture.rpartition("/")[2]
+            shutil.copyfile(source / file, folder / file)
+    return evaluation
 
 
 def _open_pretrained(reference: str, storage: StorageOptions) -> OpenedModel:

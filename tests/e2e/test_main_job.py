@@ -229,7 +229,11 @@ main(["evaluate", *sys.argv[1:]])
     assert test["iwae_nats"] < test["elbo_nats"]
     assert test["elbo_nats"] == pytest.approx(test["rate_nats"] + test["distortion_nats"])
     for picture in ("reconstructions.png", "samples.png"):
-        assert (workplace / "outputs/evaluate" / picture).read_bytes().startswith(b"\x89PNG")
+        assert (
+            (workplace / "outputs/evaluate/vlae-mnist-champion" / picture)
+            .read_bytes()
+            .startswith(b"\x89PNG")
+        )
     shown = call("registry", "show", "name=vlae-mnist", f"version={version}").stdout
     assert "test: code length" in shown
 

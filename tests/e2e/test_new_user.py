@@ -58,9 +58,11 @@ def test_icons_become_a_colour_model_without_any_option(
     model = f"model={root}/runs/icons"
     few = ["bounds.samples=2", "bounds.num_images=20", "bounds.pictures=8"]
     call("evaluate", model, place, *few)
-    test = json.loads((workplace / "outputs/evaluate/result.json").read_text())["test"]
+    test = json.loads((workplace / "outputs/evaluate/icons/result.json").read_text())["test"]
     assert 0 < test["elbo_nats"] < 3 * SIZE**2 * math.log(256)
     assert test["probe"]["linear"]["accuracy"] >= 0
     call("sample", model, place)
-    sheet = np.asarray(Image.open(workplace / "outputs/sample/samples.png").convert("RGB"), float)
+    sheet = np.asarray(
+        Image.open(workplace / "outputs/sample/icons/samples.png").convert("RGB"), float
+    )
     assert np.ptp(sheet, axis=2).max() > 50, "the samples are in colour"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlae import VLAE, reconstruct, sample
 from vlae.distributions import standard_normal_log_prob
-from vlae.sampling import decode, decode_naively
+from vlae.sampling import decode_naively, draw_pixels
 
 MakeModel = Callable[..., VLAE]
 
@@ -70,7 +70,7 @@ def test_wavefronts_give_bit_for_bit_the_images_of_one_pixel_at_a_time(
         generator=generator(seed + 1),
         dtype=dtype,
     )
-    fast, slow = decode(decoder, z, uniform), decode_naively(decoder, z, uniform)
+    fast, slow = draw_pixels(decoder, z, uniform), decode_naively(decoder, z, uniform)
     assert fast.shape == (5, *image_shape)
     assert fast.dtype == slow.dtype == dtype
     assert torch.equal(fast, slow)
@@ -85,7 +85,7 @@ def test_both_samplers_agree_on_an_image_that_the_encoder_halves(
         torch.randn(8, 2, generator=generator()),
         torch.rand(8, 1, 14, 13, generator=generator(1)),
     )
-    images = decode(decoder, z, uniform)
+    images = draw_pixels(decoder, z, uniform)
     assert torch.equal(images, decode_naively(decoder, z, uniform))
     # The decoder's probabilities for the finished image reproduce the same pixels.
     probability = torch.sigmoid(decoder(z, images).logits).permute(0, 3, 1, 2)
@@ -129,7 +129,7 @@ def test_images_given_a_code_are_drawn_with_their_probabilities(
     with torch.no_grad():
         probability = decoder(z, x).log_prob(x.permute(0, 2, 3, 1)).exp()
     uniform = torch.rand(n, *image_shape, generator=generator(1), dtype=torch.float64)
-    assert_drawn_from(decode(decoder, z.expand(n, -1), uniform), probability)
+    assert_drawn_from(draw_pixels(decoder, z.expand(n, -1), uniform), probability)
 
 
 def test_samples_of_the_model_have_its_probabilities(
@@ -252,6 +252,6 @@ def test_noise_of_another_shape_or_in_half_precision_is_refused(
     decoder = make_model((1, 5, 7), "4x2").decoder
     z = torch.zeros(3, 2).double()
     with pytest.raises(ValueError, match="uniform is"):
-        decode(decoder, z, torch.rand(shape, dtype=torch.float64))
+        draw_pixels(decoder, z, torch.rand(shape, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"uniform is torch\.bfloat16"):
-        decode(decoder, z, torch.rand(3, 1, 5, 7).bfloat16())
+        draw_pixels(decoder, z, torch.rand(3, 1, 5, 7).bfloat16())

@@ -60,7 +60,7 @@ class WindowContext(nn.Module):
         """The weight of each pixel in the window: (features, channels * pixels)."""
         if self.window.down == 1:
             return self.linear.weight
-        by_cell = self.linear.weight.unflatten(1, (-1, int(self.cells.max()) + 1))
+        by_cell = self.linear.weight.unflatten(1, (-1, max(self.window.cells) + 1))
         return (by_cell[..., self.cells] / self.cell_sizes).flatten(1)
 
     def pad(self, x: Tensor) -> Tensor:

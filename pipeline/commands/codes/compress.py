@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from pipeline.commands import Command
-from pipeline.config.evaluation import A_MODEL, ANOTHER_DATA_SET
+from pipeline.config.evaluation import A_MODEL, ANOTHER_DATA_SET, MODEL_NAME
 from pipeline.config.options import option, require, section
 from pipeline.config.sections import ClusterOptions, RegistryOptions, StorageOptions
 from pipeline.values import JsonObject
@@ -19,7 +19,7 @@ class CompressConfig:
     model: str = option(A_MODEL)
     split: str = option("the part of the data set: train, valid or test", "test")
     dataset_url: str | None = option(ANOTHER_DATA_SET, None, path=True)
-    output: str = option(f"where {FILE} goes", "outputs/compress", path=True)
+    output: str = option(f"where {FILE} goes", f"outputs/compress/{MODEL_NAME}", path=True)
     lossy: bool = option(
         "keep only the codes, from which `vlae decompress` redraws the images", False
     )

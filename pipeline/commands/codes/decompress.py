@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pipeline.commands import Command
-from pipeline.config.evaluation import A_MODEL
+from pipeline.config.evaluation import A_MODEL, MODEL_NAME
 from pipeline.config.options import option, section
 from pipeline.config.sections import ClusterOptions, RegistryOptions, StorageOptions
 from pipeline.values import JsonObject
@@ -21,7 +21,7 @@ class DecompressConfig:
 
     model: str = option(A_MODEL)
     file: str = option("the file that `vlae compress` wrote, or its storage address", path=True)
-    output: str = option("where the data set goes", "outputs/decompress", path=True)
+    output: str = option("where the data set goes", f"outputs/decompress/{MODEL_NAME}", path=True)
     draw: Draw = option(
         "how a lossy file's images are redrawn: sample, from p(x|z) with the file's seed; or mode,"
         " each pixel the most likely one",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.commands import Command
-from pipeline.config.evaluation import A_MODEL, ANOTHER_DATA_SET
+from pipeline.config.evaluation import A_MODEL, ANOTHER_DATA_SET, MODEL_NAME
 from pipeline.config.options import option, section
 from pipeline.config.sections import ClusterOptions, RegistryOptions, StorageOptions
 from pipeline.values import JsonObject
@@ -19,7 +19,7 @@ class EncodeConfig:
     model: str = option(A_MODEL)
     split: str = option("the part of the data set: train, valid or test", "train")
     dataset_url: str | None = option(ANOTHER_DATA_SET, None, path=True)
-    output: str = option("where the codes go", "outputs/encode", path=True)
+    output: str = option("where the codes go", f"outputs/encode/{MODEL_NAME}", path=True)
     images_per_part: int = option(
         "the most images in one Parquet file; one task encodes it", 10_000, at_least=1
     )
@@ -64,4 +64,4 @@ def format_result(config: EncodeConfig, result: JsonObject) -> str:
     )
 
 
-COMMAND = Command(EncodeConfig, run, format_result, lambda config: config.output)
+COMMAND = Command(EncodeConfig, run, format_result, lambda config: config.output, resumes=True)

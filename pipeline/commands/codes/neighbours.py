@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.commands import Command
-from pipeline.config.evaluation import A_MODEL, ANOTHER_DATA_SET
+from pipeline.config.evaluation import A_MODEL, ANOTHER_DATA_SET, MODEL_NAME
 from pipeline.config.options import option, section
 from pipeline.config.sections import RegistryOptions, StorageOptions
 from pipeline.values import JsonObject, Measured
@@ -51,7 +51,9 @@ class NeighboursConfig:
     )
     dataset_url: str | None = option(ANOTHER_DATA_SET, None, path=True)
     seed: int = option("the seed of binarization and of the images to show", 0)
-    output: str = option("where the table and the pictures go", "outputs/neighbours", path=True)
+    output: str = option(
+        "where the table and the pictures go", f"outputs/neighbours/{MODEL_NAME}", path=True
+    )
     storage: StorageOptions = section(StorageOptions, "where data is stored")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
 

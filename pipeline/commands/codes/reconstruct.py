@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.commands import Command
-from pipeline.config.evaluation import A_MODEL, ANOTHER_DATA_SET
+from pipeline.config.evaluation import A_MODEL, ANOTHER_DATA_SET, MODEL_NAME
 from pipeline.config.options import option, section
 from pipeline.config.sections import RegistryOptions, StorageOptions
 from pipeline.values import JsonObject
@@ -18,7 +18,7 @@ class ReconstructConfig:
     dataset_url: str | None = option(ANOTHER_DATA_SET, None, path=True)
     num_images: int = option("the number of images, the first ones", 40, at_least=1, below=1 << 14)
     seed: int = option("the seed of binarization and all noise", 0)
-    output: str = option("where the picture goes", "outputs/reconstruct", path=True)
+    output: str = option("where the picture goes", f"outputs/reconstruct/{MODEL_NAME}", path=True)
     storage: StorageOptions = section(StorageOptions, "where data is stored")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
 

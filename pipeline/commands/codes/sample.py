@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.commands import Command
-from pipeline.config.evaluation import A_MODEL
+from pipeline.config.evaluation import A_MODEL, MODEL_NAME
 from pipeline.config.options import option, section
 from pipeline.config.sections import RegistryOptions, StorageOptions
 from pipeline.values import JsonObject
@@ -16,7 +16,7 @@ class SampleConfig:
     model: str = option(A_MODEL)
     num_images: int = option("the number of images", 40, at_least=1, below=1 << 14)
     seed: int = option("the seed of all random numbers", 0)
-    output: str = option("where the picture goes", "outputs/sample", path=True)
+    output: str = option("where the picture goes", f"outputs/sample/{MODEL_NAME}", path=True)
     storage: StorageOptions = section(StorageOptions, "where data is stored")
     registry: RegistryOptions = section(RegistryOptions, "where models:/ looks")
 

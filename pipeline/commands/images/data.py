@@ -23,7 +23,7 @@ class DataConfig:
     """Inspect a data set, or verify every byte of it."""
 
     action: Action = option("inspect or verify; the first word after the command")
-    output: str = option("where the report goes", "outputs/data", path=True)
+    output: str = option("where the report goes", "outputs/data/${dataset.name}", path=True)
     pictures: int = option(
         "how many images of each split the contact sheet shows", 50, at_least=1, below=1 << 14
     )

@@ -42,4 +42,4 @@ def format_result(config: IndexConfig, result: JsonObject) -> str:
     return "\n".join(lines)
 
 
-COMMAND = Command(IndexConfig, run, format_result, lambda config: config.dataset.url)
+COMMAND = Command(IndexConfig, run, format_result, lambda config: config.dataset.url, resumes=True)

@@ -57,4 +57,4 @@ def describe(result: JsonObject) -> str:
     return f"{shape}, {kind}; {counts} images"
 
 
-COMMAND = Command(ShardConfig, run, format_result, lambda config: config.dataset.url)
+COMMAND = Command(ShardConfig, run, format_result, lambda config: config.dataset.url, resumes=True)

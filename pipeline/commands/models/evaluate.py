@@ -169,4 +169,4 @@ def _format_list(values: list[float]) -> str:
     return f"  {shown}{' ...' if len(values) > MAX_SHOWN else ''}"
 
 
-COMMAND = Command(EvaluateConfig, run, format_result, lambda config: config.output)
+COMMAND = Command(EvaluateConfig, run, format_result, lambda config: config.output, resumes=True)

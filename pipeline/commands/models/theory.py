@@ -79,4 +79,4 @@ def _text(figures: JsonObject, key: str) -> str:
     return Measured.from_json(figures, key).text(3)
 
 
-COMMAND = Command(TheoryConfig, run, format_result, lambda config: config.output)
+COMMAND = Command(TheoryConfig, run, format_result, lambda config: config.output, resumes=True)

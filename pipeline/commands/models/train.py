@@ -113,6 +113,7 @@ def progress(config: TrainConfig) -> Iterator[None]:
             unit_scale=True,
             desc=config.run_name,
             dynamic_ncols=True,
+            postfix="the workers are starting",
         ) as bar:
             while True:
                 stop = done.wait(2.0)
@@ -167,5 +168,10 @@ def format_result(config: TrainConfig, result: JsonObject) -> str:
 
 
 COMMAND = Command(
-    TrainConfig, run, format_result, lambda config: config.folder, follow=follow_manifest
+    TrainConfig,
+    run,
+    format_result,
+    lambda config: config.folder,
+    resumes=True,
+    follow=follow_manifest,
 )

@@ -151,4 +151,4 @@ def _folder(config: TuneConfig) -> str:
     return f"{config.storage.root}/searches/{config.search_name}"
 
 
-COMMAND = Command(TuneConfig, run, format_result, _folder, follow=follow_manifest)
+COMMAND = Command(TuneConfig, run, format_result, _folder, resumes=True, follow=follow_manifest)

@@ -153,4 +153,4 @@ def _print(text: str) -> None:
     print(text, flush=True)
 
 
-COMMAND = Command(DemoConfig, run, format_result, lambda config: config.folder)
+COMMAND = Command(DemoConfig, run, format_result, lambda config: config.folder, resumes=True)

@@ -161,3 +161,25 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("pipeline.training.plan.plans", lambda *_: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         cli.main(["plan", "output=unused"])
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train", "interrupted; the same command continues from here\n"),
+        ("encode", "interrupted; the same command continues from here\n"),
+        ("sample", "interrupted\n"),
+        ("neighbours", "interrupted\n"),
+    ],
+)
+def test_only_commands_that_continue_say_so(
+    command: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str, words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == told

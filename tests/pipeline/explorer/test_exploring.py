@@ -13,7 +13,7 @@ from pipeline.explorer.exploring import SAMPLES, Explored, between, scale
 from pipeline.noise import Purpose, normal, uniform
 from pipeline.runs import OpenedModel
 from tests.pipeline.explorer import served
-from vlae.sampling import decode
+from vlae.sampling import draw_pixels
 
 VARIANTS = {
     **served.TWO,
@@ -47,7 +47,7 @@ def test_a_drawing_is_a_code_of_the_posterior_and_pixels_given_it(model: Explore
     pixels = torch.from_numpy(uniform((3, Purpose.REDRAWING), np.arange(5), 64)).view(5, 1, 8, 8)
     with torch.no_grad():
         z = model.encode(x.expand(5, -1, -1, -1)).sample(noise)
-    expected = decode(model.network.decoder, z, pixels)
+    expected = draw_pixels(model.network.decoder, z, pixels)
     drawn = model.redraw(x, 3, 5, {})
     assert torch.equal(drawn, expected)
     assert torch.equal(model.redraw(x, 3, 2, {}), drawn[:2]), "more drawings leave the first alone"
