@@ -26,7 +26,7 @@ COMMANDS = {name: find(name).config for name in NAMES}
 
 NEEDED = {
     **{command: ["model=somewhere"] for command in ("evaluate", "encode", "reconstruct", "sample")},
-    **{command: ["model=somewhere"] for command in ("compress", "neighbours", "explore")},
+    **{command: ["model=somewhere"] for command in ("compress", "neighbours", "explore", "export")},
     "decompress": ["model=somewhere", "file=images.vlae"],
     "data": ["action=inspect"],
     "registry": ["action=list"],
@@ -281,7 +281,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
         "train",
         ["model=huge"],
         (
-            "'model=huge': there is no such model; choose one of auto, colour, fast, large,"
+            "'model=huge': there is no such model; choose one of auto, colour, fast, grey, large,"
             " paper_binary, paper_cifar, tiny"
         ),
     ),
@@ -294,7 +294,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
         "train",
         ["model={window:3x1}"],
         (
-            "there is no such model; choose one of auto, colour, fast, large, paper_binary,"
+            "there is no such model; choose one of auto, colour, fast, grey, large, paper_binary,"
             " paper_cifar, tiny"
         ),
     ),
