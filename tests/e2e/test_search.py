@@ -68,6 +68,7 @@ def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[bytes]",
         time.sleep(0.1)
 
 
+@pytest.mark.timeout(600)  # three starts of a search: 102 s alone, over 300 s on a busy machine
 def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_once(
     call: Run, root: str, data: str, workplace: Path
 ) -> None:
