@@ -30,6 +30,7 @@ from pipeline.registry import card, public
 from pipeline.registry.tracking import code_version
 from pipeline.runs import TRAINING_FILE, Run, open_data, sha256_of_file
 from pipeline.storage import open_storage
+from pipeline.storage.base import to_json
 from pipeline.values import is_name
 from vlae import pretrained
 
@@ -53,10 +54,10 @@ def add(name: str, config: EvaluateConfig, licence: str, cost: str, command: str
         folder = Path(place)
         run.download(folder)
         training = public.training(json.loads((folder / TRAINING_FILE).read_text()))
-        write_json(folder / TRAINING_FILE, training)
+        (folder / TRAINING_FILE).write_bytes(to_json(training))
         write_examples(folder, run, config)
         measured = public.evaluation(evaluation)
-        write_json(folder / "evaluation.json", measured)
+        (folder / "evaluation.json").write_bytes(to_json(measured))
         output = open_storage(config.output, config.storage.endpoint_url)
         for picture in measured["pictures"]:
             output.download(picture, folder / picture)
@@ -77,7 +78,7 @@ def add(name: str, config: EvaluateConfig, licence: str, cost: str, command: str
     index_file = pretrained.FOLDER / pretrained.INDEX_FILE
     index = json.loads(index_file.read_text()) if index_file.exists() else {}
     index[name] = {path.name: sha256_of_file(path) for path in sorted(target.iterdir())}
-    write_json(index_file, dict(sorted(index.items())))
+    index_file.write_bytes(to_json(dict(sorted(index.items()))))
     return target
 
 
@@ -106,10 +107,6 @@ def check_sizes(name: str, folder: Path) -> None:
     for what, found, most in ((name, size, MAX_BYTES), ("all models", total, MAX_TOTAL)):
         if found > most:
             raise UserError(f"{what} would take {found:,} bytes; at most {most:,} are allowed")
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def main(arguments: list[str]) -> None:

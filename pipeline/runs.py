@@ -128,6 +128,12 @@ class Run:
         for file in MODEL_FILES:
             self.storage.download(f"{MODEL}/{file}", folder / file)
 
+    def download_pictures(self, evaluation: JsonObject, folder: Path) -> None:
+        """Download the pictures that the record of its evaluation names."""
+        for picture in evaluation["pictures"]:
+            file = picture.rpartition("/")[2]
+            self.storage.download(f"{EVALUATION}/{file}", folder / file)
+
     def open(self) -> "OpenedModel":
         """Its model. Raises UserError if the run is not finished or the model is damaged."""
         if not self.storage.exists(f"{MODEL}/{TRAINING_FILE}"):

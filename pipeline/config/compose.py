@@ -306,10 +306,10 @@ def _typed(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config
 
 def _check_known(key: str, known: Mapping[str, Any]) -> None:
     """Raise UserError unless a key is an option, or an entry of one that is a mapping."""
-    mappings = tuple(
-        f"{name}." for name, item in known.items() if typing.get_origin(item.type) is dict
-    )
-    if key not in known and not key.startswith(mappings):
+    if key in known:
+        return
+    mappings = (name for name, item in known.items() if typing.get_origin(item.type) is dict)
+    if not any(key.startswith(f"{name}.") for name in mappings):
         raise UserError(unknown_option(key, known))
 
 

@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import vlae
@@ -15,6 +14,7 @@ from pipeline.registry import card, public
 from pipeline.registry.files import CARD_FILE
 from pipeline.registry.models import copy_evaluation
 from pipeline.runs import EVALUATION, TRAINING_FILE, OpenedModel
+from pipeline.storage.base import to_json
 from pipeline.values import JsonObject
 
 CONFIG_FILE = "config.json"
@@ -37,9 +37,9 @@ def write_folder(
     evaluation = copy_evaluation(model, registry, storage, folder)
     if evaluation is not None:
         evaluation = public.evaluation(evaluation)
-        _write_json(folder / f"{EVALUATION}.json", evaluation)
-    _write_json(folder / TRAINING_FILE, training)
-    _write_json(folder / CONFIG_FILE, interface)
+        (folder / f"{EVALUATION}.json").write_bytes(to_json(evaluation))
+    (folder / TRAINING_FILE).write_bytes(to_json(training))
+    (folder / CONFIG_FILE).write_bytes(to_json(interface))
     text = card.exported(name, training, evaluation, interface, registry.license)
     (folder / CARD_FILE).write_text(text)
     return interface
@@ -64,7 +64,3 @@ def describe(model: OpenedModel) -> JsonObject:
         "levels": network.decoder.likelihood.levels,
         "shear": 0 if context is None else context.front(1, height, width).shear,
     }
-
-
-def _write_json(path: Path, value: JsonObject) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")

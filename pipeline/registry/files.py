@@ -9,6 +9,7 @@ from pipeline.config.sections import RegistryOptions
 from pipeline.errors import UserError
 from pipeline.registry import bom, card, signing
 from pipeline.runs import EVALUATION, TRAINING_FILE, Run, load, sha256_of_file
+from pipeline.storage.base import to_json
 from pipeline.values import JsonObject
 from vlae.factory import WEIGHTS_FILE
 
@@ -40,10 +41,8 @@ def collect(run: Run, folder: Path) -> tuple[JsonObject, JsonObject]:
             f"the model of {run.url} has not been evaluated; `vlae registry register name=NAME"
             f" runs=[{run.url}]` does both"
         )
-    for picture in evaluation["pictures"]:
-        file = picture.rpartition("/")[2]
-        run.storage.download(f"{EVALUATION}/{file}", folder / file)
-    (folder / f"{EVALUATION}.json").write_text(json.dumps(evaluation, indent=1) + "\n")
+    run.download_pictures(evaluation, folder)
+    (folder / f"{EVALUATION}.json").write_bytes(to_json(evaluation))
     return json.loads((folder / TRAINING_FILE).read_text()), evaluation
 
 
@@ -67,7 +66,7 @@ def complete(
     materials = bom.make(
         name, training, evaluation, tags, _checksums(folder), finished, options.license
     )
-    (folder / bom.BOM_FILE).write_text(json.dumps(materials, indent=1) + "\n")
+    (folder / bom.BOM_FILE).write_bytes(to_json(materials))
     signing.sign(folder)
     return _checksums(folder)
 

@@ -63,9 +63,8 @@ def copy_evaluation(
     if model.version is None and not model.reference.startswith(PRETRAINED):
         run = Run.at(model.reference, storage.endpoint_url)
         evaluation = run.evaluation(model.weights)
-        for picture in evaluation["pictures"] if evaluation else []:
-            file = picture.rpartition("/")[2]
-            run.storage.download(f"{EVALUATION}/{file}", folder / file)
+        if evaluation is not None:
+            run.download_pictures(evaluation, folder)
         return evaluation
     with tempfile.TemporaryDirectory() as place:
         if model.version:

@@ -3,10 +3,9 @@
 Nothing here is read from them: a run or a search is resumed from what this package writes.
 """
 
-import os
 from typing import Any
 
-from pipeline.config.addresses import ENDPOINT_VARIABLES
+from pipeline.storage import open_storage
 
 PATIENCE = 60.0
 """Seconds without a byte after which Arrow gives a request up; by itself, it waits for three."""
@@ -21,10 +20,14 @@ def ray_storage(root: str) -> dict[str, Any]:
         return {"storage_path": url}
     from pyarrow.fs import AwsStandardS3RetryStrategy, FileSystem, S3FileSystem
 
+    from pipeline.storage.s3 import S3Storage
+
+    storage = open_storage(url)
+    assert isinstance(storage, S3Storage)
     found, path = FileSystem.from_uri(url)
     patient = S3FileSystem(
         region=found.region,
-        endpoint_override=next(filter(None, map(os.environ.get, ENDPOINT_VARIABLES)), None),
+        endpoint_override=storage.endpoint_url,
         connect_timeout=PATIENCE,
         request_timeout=PATIENCE,
         retry_strategy=AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),

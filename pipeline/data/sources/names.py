@@ -52,10 +52,8 @@ class Tree:
         """The number of folders around everything."""
         found = {parts[self.around :][:2] for parts in folders()}
         tops, seconds = ({parts[depth : depth + 1] for parts in found} for depth in (0, 1))
-        self._split_depth = next(
-            (d for d, at in enumerate((tops, seconds)) if are_splits(at)), None
-        )
-        splits = sorted(top[0] for top in tops if are_splits({("train",), top}))
+        self._split_depth = 0 if are_splits(tops) else 1 if are_splits(seconds) else None
+        splits = sorted(top[0] for top in tops if top and top[0].lower() in SPLIT_OF)
         if self._split_depth is None and {"train"} < {SPLIT_OF[name.lower()] for name in splits}:
             other = sorted("/".join(top) or "images" for top in tops if not set(top) & set(splits))
             raise UserError(
