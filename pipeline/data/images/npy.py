@@ -1,6 +1,7 @@
 """Images as arrays: ``.npy`` files, of which nothing is unpickled."""
 
-import io
+import json
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,7 @@ def array(content: bytes | memoryview) -> npt.NDArray[Any]:
     length = 10 + int.from_bytes(content[8:10], "little")  # of the header, in version 1.0
     if bytes(content[:8]) != b"\x93NUMPY\x01\x00" or len(content) < length:
         raise BadImage("it is not an .npy file of version 1.0")
-    shape, fortran, dtype = _npy_header(bytes(content[8:length]))
+    shape, fortran, dtype = _npy_header(bytes(content[10:length]))
     count = int(np.prod(shape, dtype=object))  # object: Python's integers do not overflow
     if len(content) - length != count * dtype.itemsize:
         raise BadImage(
@@ -29,19 +30,42 @@ def array(content: bytes | memoryview) -> npt.NDArray[Any]:
     return flat.reshape(shape, order="F" if fortran else "C")
 
 
+_JSON = (
+    (r"[(]", "["),
+    (r"[)]", "]"),
+    (r"'", '"'),
+    (r"\bTrue\b", "true"),
+    (r"\bFalse\b", "false"),
+    (r"(\d)L\b", r"\1"),  # Python 2's integers
+    (r",\s*([]}])", r"\1"),
+)
+"""What makes JSON of a header, a Python dictionary of plain values, in the order of replacing."""
+
+
 @lru_cache(maxsize=256)  # all records of a data set have the same few
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    # Not numpy's reader: Python 3.11 parses no Python in two threads at once (SystemError, "AST
+    # constructor recursion depth mismatch"), and others' threads may parse some at any time.
     try:
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
-    except Exception as error:  # noqa: BLE001  (numpy raises whatever damaged bytes lead it to)
+        text = header.decode("latin-1")
+        for pattern, replacement in _JSON:
+            text = re.sub(pattern, replacement, text)
+        values = json.loads(text)
+        kind, fortran, shape = values["descr"], values["fortran_order"], values["shape"]
+        if len(values) != 3 or type(fortran) is not bool or {*map(type, shape)} - {int}:
+            raise ValueError("its values are not a type, an order and a shape")
+        if not isinstance(kind, str):
+            raise BadImage("its array holds records of several fields")
+        if not re.fullmatch(r"[<>|=]?[?A-Za-z]\d*(\[\w+\])?", kind):
+            raise ValueError(f"{kind!r} is no type")
+        dtype = np.dtype(kind)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise BadImage(f"its .npy header is damaged ({reason(error)})") from None
-    if dtype.hasobject or min(shape, default=0) < 0:
-        raise BadImage(
-            "its array holds Python objects, which would have to be unpickled"
-            if dtype.hasobject
-            else "its shape is negative"
-        )
-    return shape, fortran, dtype
+    if dtype.hasobject:
+        raise BadImage("its array holds Python objects, which would have to be unpickled")
+    if min(shape, default=0) < 0:
+        raise BadImage("its shape is negative")
+    return tuple(shape), fortran, dtype
 
 
 def pixels_of_array(content: bytes | memoryview) -> Pixels:
