@@ -1,180 +1,27 @@
-"""The charts of a search's trials: the trade-off, the map, learning curves, and the models."""
+"""The charts of a search's trials: the map, learning curves, and the models side by side."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 import vlae
-from pipeline.config.goals import Constraint, Goals
 from pipeline.config.search import TuneConfig
 from pipeline.data import DataSet
 from pipeline.data.batch import binarize
 from pipeline.data.loader import EvalLoader
 from pipeline.evaluation import pictures
-from pipeline.evaluation.style import FAINT, INK, RULE
+from pipeline.evaluation.style import FAINT, INK
 from pipeline.registry.models import open_model
 from pipeline.search.chart_style import CHARTED, ChartStyle, name_of
 from pipeline.search.trials import Row, is_finished
 
-DASHES = (0, (4, 3))
-TRADE_OFF = Goals.parse(["min rate_bits", "min distortion_nats"])
-EXCLUDED = "#eceef1"
-"""What the constraints exclude."""
 MODELS, IMAGES = 6, 8
 """Models on the comparison sheet, and images per model."""
-
-
-def front(
-    style: ChartStyle, rows: Sequence[Row], along: Sequence[Row], goals: Goals
-) -> Figure | None:
-    """Plot rate against distortion of every trial, and join those ``along`` the front.
-
-    Diagonals are lines of equal code length. Where the constraints of ``goals`` exclude rates or
-    distortions, the chart is grey; finished trials that break any constraint are pale.
-    """
-    placed = [row for row in rows if "distortion_nats" in row]
-    if not placed:
-        return None
-    figure = Figure(figsize=(8.6, 4.6))
-    axes = figure.subplots()
-    joined = sorted((row["rate_bits"], row["distortion_nats"]) for row in along)
-    if joined:
-        axes.plot(*zip(*joined, strict=True), color=INK, linewidth=1, zorder=1)
-    for row in reversed(placed):
-        finished = is_finished(row)
-        face = style.color(row) if finished else "white"
-        size = 9 if finished else 5
-        edge = INK if row.get("front") == 1 else style.color(row)
-        axes.plot(
-            row["rate_bits"],
-            row["distortion_nats"],
-            style.marker(row),
-            markersize=size,
-            markerfacecolor=face,
-            markeredgecolor=edge,
-            gid=f"trial{row['number']}.front",
-            zorder=3 if finished else 2,
-            alpha=0.7 if not finished else 1 if row["feasible"] else 0.35,
-        )
-    _fit(axes, [row for row in placed if is_finished(row)] or placed)
-    excluded = _exclude(axes, goals)
-    _code_lengths(axes)
-    axes.set_xlabel("rate, bits per image: what the code z carries")
-    axes.set_ylabel("distortion, nats per image: left to the decoder")
-    more = [
-        Line2D([], [], color=INK, linewidth=1, label="front: none has less of both"),
-        Line2D(
-            [],
-            [],
-            color=INK,
-            marker="o",
-            markerfacecolor=FAINT,
-            markersize=9,
-            linestyle="",
-            label="best by the objectives",
-        ),
-        *_if_any(
-            (row for row in placed if is_finished(row) and not row["feasible"]),
-            Line2D(
-                [],
-                [],
-                color=FAINT,
-                marker="o",
-                markersize=9,
-                linestyle="",
-                alpha=0.35,
-                label="breaks a constraint",
-            ),
-        ),
-        Line2D(
-            [],
-            [],
-            color=FAINT,
-            marker="o",
-            markerfacecolor="white",
-            markersize=5,
-            linestyle="",
-            label="stopped early",
-        ),
-        Line2D([], [], color=FAINT, linewidth=1, linestyle=DASHES, label="equal code length, nats"),
-        *(Patch(facecolor=EXCLUDED, label=f"outside {constraint}") for constraint in excluded),
-    ]
-    style.legend(axes, more)
-    return figure
-
-
-def _if_any(rows: Iterable[Row], handle: Line2D) -> list[Line2D]:
-    return [handle] if any(True for _ in rows) else []
-
-
-def _exclude(axes: Axes, goals: Goals) -> list[Constraint]:
-    """Fill what the constraints on rate and distortion exclude; returns these constraints."""
-    drawn = []
-    for name, limits, span in (
-        ("rate_bits", axes.get_xlim(), axes.axvspan),
-        ("distortion_nats", axes.get_ylim(), axes.axhspan),
-    ):
-        first, last = limits
-        for constraint in goals.constraints:
-            if constraint.name != name:
-                continue
-            drawn.append(constraint)
-            if constraint.low > first:
-                span(first, min(constraint.low, last), color=EXCLUDED, zorder=0)
-            if constraint.high < last:
-                span(max(constraint.high, first), last, color=EXCLUDED, zorder=0)
-        (axes.set_xlim if name == "rate_bits" else axes.set_ylim)(limits)
-    return drawn
-
-
-def _fit(axes: Axes, rows: Sequence[Row]) -> None:
-    """Fit the axes to the finished trials; trials that were stopped early may lie outside."""
-    for key, limits in (("rate_bits", axes.set_xlim), ("distortion_nats", axes.set_ylim)):
-        values = [row[key] for row in rows]
-        margin = 0.12 * (max(values) - min(values)) or 1.0
-        limits(min(values) - margin, max(values) + margin)
-
-
-def _code_lengths(axes: Axes) -> None:
-    """Draw lines of equal code length, distortion + rate ln 2, labelled at their upper end."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    lowest, highest = bottom + left * math.log(2), top + right * math.log(2)
-    step = next(
-        (each for each in (0.5, 1, 2, 5, 10, 20, 50, 100) if (highest - lowest) / each <= 8), 200
-    )
-    for number in range(math.ceil(lowest / step), math.floor(highest / step) + 1):
-        length = number * step
-        ends = [(x, length - x * math.log(2)) for x in (left, right)]
-        axes.plot(
-            *zip(*ends, strict=True),
-            color=RULE,
-            linewidth=1,
-            linestyle=DASHES,
-            zorder=0,
-            scalex=False,
-            scaley=False,
-        )
-        x = left if ends[0][1] <= top else (length - top) / math.log(2)
-        if x < left + 0.93 * (right - left) and length - x * math.log(2) > bottom + 0.05 * (
-            top - bottom
-        ):
-            axes.annotate(
-                f"{length:g}",
-                (x, length - x * math.log(2)),
-                (3, -2),
-                textcoords="offset points",
-                color=FAINT,
-                fontsize=8,
-                va="top",
-            )
-    axes.grid(visible=False)
 
 
 def heat_map(style: ChartStyle, rows: Sequence[Row]) -> Figure | None:

@@ -26,14 +26,13 @@ from pipeline.evaluation.style import STYLE
 from pipeline.search.chart_style import ChartStyle, name_of, png, svg
 from pipeline.search.charts import (
     MODELS,
-    TRADE_OFF,
-    front,
     heat_map,
     learning_curves,
     side_by_side,
 )
 from pipeline.search.effects import FEWEST_FOR_IMPORTANCE, importance, parallel
 from pipeline.search.study import STUDY, archive
+from pipeline.search.trade_off import TRADE_OFF, front
 from pipeline.search.trial import Trial
 from pipeline.search.trials import Row, is_finished, shortfall
 from pipeline.storage.base import Storage
@@ -103,10 +102,9 @@ def write(config: TuneConfig, output: Storage, rows: Sequence[Row], trials: Sequ
     fronts = TRADE_OFF.ranked(finished)
     drawings: dict[str, Figure | None] = {}
     with matplotlib.rc_context(STYLE):
-        goals = config.search.goals
-        drawings["front"] = front(style, rows, fronts[0] if fronts else [], goals)
+        drawings["front"] = front(style, rows, fronts[0] if fronts else [], config.search)
         drawings["map"] = heat_map(style, rows)
-        drawings["parallel"] = parallel(style, rows, goals)
+        drawings["parallel"] = parallel(style, rows, config.search.goals)
         drawings["curves"] = learning_curves(
             style, rows, {trial.number: trial.curve for trial in trials}
         )
@@ -224,7 +222,8 @@ MISSING = {
 CAPTIONS = {
     "front": (
         "Filled: trials that ran to their end. Hollow: stopped early, at their last validation,"
-        " which may lie outside."
+        " which may lie outside. Pale: breaks a constraint; a letter says which, unless the place"
+        " does."
     ),
     "parallel": (
         "Each line is a trial that ran to its end. Thick: the first front. Pale: breaks a"

@@ -4,6 +4,7 @@ nothing but itself.
 
 import asyncio
 import io
+import math
 import re
 import xml.etree.ElementTree
 from pathlib import Path
@@ -44,7 +45,7 @@ def made() -> list[Trial]:
         row |= {"status": status, "images": 0, "seconds": 9.5, "failures": 0, "curve": []}
         if rate is not None and distortion is not None:
             measured = {
-                "nll": distortion + 0.69 * rate,
+                "nll": distortion + math.log(2) * rate,
                 "rate_bits": rate,
                 "distortion_nats": distortion,
             }
