@@ -3,10 +3,12 @@
 The device decides whether a step is taken; the host does not wait for it.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pipeline.config.run import (
     FREE_NATS_RAMP,
@@ -18,17 +20,35 @@ from pipeline.config.run import (
 from pipeline.errors import UserError
 
 
-def make(optim: OptimOptions, weights: nn.Parameter) -> torch.optim.Optimizer:
+def make(optim: OptimOptions, weights: nn.Parameter) -> Optimizer:
     """The optimizer of a model's weights, as ``vlae.flatten`` returns them.
 
     If its attribute ``found_inf``, a tensor on the device, is 1.0, ``step`` changes nothing.
     """
     if optim.algorithm is Algorithm.adamax:
         return Adamax([weights], optim.learning_rate, capturable=weights.is_cuda)
-    return torch.optim.Adam([weights], optim.learning_rate, fused=True)
+    return Adam([weights], optim.learning_rate, fused=True)
 
 
-class Adamax(torch.optim.Adamax):
+class Eager(Optimizer):
+    """PyTorch's optimizers without the wrappers that load its compiler, which nothing here uses.
+
+    Loading it takes a process two seconds of processor time.
+    """
+
+    add_param_group = inspect.unwrap(Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(Optimizer.zero_grad)
+    state_dict = inspect.unwrap(Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
+
+
+class Adam(Eager, torch.optim.Adam):
+    """Adam, see ``Eager``."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+
+
+class Adamax(Eager, torch.optim.Adamax):
     """Adamax that changes nothing if ``found_inf`` is 1, as the fused Adam does.
 
     PyTorch has no fused Adamax. So each step copies the weights and the state, and restores them if
@@ -47,7 +67,7 @@ class Adamax(torch.optim.Adamax):
             (p.clone(), {name: value.clone() for name, value in self.state[p].items()})
             for p in parameters
         ]
-        loss = super().step(closure)
+        loss = inspect.unwrap(torch.optim.Adamax.step)(self, closure)
         skip = self.found_inf.bool()
         for parameter, (weights, state) in zip(parameters, before, strict=True):
             torch.where(skip, weights, parameter, out=parameter)
@@ -71,7 +91,7 @@ class Guard:
     def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def step(self, optimizer: torch.optim.Optimizer, *values: Tensor) -> Tensor:
+    def step(self, optimizer: Optimizer, *values: Tensor) -> Tensor:
         """Call ``optimizer.step()`` if all ``values`` are finite; returns whether they are.
 
         One of the values must be the norm of the gradients.

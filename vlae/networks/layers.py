@@ -55,7 +55,8 @@ class PixelLayer(nn.Module):
         super().__init__()
         self.activation = activation
         self.linear = nn.Linear(features, features, bias=False)
-        nn.init.kaiming_normal_(self.linear.weight, nonlinearity="relu")
+        if not self.linear.weight.is_meta:  # drawing there would load PyTorch's compiler: seconds
+            nn.init.kaiming_normal_(self.linear.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.linear(x)

@@ -205,11 +205,22 @@ def _masks(
         )
     position = torch.arange(size)
     degrees = [lowest + unit * num_degrees // hidden for unit in range(hidden)]
-    degree = torch.tensor(degrees)
-    masks = [degree[:, None] >= position[None, :]]
-    masks += [degree[:, None] >= degree[None, :]] * (layers - 1)
-    masks += [(position[:, None, None] > degree).expand(-1, outputs, -1).flatten(0, 1)]
+    degree, next_degree = torch.tensor(degrees), torch.tensor([each + 1 for each in degrees])
+    masks = [_at_least(degree, position)]
+    masks += [_at_least(degree, degree)] * (layers - 1)
+    masks += [_at_least(position, next_degree)[:, None].expand(-1, outputs, -1).flatten(0, 1)]
     return masks, [bisect_left(degrees, i) for i in range(size)]
+
+
+def _at_least(left: Tensor, right: Tensor) -> Tensor:
+    """left_i >= right_j: (rows,), (columns,) -> (rows, columns).
+
+    On the device meta, where a mask has no values, comparing would load PyTorch's compiler: seconds
+    whenever a process first opens a model.
+    """
+    if left.is_meta:
+        return torch.empty(len(left), len(right), dtype=torch.bool, device="meta")
+    return left[:, None] >= right[None, :]
 
 
 def _layers(masks: Iterable[Tensor]) -> tuple[nn.ModuleList, MaskedLinear]:

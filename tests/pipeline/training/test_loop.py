@@ -314,13 +314,14 @@ def test_with_any_options_an_interrupted_run_ends_with_the_same_weights(
         assert rows_of(ended[0], "train")[-1]["train/rate_weight"] < 0.7
 
 
-def test_it_needs_no_ray(root: str) -> None:
+def test_it_needs_neither_ray_nor_pytorchs_compiler(root: str) -> None:
     script = """
 import sys
 sys.modules["ray"] = None  # importing it fails
 from pipeline.commands import load
 from pipeline.training import loop
 loop.fit(load("train", sys.argv[1:]))
+assert "torch._dynamo" not in sys.modules, "loading it takes seconds"
 """
     overrides = [*strokes.TINY, f"storage.root={root}", "name=without-ray", "train.images=16"]
     done = subprocess.run(
