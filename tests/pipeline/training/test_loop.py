@@ -434,11 +434,12 @@ def train_on_one_rank(
     root: str,
     folder: str,
     runs: dict[str, list[str]],
-    stop_at: int | None,
+    stops: dict[str, int],
 ) -> None:
     """Train several runs, given as options by name, one after the other.
 
-    Rank 1 is asked to stop each run at step ``stop_at``.
+    Rank 1 is asked to stop a run at its step in ``stops``, and has bad batches in a run named
+    faulty.
     """
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -447,6 +448,7 @@ def train_on_one_rank(
     valid = {}
     for name, overrides in runs.items():
         faulty = SINGLE_FAULTS if rank == 1 and "faulty" in name else ()
+        last = stops.get(name, math.inf) if rank == 1 else math.inf
         beats = itertools.count(10)  # one at step 10, and then one at each step
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(loop.Stopped):
             plant_faults(patch, faulty)
@@ -454,26 +456,35 @@ def train_on_one_rank(
                 configure(root, name, *overrides),
                 rank=rank,
                 world_size=world_size,
-                should_stop=lambda: rank == 1 and stop_at is not None and next(beats) >= stop_at,  # noqa: B023
+                should_stop=lambda: next(beats) >= last,  # noqa: B023
             )
     Path(folder, f"{rank}.json").write_text(json.dumps(valid))
     dist.destroy_process_group()
 
 
 def train_on(
-    world_size: int, root: str, runs: dict[str, list[str]], stop_at: int | None = None
+    world_size: int, root: str, runs: dict[str, list[str]], stops: dict[str, int] | None = None
 ) -> list[dict[str, Any]]:
-    """Train runs on ``world_size`` processes; returns the last validations of each process."""
+    """Train runs on ``world_size`` processes.
+
+    Returns the last validation of each run that was not stopped, for each process.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        spawn(train_on_one_rank, (world_size, root, folder, runs, stop_at), nprocs=world_size)
-        if stop_at:
-            return []
+        spawn(train_on_one_rank, (world_size, root, folder, runs, stops or {}), nprocs=world_size)
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
-LONG = ["train.images=1600", "train.valid_every=1600"]
-"""200 steps; the log has all but the first nine."""
+LONG = ["train.images=1600", "train.valid_every=1600", "train.checkpoint_seconds=60"]
+"""200 steps, few checkpoints; the log has all but the first nine steps."""
 PRECISIONS = {"float32": 1e-3, "float64": 1e-9}
+EXACT = {
+    # Two of three ranks then have one micro-batch, and one has two.
+    "micro": ["train.precision=float64", "train.micro_batch=2"],
+    # Each image sends as many latents as it does on one rank.
+    "nested": ["train.precision=float64", "train.nested=true"],
+}
+CHANGED = {f"changed-{name}": [f"train.precision={name}", *LONG] for name in PRECISIONS}
+"""Runs that three ranks begin and two end."""
 
 
 @pytest.fixture(scope="module")
@@ -486,6 +497,19 @@ def on_one_rank(root: str) -> dict[str, Storage]:
     for config in configs.values():
         loop.fit(config)
     return {name: Run.of(config).storage for name, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def on_three_ranks(root: str) -> list[dict[str, Any]]:
+    """The last validation of each run, by its name, on each of three ranks; the runs ``CHANGED``
+    are stopped.
+
+    One start of three processes serves all runs, since it takes longer than a run.
+    """
+    long = {f"three-{name}": [f"train.precision={name}", *LONG] for name in PRECISIONS}
+    exact = {f"three-{name}": options for name, options in EXACT.items()}
+    stops = dict.fromkeys(CHANGED, 100)
+    return train_on(3, root, long | exact | CHANGED | {"three-faulty": []}, stops)
 
 
 def assert_same_losses(run: Storage, whole: Storage, tolerance: float) -> None:
@@ -506,46 +530,45 @@ def assert_same_losses(run: Storage, whole: Storage, tolerance: float) -> None:
 
 
 def test_three_ranks_of_four_streams_have_the_losses_of_one_over_200_steps(
-    on_one_rank: dict[str, Storage], root: str
+    on_one_rank: dict[str, Storage], on_three_ranks: list[dict[str, Any]], root: str
 ) -> None:
-    options = {f"three-{name}": [f"train.precision={name}", *LONG] for name in PRECISIONS}
-    # Two of the ranks then have one micro-batch, and one has two.
-    micro = {"three-micro": ["train.precision=float64", "train.micro_batch=2", *LONG]}
-    # Each image sends as many latents as it does on one rank.
-    nested = ["train.precision=float64", "train.nested=true"]
-    alone = loop.fit(configure(root, "one-nested", *nested))
-    valid = train_on(3, root, options | micro | {"three-nested": nested})
-    assert valid[0] == valid[1] == valid[2], "all ranks have the same validation"
+    first, second, third = on_three_ranks
+    assert first == second == third, "all ranks have the same validation"
     for name, tolerance in PRECISIONS.items():
         assert_same_losses(open_storage(f"{root}/runs/three-{name}"), on_one_rank[name], tolerance)
-    assert_same_losses(
-        open_storage(f"{root}/runs/three-micro"), on_one_rank["float64"], PRECISIONS["float64"]
-    )
-    assert valid[0]["three-nested"] == pytest.approx(alone, rel=PRECISIONS["float64"])
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_three_ranks_validate_as_one_does(
+    name: str, on_three_ranks: list[dict[str, Any]], root: str
+) -> None:
+    alone = loop.fit(configure(root, f"one-{name}", *EXACT[name]))
+    assert on_three_ranks[0][f"three-{name}"] == pytest.approx(alone, rel=PRECISIONS["float64"])
+
+
+@pytest.mark.usefixtures("on_three_ranks")
 def test_a_stopped_run_resumes_on_another_number_of_ranks_with_the_same_losses(
     on_one_rank: dict[str, Storage], root: str
 ) -> None:
-    runs = {f"changed-{name}": [f"train.precision={name}", *LONG] for name in PRECISIONS}
-    train_on(3, root, runs, stop_at=100)
-    for name in runs:
+    for name in CHANGED:
         run = open_storage(f"{root}/runs/{name}")
         assert Path(max(run.list("checkpoints/"))).name[:10] == f"{100:010d}", (
             "the state is saved at the step of the stop"
         )
         assert steps_of(run, "train")[-1] == 100
-    train_on(2, root, runs)
+    train_on(2, root, CHANGED)
     for name, tolerance in PRECISIONS.items():
         assert_same_losses(
             open_storage(f"{root}/runs/changed-{name}"), on_one_rank[name], tolerance
         )
 
 
-def test_a_fault_on_one_rank_is_skipped_by_all(root: str) -> None:
-    valid = train_on(2, root, {"ranks-faulty": []})
-    assert valid[0] == valid[1]
-    faulty = rows_of(open_storage(f"{root}/runs/ranks-faulty"), "train")
+def test_a_fault_on_one_rank_is_skipped_by_all(
+    on_three_ranks: list[dict[str, Any]], root: str
+) -> None:
+    assert "three-faulty" in on_three_ranks[0]
+    assert on_three_ranks[0] == on_three_ranks[1] == on_three_ranks[2]
+    faulty = rows_of(open_storage(f"{root}/runs/three-faulty"), "train")
     assert faulty[-1]["train/skipped_steps"] == len(SINGLE_FAULTS)
     assert all(math.isfinite(row["train/rate"]) for row in faulty)
 
