@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from pipeline import commands
+from pipeline.commands.models.registry import COMMAND
 from pipeline.config.sections import RegistryOptions
 from pipeline.errors import UserError
 from pipeline.registry import champions
@@ -83,9 +85,7 @@ def test_of_two_promotions_at_once_the_better_model_stays(tmp_path: Path) -> Non
         )
 
     runs = ",".join(f"{root}/runs/{name}" for name in ("little", "more", "most"))
-    registering = start("register", f"runs=[{runs}]")
-    _, errors = registering.communicate(timeout=250)
-    assert registering.returncode == 0, errors
+    COMMAND.run(commands.load("registry", ["action=register", f"runs=[{runs}]", *options]))
     promoting = [start("promote", f"version={number}") for number in (3, 2)]
     ended = [process.communicate(timeout=250) for process in promoting]
     assert promoting[0].returncode == 0, ended[0]
