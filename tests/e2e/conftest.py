@@ -11,31 +11,12 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli
-from pipeline.storage import open_storage
-from pipeline.storage.base import Storage
+from pipeline.data import DataSet
 from pipeline.storage.server import ObjectStorageServer
+from tests.pipeline import strokes
 
 VLAE = str(Path(sys.executable).with_name("vlae"))
-TINY = [
-    "model=tiny",
-    "train=short",
-    "train.images=4000",
-    "train.valid_every=1000",
-    "train.valid_images=200",
-]
-"""A model and a run of seconds."""
-
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope="session")
-def mnist(
-    storage_server: ObjectStorageServer, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory
-) -> Storage:
-    """The shards of MNIST, which ``vlae shard`` made."""
-    root = f"s3://tests/{uuid.uuid4().hex}"
-    vlae(tmp_path_factory.mktemp("shard"), "shard", f"storage.root={root}")
-    return open_storage(f"{root}/datasets/mnist")
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +26,9 @@ def root(storage_server: ObjectStorageServer) -> str:
 
 
 @pytest.fixture(scope="module")
-def data(root: str, mnist: Storage) -> str:
-    """A copy of MNIST below ``root``, which costs less than to make it again."""
-    copy = open_storage(f"{root}/datasets/mnist")
-    for key in mnist.list():
-        copy.write(key, mnist.read(key))
-    return copy.url
+def small_data(root: str) -> DataSet:
+    """The strokes below ``root``, for tests of what is the same for every data set."""
+    return strokes.write(strokes.data_storage(root))
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,24 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from pipeline import commands, runs
 from pipeline.storage import open_storage
 from pipeline.storage.claims import CLAIM
 from pipeline.training import loop
-from tests.e2e.conftest import TINY, VLAE, Run
+from tests.e2e.conftest import VLAE, Run
+from tests.pipeline import strokes
 
 
+@pytest.mark.usefixtures("ray_cluster", "small_data")
 def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
-    run: Run, root: str, data: str, workplace: Path
+    call: Run, root: str, workplace: Path
 ) -> None:
-    options = [f"storage.root={root}", *TINY, "train.images=12000", "train.valid_every=12000"]
-    # The first checkpoint is that of step 10 of 750, and the next follows within a second: there
-    # is most of the run to kill it in.
-    options += ["train.report_seconds=0.5", "train.checkpoint_seconds=0"]
+    options = [*strokes.TINY, f"storage.root={root}", "train.images=4800", "train.valid_every=4800"]
+    # The first checkpoint is that of step 10 of 600, and the next follows 0.2 s later: there is
+    # most of the run to kill it in.
+    options += ["train.report_seconds=0.2"]
     storage = open_storage(f"{root}/runs/killed")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
@@ -49,7 +53,7 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
             assert process.poll() is None, (
                 f"the run ended before it could be interrupted:\n{log.read_text()}"
             )
-            time.sleep(0.1)
+            time.sleep(0.2)
         assert storage.read_json(CLAIM)["process"] == process.pid
         return process
 
@@ -62,11 +66,11 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     assert (
-        f"run killed is stopped, its state saved after step {newest()} of 750; the same command"
+        f"run killed is stopped, its state saved after step {newest()} of 600; the same command"
         " resumes it" in log.read_text()
     )
 
-    run("train", "name=killed", *options)
+    call("train", "name=killed", *options)  # on the cluster of the session
     loop.fit(
         commands.load("train", ["name=whole", *options])
     )  # without Ray, which changes nothing and takes long to start
@@ -75,7 +79,7 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
     assert rows[: len(kept)] == kept, "the log starts afresh: the checkpoint was not used"
     steps = [row["step"] for row in rows if "train/code_length" in row]
     assert steps == sorted(set(steps))
-    assert steps[-1] == 750
+    assert steps[-1] == 600
     whole = open_storage(f"{root}/runs/whole")
     assert storage.read("model/model.safetensors") == whole.read("model/model.safetensors")
 

@@ -14,7 +14,7 @@ from tests.e2e.conftest import Run
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-SHORT = ["train=brief", "train.images=320", "train.valid_every=160", "train.valid_images=20"]
+SHORT = ["train=brief", "train.images=160", "train.valid_every=80", "train.valid_images=20"]
 """A training of seconds."""
 SIZE = 16
 
@@ -35,12 +35,12 @@ def draw_icons(folder: Path) -> None:
 
 
 def test_icons_become_a_colour_model_without_any_option(
-    run: Run, call: Run, root: str, workplace: Path
+    call: Run, root: str, workplace: Path
 ) -> None:
     draw_icons(workplace / "icons")
     (workplace / "icons" / "licence.txt").write_text("free")
     place = f"storage.root={root}"
-    told = run("shard", place, "dataset=folder", "dataset.name=icons", "dataset.path=icons").stdout
+    told = call("shard", place, "dataset=folder", "dataset.name=icons", "dataset.path=icons").stdout
     assert "data set icons written: 3 x 16 x 16, 256 values" in told
     assert "241 files found: 240 used, 1 passed over" in told
     assert "labels: 2 classes (disc, square)" in told
@@ -50,13 +50,14 @@ def test_icons_become_a_colour_model_without_any_option(
     refused = call("train", place, "dataset.name=icons", "dataset.binarization=dynamic", code=2)
     assert "the images of data set icons are in colour" in refused.stderr
 
-    run("train", place, "dataset.name=icons", "name=icons", *SHORT)
+    call("train", place, "dataset.name=icons", "name=icons", *SHORT)
     config = json.loads(open_storage(f"{root}/runs/icons").read("config.json"))
     assert config["dataset"]["binarization"] == "none"
     assert config["model"]["encoder_channels"] == 32  # of model=colour
 
     model = f"model={root}/runs/icons"
     few = ["bounds.samples=2", "bounds.num_images=20", "bounds.pictures=8"]
+    few += ["bounds.resolution_images=0"]
     call("evaluate", model, place, *few)
     test = json.loads((workplace / "outputs/evaluate/icons/result.json").read_text())["test"]
     assert 0 < test["elbo_nats"] < 3 * SIZE**2 * math.log(256)

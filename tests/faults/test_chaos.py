@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import commands
+from pipeline.cluster import HEALTH_CHECK_TIMEOUT
 from pipeline.runs import Run
 from pipeline.storage import open_storage
 from pipeline.training import loop
@@ -14,8 +15,10 @@ from tests.faults.strikes import KINDS, Skipped, Strike, draw, rpc_failures
 
 SEED = 52
 """Its first two faults of training are a stopped worker and reads that are cut."""
-SHORT = ["train.images=6400", "train.valid_every=3200", "train.checkpoint_seconds=0.5"]
-"""800 steps."""
+SHORT = ["train.images=3200", "train.valid_every=1600", "train.checkpoint_seconds=0.5"]
+"""400 steps."""
+PACE = 0.02
+"""The faults come 0.2 s after the first checkpoint: the steps that are left take seconds."""
 
 
 def test_faults_are_a_function_of_the_seed_and_all_kinds_are_drawn() -> None:
@@ -49,11 +52,12 @@ def test_a_run_under_drawn_faults_ends_as_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(chaos.ENVIRONMENT, HEALTH_CHECK_TIMEOUT, "5")
     with chaos.stage(tmp_path, with_team=False) as stage:
         disturbed = chaos.Round(stage, 1)
         disturbed.arguments["train"] += [*SHORT, "cluster.num_workers=1"]
         run = open_storage(f"{disturbed.root}/runs/run", stage.server.endpoint_url)
-        assert disturbed.play(["train"], SEED, 2, lambda: run.list("checkpoints/"), pace=0.25) == 2
+        assert disturbed.play(["train"], SEED, 2, lambda: run.list("checkpoints/"), pace=PACE) == 2
         assert "has not answered" in Run(run).restarts()[0]["reason"]
         options = [*chaos.RUN, *SHORT, f"storage.root={disturbed.root}"]
         loop.fit(commands.load("train", [*options, "name=whole"]))
