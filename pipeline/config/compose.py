@@ -276,6 +276,11 @@ def build(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:
     return built
 
 
+@functools.cache  # `merge`, the only use, copies it, which is faster than to make it
+def _structured(schema: type[Any]) -> DictConfig:
+    return typing.cast(DictConfig, OmegaConf.structured(schema))
+
+
 def _typed(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:
     """A configuration whose values have their types, and are not checked otherwise.
 
@@ -284,7 +289,7 @@ def _typed(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config
     known = dict(describe(schema))
     key = "the configuration"
     try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), base)
+        config = OmegaConf.merge(_structured(schema), base)  # type: ignore[arg-type]
         for key, value in values.items():
             _check_known(key, known)
             OmegaConf.update(config, key, value, force_add=True)

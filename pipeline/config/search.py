@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config.compose import reason_of, unknown_option
@@ -211,7 +211,7 @@ class TuneConfig(TrainConfig):
         Raises UserError unless each is one that trials can differ in, and takes each of its values.
         """
         space, typed = self.search.space, dict[str, list[Any]]()
-        known = dict(describe(TrainConfig))
+        known, trial = dict(describe(TrainConfig)), OmegaConf.structured(self._at({}))
         require(
             bool(space),
             "search.space is empty; give at least one option to vary, as"
@@ -237,7 +237,7 @@ class TuneConfig(TrainConfig):
                 )
                 if key not in known:
                     raise UserError(f"search.space.{key}: {unknown_option(key, known)}")
-                typed[key] = [_taken(self._at({}), key, value) for value in values]
+                typed[key] = [_taken(trial, key, value) for value in values]
         return typed
 
     def _at(self, point: dict[str, Any]) -> TrainConfig:
@@ -251,14 +251,13 @@ class TuneConfig(TrainConfig):
         return TrainConfig(**parts)
 
 
-def _taken(config: Any, key: str, value: Any) -> Any:
-    """A value of a searched option as its configuration holds it. Raises UserError if it is of
-    another kind.
+def _taken(trial: DictConfig, key: str, value: Any) -> Any:
+    """A value of a searched option as the configuration of a trial, which gets it, holds it. Raises
+    UserError if it is of another kind.
     """
-    changed = OmegaConf.structured(config)
     try:
-        OmegaConf.update(changed, key, value)
-        taken = OmegaConf.select(changed, key)
+        OmegaConf.update(trial, key, value)
+        taken = OmegaConf.select(trial, key)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"search.space.{key}: {reason_of(error)}") from None
     plain = taken.value if isinstance(taken, Enum) else taken
