@@ -12,6 +12,7 @@ import ray.util.metrics
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2.api.exceptions import ControllerError
 
 from pipeline.config.compose import build
@@ -69,6 +70,17 @@ def check_data(config: TrainConfig) -> DataSet:
     return data
 
 
+class Trainer(TorchTrainer):
+    """Ray Train's trainer without its actor for Ray data sets, of which there are none here.
+
+    The actor would load Ray Data in a process of its own whenever workers start.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        every = super()._create_default_callbacks()
+        return [each for each in every if not isinstance(each, DatasetsCallback)]
+
+
 def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
     """Run ``worker`` on the cluster until the run is complete or stopped. Ray must be connected.
 
@@ -79,7 +91,7 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
     restarts = Restarts(config.run_name, Run.of(config).storage, workers.max_failures)
     is_elastic = workers.min_workers < workers.max_workers
     for attempt in itertools.count(1):
-        trainer = TorchTrainer(
+        trainer = Trainer(
             worker,
             train_loop_config=to_dict(config),
             # After the watch of the rank that the collective waits for (see StepWatch), which names
