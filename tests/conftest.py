@@ -161,6 +161,8 @@ def ray_cluster(
         try:
             wait_for(lambda: answers(gcs) and answers(dashboard) and answers(agent), head, log)
             patch.setenv("RAY_ADDRESS", f"127.0.0.1:{gcs}")
+            # As where commands start Ray themselves: no host of this machine will be preempted.
+            patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             yield f"http://127.0.0.1:{dashboard}"
         finally:
             import ray

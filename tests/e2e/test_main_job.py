@@ -285,10 +285,11 @@ def test_a_job_is_submitted_to_a_running_cluster(
 
 @pytest.mark.usefixtures("small_data")
 def test_a_running_job_is_seen_at_rays_metrics_endpoint(
-    root: str, storage_server: ObjectStorageServer, ray_cluster: str
+    root: str, workplace: Path, storage_server: ObjectStorageServer, ray_cluster: str
 ) -> None:
     jobs = JobSubmissionClient(ray_cluster)
     endless = ["train.images=40_000_000", "train.report_seconds=0.5"]
+    endless += [f"registry.uri=sqlite:///{workplace}/jobs.db"]  # a job runs where the cluster does
     jobs.submit_job(
         entrypoint=shlex.join(entrypoint(root, "watched", *endless)),
         submission_id="watched",
