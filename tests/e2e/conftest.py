@@ -1,10 +1,12 @@
 """Running the commands as a user does, against the real servers."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -78,3 +80,42 @@ def call(
         return subprocess.CompletedProcess(["vlae", *arguments], code, printed.out, printed.err)
 
     return call
+
+
+@pytest.fixture
+def begun() -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """The processes that a test starts: what still runs when it ends, as after its time limit, is
+    killed.
+    """
+    processes = list["subprocess.Popen[bytes]"]()
+    yield processes
+    for process in processes:
+        if process.poll() is None:
+            kill_with_descendants(process)
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """All processes below one, and their command lines."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    lines = [line.split(maxsplit=2) for line in listed.splitlines()]
+    commands = {int(line[0]): line[2] for line in lines if len(line) > 2}
+    parents = {int(line[0]): int(line[1]) for line in lines}
+    below = {pid}
+    while found := {child for child, parent in parents.items() if parent in below} - below:
+        below |= found
+    return {child: commands.get(child, "") for child in below - {pid}}
+
+
+def kill_with_descendants(process: "subprocess.Popen[bytes]") -> None:
+    """SIGKILL for a process and all below it, the driver, its Ray and the workers, as when the
+    machine's power is cut.
+
+    Left alone, the workers would train on until they notice that their driver is gone: several
+    seconds on a busy machine.
+    """
+    for pid in (process.pid, *descendants(process.pid)):
+        with contextlib.suppress(ProcessLookupError):  # it ended with its parent
+            os.kill(pid, signal.SIGKILL)
+    process.wait()

@@ -1,6 +1,5 @@
 """A run that is killed, or told to stop, goes on where it was."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -13,13 +12,13 @@ from pipeline import commands, runs
 from pipeline.storage import open_storage
 from pipeline.storage.claims import CLAIM
 from pipeline.training import loop
-from tests.e2e.conftest import VLAE, Run
+from tests.e2e.conftest import VLAE, Run, kill_with_descendants
 from tests.pipeline import strokes
 
 
 @pytest.mark.usefixtures("ray_cluster", "small_data")
 def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
-    call: Run, root: str, workplace: Path
+    call: Run, root: str, workplace: Path, begun: list["subprocess.Popen[bytes]"]
 ) -> None:
     options = [*strokes.TINY, f"storage.root={root}", "train.images=4800", "train.valid_every=4800"]
     # The first checkpoint is that of step 10 of 600, and the next follows 0.2 s later: there is
@@ -48,6 +47,7 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
             process = subprocess.Popen(
                 command, cwd=workplace, env=environment, stdout=file, stderr=subprocess.STDOUT
             )
+        begun.append(process)
         # However long a busy machine takes to start Ray; pytest's time limit ends what hangs.
         while newest() <= before or not logged():
             assert process.poll() is None, (
@@ -82,30 +82,3 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
     assert steps[-1] == 600
     whole = open_storage(f"{root}/runs/whole")
     assert storage.read("model/model.safetensors") == whole.read("model/model.safetensors")
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """All processes below one, and their command lines."""
-    listed = subprocess.run(
-        ["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
-    ).stdout
-    lines = [line.split(maxsplit=2) for line in listed.splitlines()]
-    commands = {int(line[0]): line[2] for line in lines if len(line) > 2}
-    parents = {int(line[0]): int(line[1]) for line in lines}
-    below = {pid}
-    while found := {child for child, parent in parents.items() if parent in below} - below:
-        below |= found
-    return {child: commands.get(child, "") for child in below - {pid}}
-
-
-def kill_with_descendants(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL for a process and all below it, the driver, its Ray and the workers, as when the
-    machine's power is cut.
-
-    Left alone, the workers would train on until they notice that their driver is gone: several
-    seconds on a busy machine.
-    """
-    for pid in (process.pid, *descendants(process.pid)):
-        with contextlib.suppress(ProcessLookupError):  # it ended with its parent
-            os.kill(pid, signal.SIGKILL)
-    process.wait()

@@ -16,8 +16,7 @@ import pytest
 from pipeline import runs
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
-from tests.e2e.conftest import VLAE, Run
-from tests.e2e.test_interruption import descendants, kill_with_descendants
+from tests.e2e.conftest import VLAE, Run, descendants, kill_with_descendants
 from tests.pipeline import strokes
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "small_data")
@@ -78,7 +77,7 @@ def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[bytes]",
 
 
 def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_once(
-    call: Run, root: str, workplace: Path
+    call: Run, root: str, workplace: Path, begun: list["subprocess.Popen[bytes]"]
 ) -> None:
     storage = open_storage(f"{root}/searches/fated")
     third = open_storage(f"{root}/runs/fated-window3x1-latents4-flow_depth0-learning_rate0.003")
@@ -89,6 +88,7 @@ def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_o
         return [row for row in runs.Run(third).rows() if row["step"] <= max(steps)] if steps else []
 
     process, log = start(workplace, root)
+    begun.append(process)
     wait_until(kept, process, log)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C: all that a terminal started
     assert process.wait() == 130
@@ -97,6 +97,7 @@ def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_o
 
     rows_before = kept()
     process, log = start(workplace, root)
+    begun.append(process)
     wait_until(lambda: len(kept()) > len(rows_before), process, log)
     kill_with_descendants(process)
     before, rows_before = records(storage), kept()
@@ -104,6 +105,7 @@ def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_o
     assert "not finite" in before[1]["error"]
 
     process, log = start(workplace, root, has_own_ray=False)
+    begun.append(process)
     wait_until(lambda: len(kept()) > len(rows_before), process, log)
     (trial,) = [
         pid
