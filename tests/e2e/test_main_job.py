@@ -316,4 +316,5 @@ def test_a_running_job_is_seen_at_rays_metrics_endpoint(
         time.sleep(0.2)
     assert jobs.get_job_status("watched") == "STOPPED"
     assert shown["images_per_s"] > 0
-    assert 0 < shown["rate"] < shown["code_length"] < strokes.SIZE**2 * math.log(2)
+    # At first the model is worse than to guess each pixel, but not by so much.
+    assert 0 < shown["rate"] < shown["code_length"] < 2 * strokes.SIZE**2 * math.log(2)
