@@ -143,8 +143,6 @@ def ray_cluster(
         f"--dashboard-port={dashboard}",
     ]
     command += [f"--dashboard-agent-listen-port={agent}"]
-    # Metrics are seen after two seconds, not ten: a run that is watched trains for as long.
-    environment = os.environ | {"RAY_metrics_report_interval_ms": "2000"}
     # A folder of its own, with a short name for its sockets: in the one that they share, a Ray
     # started after it is taken for it by jobs.
     with (
@@ -153,15 +151,12 @@ def ray_cluster(
         TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
     ):
         head = psutil.Popen(
-            [*command, f"--temp-dir={folder}"],
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
+            [*command, f"--temp-dir={folder}"], stdout=file, stderr=subprocess.STDOUT
         )
         try:
             wait_for(lambda: answers(gcs) and answers(dashboard) and answers(agent), head, log)
             patch.setenv("RAY_ADDRESS", f"127.0.0.1:{gcs}")
-            # As where commands start Ray themselves: no host of this machine will be preempted.
+            # As the commands do when they start Ray on one machine.
             patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             yield f"http://127.0.0.1:{dashboard}"
         finally:

@@ -90,18 +90,8 @@ def test_prometheus_answers_every_query_of_the_dashboard(
 ) -> None:
     connect(ClusterOptions(), StorageOptions())
     (port,) = {node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]}
-
-    # In a process of its own, as in a run: that of the tests, which connected to other clusters
-    # before, once exported nothing.
-    @ray.remote(num_cpus=0)
-    class Worker:
-        def report(self, row: dict[str, float]) -> None:
-            self.gauges = [Gauges("first"), Gauges("second")]
-            for each in self.gauges:
-                each.set(row)
-
-    worker = Worker.remote()
-    ray.get(worker.report.remote(rows[-1]))
+    for run in ("first", "second"):
+        Gauges(run).set(rows[-1])
     with prometheus(tmp_path, f"127.0.0.1:{port}") as address:
         (runs,) = [each for each in DASHBOARD["templating"]["list"] if each["name"] == "run"]
         asked = re.fullmatch(r"label_values\((\w+), (\w+)\)", runs["definition"])
