@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import uuid
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline import cli
@@ -18,6 +18,15 @@ from pipeline.storage.server import ObjectStorageServer
 from tests.pipeline import strokes
 
 VLAE = str(Path(sys.executable).with_name("vlae"))
+TINY = [
+    "model=tiny",
+    "train=short",
+    "train.images=2400",
+    "train.valid_every=600",
+    "train.valid_images=100",
+]
+"""A model and a run of seconds on MNIST."""
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -84,28 +93,14 @@ def call(
 
 @pytest.fixture
 def begun() -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """The processes that a test starts: what still runs when it ends, as after its time limit, is
-    killed.
+    """The processes that a test starts. Those that still run when it ends, as after its time limit,
+    are killed.
     """
     processes = list["subprocess.Popen[bytes]"]()
     yield processes
     for process in processes:
         if process.poll() is None:
             kill_with_descendants(process)
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """All processes below one, and their command lines."""
-    listed = subprocess.run(
-        ["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
-    ).stdout
-    lines = [line.split(maxsplit=2) for line in listed.splitlines()]
-    commands = {int(line[0]): line[2] for line in lines if len(line) > 2}
-    parents = {int(line[0]): int(line[1]) for line in lines}
-    below = {pid}
-    while found := {child for child, parent in parents.items() if parent in below} - below:
-        below |= found
-    return {child: commands.get(child, "") for child in below - {pid}}
 
 
 def kill_with_descendants(process: "subprocess.Popen[bytes]") -> None:
@@ -115,7 +110,9 @@ def kill_with_descendants(process: "subprocess.Popen[bytes]") -> None:
     Left alone, the workers would train on until they notice that their driver is gone: several
     seconds on a busy machine.
     """
-    for pid in (process.pid, *descendants(process.pid)):
-        with contextlib.suppress(ProcessLookupError):  # it ended with its parent
-            os.kill(pid, signal.SIGKILL)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for each in below:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended with its parent
+            each.kill()
     process.wait()

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline import runs
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
-from tests.e2e.conftest import VLAE, Run, descendants, kill_with_descendants
+from tests.e2e.conftest import VLAE, Run, kill_with_descendants
 from tests.pipeline import strokes
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "small_data")
@@ -51,7 +52,7 @@ def records(storage: Storage) -> list[dict[str, Any]]:
 
 
 def start(
-    workplace: Path, root: str, *, has_own_ray: bool = True
+    begun: list["subprocess.Popen[bytes]"], workplace: Path, root: str, *, has_own_ray: bool = True
 ) -> tuple["subprocess.Popen[bytes]", Path]:
     """The search in a process, with its own Ray or on the cluster of the session, and its log."""
     log = workplace / "search.log"
@@ -65,7 +66,8 @@ def start(
         options: dict[str, Any] = {"cwd": workplace, "env": environment, "start_new_session": True}
         # Tests that were started in the background have Ctrl-C ignored, and hand that on.
         options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **options), log
+        begun.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **options))
+    return begun[-1], log
 
 
 def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -87,8 +89,7 @@ def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_o
         steps = [int(key.split("/")[1].split("-")[0]) for key in third.list("checkpoints/")]
         return [row for row in runs.Run(third).rows() if row["step"] <= max(steps)] if steps else []
 
-    process, log = start(workplace, root)
-    begun.append(process)
+    process, log = start(begun, workplace, root)
     wait_until(kept, process, log)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C: all that a terminal started
     assert process.wait() == 130
@@ -96,23 +97,24 @@ def test_a_search_that_is_interrupted_and_killed_with_a_trial_runs_every_trial_o
     assert "Traceback" not in log.read_text()
 
     rows_before = kept()
-    process, log = start(workplace, root)
-    begun.append(process)
+    process, log = start(begun, workplace, root)
     wait_until(lambda: len(kept()) > len(rows_before), process, log)
     kill_with_descendants(process)
     before, rows_before = records(storage), kept()
     assert [row["status"] for row in before] == ["finished", "failed", "unfinished"]
     assert "not finite" in before[1]["error"]
 
-    process, log = start(workplace, root, has_own_ray=False)
-    begun.append(process)
+    process, log = start(begun, workplace, root, has_own_ray=False)
     wait_until(lambda: len(kept()) > len(rows_before), process, log)
+    below = set(psutil.Process().children(recursive=True))
     (trial,) = [
-        pid
-        for pid, command in descendants(os.getpid()).items()
-        if command.startswith("ray::") and "train" in command
+        each
+        for each in psutil.process_iter(["cmdline"])
+        if each in below
+        and (command := " ".join(each.info["cmdline"] or [])).startswith("ray::")
+        and "train" in command
     ]
-    os.kill(trial, signal.SIGKILL)
+    trial.kill()
     assert process.wait() == 0, log.read_text()
 
     output, after = log.read_text(), records(storage)
