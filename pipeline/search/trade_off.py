@@ -81,8 +81,9 @@ def front(
             linestyle="",
             label="best by the objectives",
         ),
-        *_if_any(
-            (row for row in placed if is_finished(row) and not row["feasible"]),
+    ]
+    if any(is_finished(row) and not row["feasible"] for row in placed):
+        more += [
             Line2D(
                 [],
                 [],
@@ -92,8 +93,9 @@ def front(
                 linestyle="",
                 alpha=0.35,
                 label="breaks a constraint",
-            ),
-        ),
+            )
+        ]
+    more += [
         Line2D(
             [],
             [],
@@ -110,10 +112,6 @@ def front(
     ]
     style.legend(axes, more)
     return figure
-
-
-def _if_any(rows: Iterable[Row], handle: Line2D) -> list[Line2D]:
-    return [handle] if any(True for _ in rows) else []
 
 
 def _exclude(axes: Axes, search: SearchOptions) -> list[Patch]:

@@ -59,6 +59,7 @@ class Adamax(Eager, torch.optim.Adamax):
     """
 
     found_inf: Tensor
+    _update = inspect.unwrap(torch.optim.Adamax.step)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -67,7 +68,7 @@ class Adamax(Eager, torch.optim.Adamax):
             (p.clone(), {name: value.clone() for name, value in self.state[p].items()})
             for p in parameters
         ]
-        loss = inspect.unwrap(torch.optim.Adamax.step)(self, closure)
+        loss = self._update(closure)
         skip = self.found_inf.bool()
         for parameter, (weights, state) in zip(parameters, before, strict=True):
             torch.where(skip, weights, parameter, out=parameter)
