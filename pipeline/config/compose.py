@@ -276,7 +276,7 @@ def build(schema: type[Config], base: Any, values: Mapping[str, Any]) -> Config:
     return built
 
 
-@functools.cache  # `merge`, the only use, copies it, which is faster than to make it
+@functools.cache  # shared, since `merge` copies it, which is faster than to make it anew
 def _structured(schema: type[Any]) -> DictConfig:
     return typing.cast(DictConfig, OmegaConf.structured(schema))
 

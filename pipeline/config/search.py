@@ -252,8 +252,8 @@ class TuneConfig(TrainConfig):
 
 
 def _taken(trial: DictConfig, key: str, value: Any) -> Any:
-    """A value of a searched option as the configuration of a trial, which gets it, holds it. Raises
-    UserError if it is of another kind.
+    """Give a searched option a value in the configuration of a trial; returns the value as the
+    configuration holds it. Raises UserError if it is of another kind.
     """
     try:
         OmegaConf.update(trial, key, value)

@@ -71,9 +71,9 @@ def check_data(config: TrainConfig) -> DataSet:
 
 
 class Trainer(TorchTrainer):
-    """Ray Train's trainer without its actor for Ray data sets, of which there are none here.
+    """Ray Train's trainer, without the actor that it starts for Ray data sets.
 
-    The actor would load Ray Data in a process of its own whenever workers start.
+    There are none here, and each start of the workers would load Ray Data in one more process.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
