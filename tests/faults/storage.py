@@ -114,7 +114,7 @@ class Exchange(BaseHTTPRequestHandler):
     server: "FaultyServer"
 
     def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.content()
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream)
         try:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -145,6 +145,23 @@ class Exchange(BaseHTTPRequestHandler):
             self.answer()
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+    def content(self) -> bytes:
+        """What follows the headers, as it was sent: with the sizes of chunks, as Arrow's client
+        sends it, and with trailers.
+        """
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        lines, size = list[bytes](), -1
+        while size != 0:
+            lines.append(self.rfile.readline())
+            size = int(lines[-1].partition(b";")[0], 16)
+            if size:
+                lines += [self.rfile.read(size), self.rfile.readline()]
+        while (trailer := self.rfile.readline()).strip():
+            lines.append(trailer)
+        lines.append(b"\r\n")
+        return b"".join(lines)
 
     def head(self, status: int | None = None, length: int | None = None) -> bytes:
         """Status line and headers."""
