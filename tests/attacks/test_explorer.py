@@ -5,7 +5,6 @@ import http.client
 import json
 import re
 import socket
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pipeline.explorer import server
 from tests.attacks.test_html import Elements
 from tests.browser import CHROMIUM, Page
 from tests.pipeline.explorer import served
+from tests.servers import serving
 
 IMAGE = {"image": {"sample": 1}}
 QUESTIONS: dict[str, dict[str, Any]] = {
@@ -381,8 +381,6 @@ def test_a_page_of_another_origin_cannot_ask_or_frame_it_though_it_knows_the_sec
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None: ...
 
-    evil = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "page"))
-    threading.Thread(target=evil.serve_forever, daemon=True).start()
     ask = f"""fetch("{explorer.address}/api/start", {{method: "POST", body: "{{}}", MODE
         headers: {{"Authorization": "Bearer {explorer.secret}"}}}})
         .then(answer => answer.text(), error => "refused: " + error)"""
@@ -394,9 +392,9 @@ def test_a_page_of_another_origin_cannot_ask_or_frame_it_though_it_knows_the_sec
         )
         return answer["result"]["value"]
 
-    async def visit() -> None:
+    async def visit(port: int) -> None:
         async with Page(tmp_path / "browser") as page:
-            await page.open(f"http://127.0.0.1:{evil.server_port}/")
+            await page.open(f"http://127.0.0.1:{port}/")
             assert (await value(page, ask.replace("MODE", ""))).startswith("refused: ")
             simple = ask.replace("MODE", 'mode: "no-cors",')
             assert (await value(page, simple)).startswith("refused: ")
@@ -418,8 +416,6 @@ def test_a_page_of_another_origin_cannot_ask_or_frame_it_though_it_knows_the_sec
             }})"""
             assert await value(page, script) == "refused"
 
-    try:
-        asyncio.run(visit())
-    finally:
-        evil.shutdown()
-        evil.server_close()
+    pages = partial(Quiet, directory=tmp_path / "page")
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), pages)) as evil:
+        asyncio.run(visit(evil.server_port))

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.storage.base import Storage
 from tests.attacks.test_forged_manifests import forge
 from tests.pipeline.commands.test_index import config_for, put
 from tests.pipeline.conftest import write
+from tests.servers import serving
 
 
 @pytest.fixture
@@ -44,11 +44,8 @@ def requests() -> Iterator[tuple[str, list[str]]]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    server.shutdown()
-    server.server_close()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as server:
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
 
 
 def point_at(storage: Storage, address: str, place: str) -> None:

@@ -42,6 +42,7 @@ from pipeline.storage.base import Storage
 from pipeline.storage.server import ObjectStorageServer
 from tests.faults import suite
 from tests.pipeline.images import write_shard
+from tests.servers import serving
 
 SHARD, NUM_SHARDS, BLOCK = 64, 3, 16
 PREFIX = "faults"
@@ -338,11 +339,11 @@ class Stage:
         for key in self.storage.list():
             self.storage.download(key, self.folder / "web" / key)
         handler = type("Web", (WebServer,), {"folder": self.folder / "web", "ranges": ranges})
-        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
-            threading.Thread(target=web.serve_forever, daemon=True).start()
-            with FaultyServer(web.server_address[1], fault or Exchange.answer) as server:
-                yield open_storage(server.url)
-            web.shutdown()
+        with (
+            serving(ThreadingHTTPServer(("127.0.0.1", 0), handler)) as web,
+            FaultyServer(web.server_address[1], fault or Exchange.answer) as server,
+        ):
+            yield open_storage(server.url)
 
 
 class WebServer(SimpleHTTPRequestHandler):

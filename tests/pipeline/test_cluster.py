@@ -9,7 +9,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from pipeline.cluster import TLS_FILES, _check_answers, _tls, connect, in_tasks
 from pipeline.config.sections import ClusterOptions, StorageOptions
 from pipeline.errors import UserError
 from pipeline.machine import WORKER_ENVIRONMENT
+from tests.servers import serving
 
 ENVIRONMENT = """
 import json, os
@@ -194,8 +194,7 @@ def test_an_address_where_no_cluster_answers_ends_in_a_sentence_soon(
 ) -> None:
     monkeypatch.setattr("pipeline.cluster.ANSWER_SECONDS", 1.0)
     reasons = {"refused": "Connection refused", "silent": "no answer", "web": "another server"}
-    with socket.socket() as taken, http.server.HTTPServer(("127.0.0.1", 0), Web) as web:
-        threading.Thread(target=web.serve_forever, daemon=True).start()
+    with socket.socket() as taken, serving(http.server.HTTPServer(("127.0.0.1", 0), Web)) as web:
         taken.bind(("127.0.0.1", 0))
         if kind == "silent":
             taken.listen()
@@ -206,7 +205,6 @@ def test_an_address_where_no_cluster_answers_ends_in_a_sentence_soon(
                 UserError, match=f"^no Ray cluster answers at {address}: {reasons[kind]}"
             ):
                 _check_answers(address)
-        web.shutdown()
 
 
 DOCS = Path(__file__).parents[2] / "docs/cluster.md"

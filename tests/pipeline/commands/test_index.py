@@ -6,7 +6,6 @@ import io
 import json
 import re
 import tarfile
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import ThreadingHTTPServer
@@ -47,6 +46,7 @@ from pipeline.storage.base import Storage
 from pipeline.storage.folder import FolderStorage
 from pipeline.storage.pieces import Pieces
 from tests.faults.storage import WebServer
+from tests.servers import serving
 
 SIZE = 8
 
@@ -188,10 +188,8 @@ def web(tmp_path: Path) -> Iterator[str]:
     """A plain web server with shards; gives their address."""
     put(FolderStorage(tmp_path / "web"))
     handler = type("Web", (WebServer,), {"folder": tmp_path / "web", "ranges": True})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), handler)) as server:
         yield f"http://127.0.0.1:{server.server_address[1]}/shards"
-        server.shutdown()
 
 
 def test_shards_on_the_web_are_resized_as_they_are_read(web: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from pipeline.storage import open_storage
 from pipeline.storage.rays import ray_storage
 from pipeline.storage.server import ObjectStorageServer
+from tests.servers import serving
 
 SILENCE = 7.0
 """Seconds; Arrow alone gives up after three, in each of its attempts."""
@@ -41,16 +42,14 @@ def test_a_server_that_answers_late_gets_what_ray_writes(
     storage_server: ObjectStorageServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = type("LateServer", (Late,), {"port": storage_server.port})
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), late) as relay:
+    with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), late)) as relay:
         relay.daemon_threads = True
-        threading.Thread(target=relay.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{relay.server_address[1]}")
         arguments = ray_storage("s3://tests/late")
         pickled = pickle.dumps(arguments["storage_filesystem"])  # which workers get
         path = f"{arguments['storage_path']}/search/tuner.pkl"
         with pickle.loads(pickled).open_output_stream(path) as file:  # noqa: S301
             file.write(b"state")
-        relay.shutdown()
     kept = open_storage("s3://tests/late", f"http://127.0.0.1:{storage_server.port}")
     assert kept.read("ray/search/tuner.pkl") == b"state"
 
