@@ -1,6 +1,7 @@
 """What strikes in ``tests.faults.chaos``: the kinds of faults, and how a seed draws them."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -305,12 +306,22 @@ KINDS = {
 """Every kind of fault. Dropped RPCs are drawn for each phase as a whole, see ``rpc_failures``."""
 
 
+RPC_FAILURE = "RAY_testing_rpc_failure"
+METHODS = [
+    "CoreWorkerService.grpc_client.PushTask",
+    "NodeManagerService.grpc_client.RequestWorkerLease",
+    "CoreWorkerService.grpc_client.GetObjectStatus",
+    "ray::rpc::ActorInfoGcsService.grpc_client.KillActorViaGcs",
+]
+"""RPCs that Ray sends again, by the names that it logs."""
+
+
 def rpc_failures(seed: int, number: int, phase: str) -> dict[str, str]:
-    """In a third of the phases, Ray loses some of the RPCs that it can repeat."""
+    """In a third of the phases, Ray loses some requests or answers of one of ``METHODS``."""
     drawn = random.Random(f"{seed} {number} {phase} rpc")
     if drawn.random() > 1 / 3:
         return {}
     percent = drawn.randint(1, 10)
-    methods = ["PushTask", "RequestWorkerLease", "GetObjectStatus", "KillActor"]
-    method = drawn.choice(methods)
-    return {"RAY_testing_rpc_failure": f"{method}=5:{percent}:{percent}"}
+    method = drawn.choice(METHODS)
+    lost = {"num_failures": 5, "req_failure_prob": percent, "resp_failure_prob": percent}
+    return {RPC_FAILURE: json.dumps({method: lost})}

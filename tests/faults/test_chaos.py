@@ -1,7 +1,11 @@
 """A seed draws the same faults again, and a run under them ends as an undisturbed one."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -11,7 +15,7 @@ from pipeline.runs import Run
 from pipeline.storage import open_storage
 from pipeline.training import loop
 from tests.faults import chaos, training
-from tests.faults.strikes import KINDS, Skipped, Strike, draw, rpc_failures
+from tests.faults.strikes import KINDS, METHODS, Skipped, Strike, draw, rpc_failures
 
 SEED = 52
 """Its first two faults of training are a stopped worker and reads that are cut."""
@@ -32,6 +36,32 @@ def test_faults_are_a_function_of_the_seed_and_all_kinds_are_drawn() -> None:
     dropped = [rpc_failures(seed, 1, "train") for seed in range(60)]
     assert dropped == [rpc_failures(seed, 1, "train") for seed in range(60)]
     assert 5 < sum(map(bool, dropped)) < 40
+
+
+def test_ray_loses_the_rpcs_that_it_is_told_to() -> None:
+    program = """
+import ray, sys
+ray.init("local", include_dashboard=False, _temp_dir=sys.argv[1])
+
+@ray.remote
+def double(number):
+    return 2 * number
+
+assert ray.get([double.remote(number) for number in range(20)])[-1] == 38
+"""
+    (variable,) = {name for seed in range(9) for name in rpc_failures(seed, 1, "train")}
+    # Ray's processes end if they cannot read it.
+    lost = {method: {"num_failures": 1, "req_failure_prob": 100} for method in METHODS}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment[variable] = json.dumps(lost)
+    # With a short name, for its sockets.
+    with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-c", program, folder]
+        subprocess.run(command, env=environment, check=True)
+        found = Path(folder).glob("session_2*/logs/*driver*.log")
+        logs = "".join(path.read_text() for path in found)
+    for method in METHODS[:2]:  # those that such a short program sends
+        assert f"Inject RPC request failure for {method}" in logs
 
 
 def test_the_disk_is_filled_only_where_a_small_one_could_be_mounted(
