@@ -20,8 +20,8 @@ gets the first 1,000 of the images, and its initial bits are not counted.
 
 `FOLDER/coding-*.png` stacks, for each model, the bits in z, the bits in x given z, and what the
 file takes beyond the bound, beside the peers. `FOLDER/lossy-*.png` shows images redrawn from codes
-of 8 to 20 bits, and the smallest files that lossy image coders write. The last line is JSON. Its
-bits include initial bits, but no header.
+of 8 to 20 bits by each model, and from codes of 16 bits by all, and the smallest files that lossy
+image coders write. The last line is JSON. Its bits include initial bits, but no header.
 """
 
 import argparse
@@ -52,6 +52,10 @@ DATA = {
 """The options of each data set, and the images that a model is trained on."""
 LEARNED = 1000
 """The images that the learned peer gets."""
+LENGTHS = [8, 12, 16, 20]
+"""The bits of the codes from which images are redrawn."""
+COMPARED = 16
+"""The bits at which windows are compared."""
 
 
 def train(folder: str, data: str, window: str, fashion: str, images: int | None) -> str:
@@ -237,7 +241,7 @@ def draw(models: dict[str, dict[str, Any]], others: dict[str, float], path: Path
         axes.bar(names, values, bottom=bottom, label=label)
         bottom += np.maximum(values, 0)
     lengths = [each["bits_per_image"] for each in models.values()]
-    axes.bar(list(others), list(others.values()), color="0.75", label="general-purpose coder")
+    axes.bar(list(others), list(others.values()), color="0.75", label="another coder")
     for name, length in zip([*names, *others], [*lengths, *others.values()], strict=True):
         axes.annotate(
             f"{length:.0f}", (name, length), (0, 3), textcoords="offset points", ha="center"
@@ -249,15 +253,16 @@ def draw(models: dict[str, dict[str, Any]], others: dict[str, float], path: Path
     figure.savefig(path, dpi=150)
 
 
-def redraw(url: str, bits: list[int], path: Path, count: int) -> dict[str, dict[str, float]]:
-    """Draw a row of originals, and for each code length the images that it redraws, sampled and
-    mode.
+def redraw(
+    url: str, bits: list[int], count: int
+) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, dict[str, float]]]:
+    """The first 16 of ``count`` test images, and for each code length what they are redrawn as,
+    sampled and mode: (16, height, width) for each name.
 
-    Returns of ``count`` images how much of the white is left: the mean over all pixels relative to
+    Also returns how much of the white is left in all of them: the mean over all pixels relative to
     the originals', and the share of images with less than a quarter of their original's.
     """
     import torch
-    from matplotlib import pyplot
 
     from pipeline.coding import blocks, lossy
     from pipeline.coding.compression import ready
@@ -288,25 +293,36 @@ def redraw(url: str, bits: list[int], path: Path, count: int) -> dict[str, dict[
                 "white": (left.sum() / white.sum()).item(),
                 "faint_images": (left < white / 4).double().mean().item(),
             }
-    rows = {name: images[:16] for name, images in rows.items()}
-    x = x[:16]
+    return {name: images[:16, 0].numpy() for name, images in rows.items()}, found
+
+
+def smallest_files(images: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
+    """The images as lossy image coders give them back at their lowest quality."""
     forms = {"WebP": ("WEBP", "RGB", {"method": 6}), "AVIF": ("AVIF", "L", {"speed": 3})}
     if has_jpeg_xl():
         forms["JPEG XL"] = ("JXL", "L", {})
+    rows = {}
     for name, (form, mode, settings) in forms.items():
         files = [
-            coded(image, form, mode, quality=0, **settings) for image in blocks.to_bytes(x)[:, 0]
+            coded(image, form, mode, quality=0, **settings)
+            for image in (255 * images).round().astype(np.uint8)
         ]
         size = sum(size for size, _ in files) / len(files)
-        back = torch.from_numpy(np.stack([pixels for _, pixels in files])) / 255
-        rows[f"{8 * size:.0f} bits, {name} at its lowest quality"] = back[:, None]
+        back = np.stack([pixels for _, pixels in files]).astype(np.float32) / 255
+        rows[f"{8 * size:.0f} bits, {name} at its lowest quality"] = back
+    return rows
+
+
+def show(rows: dict[str, npt.NDArray[np.float32]], path: Path) -> None:
+    """Draw a row of images for each name."""
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(len(rows), 1, figsize=(9, 0.8 * len(rows)), layout="constrained")
     for axis, (name, images) in zip(axes, rows.items(), strict=True):
-        axis.imshow(torch.cat(list(images[:, 0]), -1).numpy(), cmap="gray_r")
+        axis.imshow(np.concatenate(list(images), -1), cmap="gray_r", vmin=0, vmax=1)
         axis.set_title(name, fontsize=8, loc="left")
         axis.set_axis_off()
     figure.savefig(path, dpi=150)
-    return found
 
 
 def main() -> None:
@@ -329,13 +345,22 @@ def main() -> None:
         if data == "fashion_mnist" and not arguments.fashion:
             continue
         accounts: dict[str, dict[str, Any]] = {}
+        at_one_length: dict[str, npt.NDArray[np.float32]] = {}
         for window in arguments.windows:
             url = train(folder, data, window, arguments.fashion, arguments.train_images)
             figures, images = measure(url, arguments.images, arguments.samples)
+            rows, figures["redrawn"] = redraw(url, LENGTHS, min(500, arguments.images))
             path = Path(folder) / f"lossy-{data}-{window}.png"
-            figures["redrawn"] = redraw(url, [8, 12, 16, 20], path, min(500, arguments.images))
+            (original, first), *others = rows.items()
+            show(rows | smallest_files(first), path)
+            at_one_length |= {original: first} | {
+                f"window {window}, {name}": row
+                for name, row in others
+                if name == f"{COMPARED} bits, sample"
+            }
             accounts[f"window {window}"] = figures
             print(f"{data} {window}: {json.dumps(figures)}", flush=True)
+        show(at_one_length | smallest_files(first), Path(folder) / f"lossy-{data}.png")
         found = peers(images)
         if data == "binary_mnist" and arguments.bits_back:
             found["BB-ANS"] = bits_back(arguments.bits_back, images)
