@@ -54,8 +54,8 @@ LEARNED = 1000
 """The images that the learned peer gets."""
 LENGTHS = [8, 12, 16, 20]
 """The bits of the codes from which images are redrawn."""
-COMPARED = 16
-"""The bits at which windows are compared."""
+COMPARED = "16 bits, sample"
+"""The row of each window that is shown beside those of the others."""
 
 
 def train(folder: str, data: str, window: str, fashion: str, images: int | None) -> str:
@@ -345,22 +345,19 @@ def main() -> None:
         if data == "fashion_mnist" and not arguments.fashion:
             continue
         accounts: dict[str, dict[str, Any]] = {}
-        at_one_length: dict[str, npt.NDArray[np.float32]] = {}
+        redrawn: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
         for window in arguments.windows:
             url = train(folder, data, window, arguments.fashion, arguments.train_images)
             figures, images = measure(url, arguments.images, arguments.samples)
-            rows, figures["redrawn"] = redraw(url, LENGTHS, min(500, arguments.images))
-            path = Path(folder) / f"lossy-{data}-{window}.png"
-            (original, first), *others = rows.items()
-            show(rows | smallest_files(first), path)
-            at_one_length |= {original: first} | {
-                f"window {window}, {name}": row
-                for name, row in others
-                if name == f"{COMPARED} bits, sample"
-            }
+            redrawn[window], figures["redrawn"] = redraw(url, LENGTHS, min(500, arguments.images))
             accounts[f"window {window}"] = figures
             print(f"{data} {window}: {json.dumps(figures)}", flush=True)
-        show(at_one_length | smallest_files(first), Path(folder) / f"lossy-{data}.png")
+        original, first = next(iter(redrawn[window].items()))
+        smallest = smallest_files(first)
+        for window, rows in redrawn.items():
+            show(rows | smallest, Path(folder) / f"lossy-{data}-{window}.png")
+        by_window = {f"window {each}, {COMPARED}": redrawn[each][COMPARED] for each in redrawn}
+        show({original: first} | by_window | smallest, Path(folder) / f"lossy-{data}.png")
         found = peers(images)
         if data == "binary_mnist" and arguments.bits_back:
             found["BB-ANS"] = bits_back(arguments.bits_back, images)

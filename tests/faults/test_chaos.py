@@ -15,7 +15,7 @@ from pipeline.runs import Run
 from pipeline.storage import open_storage
 from pipeline.training import loop
 from tests.faults import chaos, training
-from tests.faults.strikes import KINDS, METHODS, Skipped, Strike, draw, rpc_failures
+from tests.faults.strikes import KINDS, METHODS, RPC_FAILURE, Skipped, Strike, draw, rpc_failures
 
 SEED = 52
 """Its first two faults of training are a stopped worker and reads that are cut."""
@@ -49,11 +49,10 @@ def double(number):
 
 assert ray.get([double.remote(number) for number in range(20)])[-1] == 38
 """
-    (variable,) = {name for seed in range(9) for name in rpc_failures(seed, 1, "train")}
     # Ray's processes end if they cannot read it.
     lost = {method: {"num_failures": 1, "req_failure_prob": 100} for method in METHODS}
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment[variable] = json.dumps(lost)
+    environment[RPC_FAILURE] = json.dumps(lost)
     # With a short name, for its sockets.
     with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-c", program, folder]
