@@ -15,6 +15,7 @@ from pipeline.data import DataSet
 from pipeline.errors import UserError
 from pipeline.storage import open_storage
 from pipeline.storage.base import ObjectNotFound, Storage
+from pipeline.storage.resume import rereads
 from pipeline.values import JsonObject
 from vlae.factory import MODEL_FILE, WEIGHTS_FILE
 
@@ -119,14 +120,28 @@ class Run:
         """Write a model, ready for ``vlae.load``, and the record of its training to ``model/``."""
         with tempfile.TemporaryDirectory() as folder:
             vlae.save(model, folder)
-            (Path(folder) / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n")
+            record = training | {"weights": sha256_of_file(Path(folder) / WEIGHTS_FILE)}
+            (Path(folder) / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n")
             for path in sorted(Path(folder).iterdir()):
                 self.storage.upload(f"{MODEL}/{path.name}", path)
 
     def download(self, folder: Path) -> None:
-        """Copy the files of its model into ``folder``. Raises UserError if one is missing."""
-        for file in MODEL_FILES:
+        """Copy the files of its model into ``folder``.
+
+        Raises UserError if one is missing, or the weights are damaged.
+        """
+        for file in (MODEL_FILE, TRAINING_FILE):
             self.storage.download(f"{MODEL}/{file}", folder / file)
+        stated = self.storage.read_json(f"{MODEL}/{TRAINING_FILE}").get("weights")
+        for _ in rereads(self.storage.is_remote):
+            self.storage.download(f"{MODEL}/{WEIGHTS_FILE}", folder / WEIGHTS_FILE)
+            actual = sha256_of_file(folder / WEIGHTS_FILE)
+            if stated in (None, actual):  # none is stated by earlier versions of this program
+                return
+        raise UserError(
+            f"{self.url}/{MODEL}/{WEIGHTS_FILE} is damaged: its sha256 is {actual}, the record of"
+            f" its training says {stated}; put the file back from a copy, or train the run again"
+        )
 
     def download_pictures(self, evaluation: JsonObject, folder: Path) -> None:
         """Download the pictures that the record of its evaluation names."""

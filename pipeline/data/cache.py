@@ -23,6 +23,7 @@ from pipeline.config.sections import DatasetOptions
 from pipeline.errors import DamagedData
 from pipeline.storage.base import PARTIAL, PIECE, Storage
 from pipeline.storage.pieces import Counted
+from pipeline.storage.resume import rereads
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ class ShardCache:
 
 def _download(file: BinaryIO, storage: Storage, key: str, size: int, sha256: str) -> None:
     """Write a whole shard to ``file``, and verify its size and sha256. Raises ``DamagedData``."""
-    for attempt in (1, 2):  # if it was altered on the network, it is intact the second time
+    for attempt in rereads(storage.is_remote):
         file.seek(0)
         passing = Counted(storage.stream(key))
         for piece in passing:

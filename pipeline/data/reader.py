@@ -22,6 +22,7 @@ from pipeline.data.records import REMEDY, Index, Integers, Shard, checksum
 from pipeline.errors import DamagedData, UserError
 from pipeline.storage.base import ObjectNotFound, ObjectTooShort, Storage
 from pipeline.storage.pieces import Pieces
+from pipeline.storage.resume import rereads
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +277,7 @@ class Reader:
         """The content of a record, read again if it does not match its checksum."""
         if checksum(content) == index.checksum[number]:
             return content
-        return self._reread(shard, index, number)
+        return self._reread(shard, index, number, content)
 
     def _unusable(
         self, shard: Shard, index: Index, number: int, error: ValueError | UserError
@@ -284,26 +285,26 @@ class Reader:
         key = f" ({index.keys[number]})" if index.keys and index.labels is not None else ""
         return DamagedData(f"{self._url(shard)}: record {number}{key} cannot be used: {error}")
 
-    def _reread(self, shard: Shard, index: Index, record: int) -> bytes:
-        """Read a record again whose checksum was wrong.
-
-        A record that was altered on the network or in the cache is intact the second time.
-        """
+    def _reread(self, shard: Shard, index: Index, record: int, content: bytes) -> bytes:
+        """Read a record again that was altered on the network or in the cache."""
         if self._cache is not None:
             self._cache.drop(shard.sha256)
         storage, key = self.locate(shard)
         offset, size = int(index.offset[record]), int(index.size[record])
-        content = storage.read_range(key, offset, size)
-        actual = checksum(content)
-        if actual != index.checksum[record]:
-            raise DamagedData(
-                f"{self._url(shard)} is damaged: record {record} (byte {offset}, {size} bytes) has"
-                f" checksum {actual}, its index says {index.checksum[record]}; {REMEDY}"
-            )
-        logger.warning(
-            "%s: record %d arrived altered, and intact when read again", self._url(shard), record
+        for attempt in rereads(storage.is_remote):
+            if attempt > 1:
+                content = storage.read_range(key, offset, size)
+            if (actual := checksum(content)) == index.checksum[record]:
+                logger.warning(
+                    "%s: record %d arrived altered, and intact when read again",
+                    self._url(shard),
+                    record,
+                )
+                return content
+        raise DamagedData(
+            f"{self._url(shard)} is damaged: record {record} (byte {offset}, {size} bytes) has"
+            f" checksum {actual}, its index says {index.checksum[record]}; {REMEDY}"
         )
-        return content
 
     def _block(self, content: bytes) -> tuple[Images, Integers]:
         """A record's images ``(n, channels, height, width)`` and labels ``(n,)``."""

@@ -19,6 +19,7 @@ import xxhash
 from pipeline import places as trusted
 from pipeline.errors import UserError
 from pipeline.storage.base import Storage
+from pipeline.storage.resume import rereads
 
 REMEDY = (
     "delete manifest.json there and run again the command that made it, vlae shard or vlae index"
@@ -358,7 +359,7 @@ def row_from_json(kind: type[Row], values: Any) -> Row:
 
 def read_verified(storage: Storage, key: str, sha256: str) -> bytes:
     """A small object that the manifest names. Raises ``UserError`` if it is missing or damaged."""
-    for _ in range(2):  # if it was altered on the network, it is intact the second time
+    for _ in rereads(storage.is_remote):
         content = storage.read(key)
         actual = hashlib.sha256(content).hexdigest()
         if actual == sha256:

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Self, TypeAlias
 
 from pipeline.config.compose import build
@@ -15,6 +16,7 @@ from pipeline.search.proposals import propose
 from pipeline.search.trial import Point, Status, Trial
 from pipeline.storage.base import Storage
 from pipeline.storage.recipe import begin_named
+from pipeline.storage.uploads import retry
 from pipeline.training import launch
 from pipeline.values import JsonObject
 
@@ -70,8 +72,8 @@ class Trials:
         Raises UserError if a record is none that this search wrote.
         """
         rows = []
-        for key in sorted(storage.list("trials/")):
-            record = storage.read_json(key)
+        for key in retry(partial(storage.list, "trials/")):
+            record = retry(partial(storage.read_json, key))
             try:
                 trial = Trial.from_json(record)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -137,7 +139,8 @@ class Trials:
         row.search_seconds = self.seconds()
         row.seconds += now - self.clocks.get(row.number, now)
         self.clocks[row.number] = now
-        self.storage.write_json(f"trials/{row.number:04d}.json", row.to_json())
+        record = row.to_json()
+        retry(partial(self.storage.write_json, f"trials/{row.number:04d}.json", record))
 
     def seconds(self) -> float:
         """How long this search has run, including its earlier attempts."""

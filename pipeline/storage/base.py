@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from pipeline.errors import UserError
 
@@ -57,6 +57,9 @@ class Storage(ABC):
     Instances are small, immutable and picklable, so they can be passed to workers. Every method
     raises UserError if the place cannot be used.
     """
+
+    is_remote: ClassVar[bool] = True
+    """Whether objects come over a network, on which something may alter them for a while."""
 
     @property
     @abstractmethod

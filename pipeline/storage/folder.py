@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 from pipeline.errors import UserError
 from pipeline.storage.base import (
@@ -90,6 +91,7 @@ def walk(folder: Path, ancestors: frozenset[tuple[int, int]] = frozenset()) -> I
 class FolderStorage(Storage):
     """Objects as files of a local folder."""
 
+    is_remote: ClassVar[bool] = False
     root: Path
 
     @property

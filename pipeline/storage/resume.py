@@ -1,4 +1,4 @@
-"""Reads over a network that resume at the byte reached after a failure."""
+"""Requests over a network: how long they are repeated; reads that resume where they broke off."""
 
 import logging
 import random
@@ -17,14 +17,16 @@ READ_TIMEOUT = 20.0
 """Seconds without a single byte, or with less than READ_CHUNK, after which a read is retried."""
 READ_CHUNK = 64 * 1024
 """Bytes that an attempt must bring to count as progress."""
-READ_ATTEMPTS = 20
-"""Attempts in a row without progress before a read fails: 64 s to 128 s of back-off."""
+ATTEMPTS = 20
+"""Attempts in a row without progress before a request fails: 64 s to 128 s of back-off."""
 FIRST_ATTEMPTS = 5
 """The same if the server has never answered this process: its address may well be wrong."""
 BACKOFF = 0.25
 """Seconds of the first pause, doubled at each attempt, up to MAX_PAUSE."""
 MAX_PAUSE = 8.0
 """Most seconds between two attempts."""
+ALTERED_ATTEMPTS = 8
+"""Reads of an object that arrives altered before it counts as damaged: 12 s to 24 s of pauses."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,40 @@ class Answer:
 
 _reached: set[str] = set()
 """The servers that have answered this process before."""
+_has_damage = False
+"""Whether this process found an object that stayed damaged however often it was read."""
+
+
+def reached(server: str) -> None:
+    """Note that a server has answered this process."""
+    _reached.add(server)
+
+
+def is_last(failures: int, server: str) -> bool:
+    """Whether a request to ``server`` that failed so often in a row is given up."""
+    return failures >= (ATTEMPTS if server in _reached else min(FIRST_ATTEMPTS, ATTEMPTS))
+
+
+def pause(failures: int) -> float:
+    """Seconds until the next attempt of a request that failed so often in a row."""
+    # Jitter: many ranks that were interrupted together must not all retry at once.
+    return random.uniform(0.5, 1.0) * min(MAX_PAUSE, BACKOFF * 2.0**failures)
+
+
+def rereads(is_remote: bool) -> Iterator[int]:
+    """The attempts, from 1, at an object whose checksum tells whether it arrived altered.
+
+    The second is made at once. Others follow, with pauses, if the object comes over a network, on
+    which something may alter all for a while; but not once an object has turned out to be damaged,
+    since then others may be, too, and each would take its time.
+    """
+    global _has_damage
+    attempts = 2 if _has_damage or not is_remote else ALTERED_ATTEMPTS
+    for attempt in range(1, attempts + 1):
+        if attempt > 2:
+            time.sleep(pause(attempt - 2))
+        yield attempt
+    _has_damage = True
 
 
 def resuming_stream(
@@ -75,7 +111,7 @@ def resuming_stream(
         begin = position
         try:
             answer = ask(position, stop, version)
-            _reached.add(server)
+            reached(server)
             try:
                 stop = answer.size if stop is None else stop
                 if answer.size < stop:
@@ -94,9 +130,7 @@ def resuming_stream(
                 )
         except (ReadInterrupted, urllib3.exceptions.HTTPError, OSError) as error:
             failures = 1 if position - begin >= READ_CHUNK else failures + 1
-            if failures >= (
-                READ_ATTEMPTS if server in _reached else min(FIRST_ATTEMPTS, READ_ATTEMPTS)
-            ):
+            if is_last(failures, server):
                 if isinstance(error, ReadInterrupted) and error.explanation:
                     raise error.explanation from error
                 raise Unavailable(
@@ -104,12 +138,11 @@ def resuming_stream(
                     f" {'all' if stop is None else stop}, {failures} times in a row ({error});"
                     f" check the connection to {server}"
                 ) from error
-            # Jitter: many ranks that were interrupted together must not all retry at once.
-            pause = random.uniform(0.5, 1.0) * min(MAX_PAUSE, BACKOFF * 2**failures)
+            seconds = pause(failures)
             logger.warning(
-                "reading %s: %s at byte %d; trying again in %.1f s", url, error, position, pause
+                "reading %s: %s at byte %d; trying again in %.1f s", url, error, position, seconds
             )
-            time.sleep(pause)
+            time.sleep(seconds)
 
 
 def _pieces(body: urllib3.BaseHTTPResponse, size: int) -> Iterator[bytes]:

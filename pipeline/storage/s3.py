@@ -1,12 +1,14 @@
 """Objects on an S3-compatible server."""
 
+import itertools
+import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import urllib3
 from boto3.exceptions import S3UploadFailedError
@@ -35,15 +37,27 @@ from pipeline.storage.resume import (
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectRequestTypeDef, HeadObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import (
+        GetObjectRequestTypeDef,
+        HeadObjectOutputTypeDef,
+        ListObjectsV2RequestTypeDef,
+    )
 
-WRITE_ATTEMPTS = 8
-"""Attempts at a write, with the SDK's own back-off."""
+logger = logging.getLogger(__name__)
+
+PART_ATTEMPTS = 5
+"""The SDK's own attempts at a part of an upload, so that no whole upload is repeated for a part."""
+
+Found = TypeVar("Found")
 
 
 @lru_cache(maxsize=32)
-def _client(endpoint_url: str | None, attempts: int, pid: int) -> "S3Client":
-    """This process's client, since connections must not be shared across a fork."""
+def _client(endpoint_url: str | None, pid: int, attempts: int = 1) -> "S3Client":
+    """This process's client, since connections must not be shared across a fork.
+
+    It asks once, since the SDK's own attempts are over within seconds: ``_ask`` and ``stream``
+    repeat what fails.
+    """
     config = Config(
         connect_timeout=resume.CONNECT_TIMEOUT,
         read_timeout=resume.READ_TIMEOUT,
@@ -52,6 +66,16 @@ def _client(endpoint_url: str | None, attempts: int, pid: int) -> "S3Client":
     )
     # A new session, since creating clients from the default session is not thread-safe.
     return Session().client("s3", endpoint_url=endpoint_url, config=config)
+
+
+def _complete(found: Found, *names: str) -> Found:
+    """An answer. Raises ResponseParserError unless it has these fields.
+
+    The SDK takes one that was cut within its headers for complete, and a list for an empty one.
+    """
+    if missing := [name for name in names if name not in found]:  # type: ignore[operator]
+        raise ResponseParserError(f"it lacks {missing[0]}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -75,35 +99,49 @@ class S3Storage(Storage):
         return open_storage(url, self.endpoint_url)
 
     def write(self, key: str, data: bytes) -> None:
-        with self._explained(key):
-            self._s3.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+        self._ask(
+            key,
+            lambda client: client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data),
+        )
 
     def create(self, key: str, data: bytes) -> bool:
-        with self._explained(key):
+        def ask(client: "S3Client") -> bool:
             try:
-                self._s3.put_object(
+                client.put_object(
                     Bucket=self.bucket, Key=self._key(key), Body=data, IfNoneMatch="*"
                 )
             except ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
-                    return self.read(key) == data  # an attempt before this one may have succeeded
+                    return False
                 raise
-        return True
+            return True
+
+        # An attempt before the last one may have succeeded.
+        return self._ask(key, ask) or self.read(key) == data
 
     def upload(self, key: str, path: Path) -> None:
-        with self._explained(key):
-            self._s3.upload_file(str(path), self.bucket, self._key(key))
+        self._ask(
+            key,
+            lambda client: client.upload_file(str(path), self.bucket, self._key(key)),
+            PART_ATTEMPTS,
+        )
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
         folder = self._key(prefix).strip("/")
-        below = f"{folder}/" if folder else ""
-        with self._explained(prefix):
-            for page in self._s3.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=below
-            ):
-                for item in page.get("Contents", []):
-                    key = item["Key"][len(self.prefix) :].lstrip("/")
-                    yield Entry(key, item["Size"], item.get("ETag", ""))
+        request: ListObjectsV2RequestTypeDef = {
+            "Bucket": self.bucket,
+            "Prefix": f"{folder}/" if folder else "",
+        }
+        while True:
+            page = self._ask(
+                prefix, lambda client: _complete(client.list_objects_v2(**request), "IsTruncated")
+            )
+            for item in page.get("Contents", []):
+                key = item["Key"][len(self.prefix) :].lstrip("/")
+                yield Entry(key, item["Size"], item.get("ETag", ""))
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
 
     def entry(self, key: str) -> Entry:
         found = self._head(key)
@@ -117,36 +155,67 @@ class S3Storage(Storage):
         return True
 
     def _head(self, key: str) -> "HeadObjectOutputTypeDef":
-        with self._explained(key):
-            return self._s3.head_object(Bucket=self.bucket, Key=self._key(key))
+        return self._ask(
+            key,
+            lambda client: _complete(
+                client.head_object(Bucket=self.bucket, Key=self._key(key)), "ETag", "ContentLength"
+            ),
+        )
 
     def delete(self, keys: Iterable[str]) -> None:
         remaining = [self._key(key) for key in keys]
         while remaining:
             batch, remaining = remaining[:1000], remaining[1000:]  # the most that S3 accepts
-            with self._explained(batch[0]):
-                answer = self._s3.delete_objects(
-                    Bucket=self.bucket,
-                    Delete={"Objects": [{"Key": key} for key in batch], "Quiet": True},
-                )
-            for error in answer.get("Errors", []):
-                if error.get("Code") != "NoSuchKey":
-                    raise UserError(
-                        f"cannot delete s3://{self.bucket}/{error.get('Key')}:"
-                        f" {error.get('Message')}"
-                    )
+            self._delete(batch)
 
-    @property
-    def _s3(self) -> "S3Client":
-        return _client(self.endpoint_url, WRITE_ATTEMPTS, os.getpid())
+    def _delete(self, names: list[str]) -> None:
+        answer = self._ask(
+            names[0],
+            lambda client: client.delete_objects(
+                Bucket=self.bucket,
+                Delete={"Objects": [{"Key": name} for name in names], "Quiet": True},
+            ),
+        )
+        for error in answer.get("Errors", []):
+            if error.get("Code") != "NoSuchKey":
+                raise UserError(
+                    f"cannot delete s3://{self.bucket}/{error.get('Key')}: {error.get('Message')}"
+                )
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}".lstrip("/")
 
+    def _ask(self, key: str, ask: Callable[["S3Client"], Found], attempts: int = 1) -> Found:
+        """The answer to a request, which is repeated while the server fails or is away.
+
+        Raises UserError with the object's name; it is Unavailable if the server stayed away.
+        """
+        client = _client(self.endpoint_url, os.getpid(), attempts)
+        server = client.meta.endpoint_url
+        for failures in itertools.count(1):
+            try:
+                found = ask(client)
+            except (BotoCoreError, ClientError, ResponseParserError, S3UploadFailedError) as error:
+                cause = (
+                    error.__context__ or error if isinstance(error, S3UploadFailedError) else error
+                )
+                explanation = self._explanation(cause, key)
+                if not isinstance(explanation, Unavailable):
+                    resume.reached(server)
+                    raise explanation from error
+                if resume.is_last(failures, server):
+                    raise explanation from error
+                seconds = resume.pause(failures)
+                logger.warning("%s; trying again in %.1f s", explanation, seconds)
+                time.sleep(seconds)
+            else:
+                resume.reached(server)
+                return found
+        raise AssertionError("unreachable")
+
     def stream(self, key: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         url = f"{self.url}/{key}"
-        # One attempt only: resuming_stream retries, also before the body.
-        client = _client(self.endpoint_url, 1, os.getpid())
+        client = _client(self.endpoint_url, os.getpid())
 
         def ask(position: int, stop: int | None, version: str | None) -> Answer:
             request: GetObjectRequestTypeDef = {"Bucket": self.bucket, "Key": self._key(key)}
@@ -156,13 +225,11 @@ class S3Storage(Storage):
                 request["IfMatch"] = version
             try:
                 response = client.get_object(**request)
-            except (BotoCoreError, ClientError) as error:
+            except (BotoCoreError, ClientError, ResponseParserError) as error:
                 explanation = self._explanation(error, key, start, stop)
-                if _is_temporary(error):
+                if isinstance(explanation, Unavailable):
                     raise ReadInterrupted(error, explanation) from error
                 raise explanation from error
-            except ResponseParserError as error:  # an incomplete answer, or another protocol
-                raise ReadInterrupted(error) from error
             total = (
                 response.get("ContentRange", "").rpartition("/")[2]
                 if stop is not None
@@ -176,20 +243,14 @@ class S3Storage(Storage):
 
         return resuming_stream(url, client.meta.endpoint_url, start, length, ask)
 
-    @contextmanager
-    def _explained(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[None]:
-        """Turn the SDK's errors in a block into UserErrors that name the object."""
-        try:
-            yield
-        except S3UploadFailedError as error:
-            raise self._explanation(error.__context__ or error, key, start, stop) from error
-        except (BotoCoreError, ClientError) as error:
-            raise self._explanation(error, key, start, stop) from error
-
     def _explanation(
-        self, error: BaseException, key: str, start: int, stop: int | None
+        self, error: BaseException, key: str, start: int = 0, stop: int | None = None
     ) -> UserError:
-        """The UserError that explains an error of the SDK in one sentence."""
+        """The UserError that explains an error of the SDK in one sentence.
+
+        It is Unavailable if the same request may succeed later: after a missing or incomplete
+        answer, an overloaded server, or an internal error of the server.
+        """
         server = self.endpoint_url or "Amazon S3"
         name = f"{self.url}/{key}".rstrip("/")
         if isinstance(error, ClientError):
@@ -217,8 +278,12 @@ class S3Storage(Storage):
                     f"{server} refused access to {name} ({code}); set AWS_ACCESS_KEY_ID and"
                     " AWS_SECRET_ACCESS_KEY or AWS_PROFILE to credentials that may use it"
                 )
-            kind = Unavailable if _is_temporary(error) else UserError
-            return kind(
+            is_temporary = (
+                status >= 500
+                or status in (408, 429)
+                or code in ("500", "SlowDown", "RequestTimeout", "Throttling")
+            )
+            return (Unavailable if is_temporary else UserError)(
                 f"{server} failed on {name}: {code}"
                 f" {error.response.get('Error', {}).get('Message', '')}"
             )
@@ -232,20 +297,9 @@ class S3Storage(Storage):
                 f"cannot reach {server} for {name} ({error}); is the server running, and is"
                 " storage.endpoint_url or AWS_ENDPOINT_URL its address?"
             )
+        if isinstance(error, ResponseParserError):
+            return Unavailable(
+                f"{server} gave no complete answer for {name} ({error}); does it speak the protocol"
+                " of S3?"
+            )
         return UserError(f"cannot use {name} at {server}: {error}")
-
-
-def _is_temporary(error: BaseException) -> bool:
-    """Whether the same request may succeed later.
-
-    It may after a missing answer, an overloaded server, or an internal error of the server.
-    """
-    if isinstance(error, ClientError):
-        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-        code = error.response.get("Error", {}).get("Code", "")
-        return (
-            status >= 500
-            or status in (408, 429)
-            or code in ("SlowDown", "RequestTimeout", "Throttling")
-        )
-    return isinstance(error, HTTPClientError | NoConnectionError)

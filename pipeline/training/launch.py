@@ -10,6 +10,7 @@ from typing import Any
 import ray.train
 import ray.util.metrics
 import torch
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -123,13 +124,21 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
         try:
             trainer.fit()
             return
-        except ControllerError as error:
-            if isinstance(error.controller_failure, UserError):
-                raise UserError(str(error.controller_failure)) from None
-            # If the workers fail to connect to each other, Ray Train takes that for an error of its
-            # controller, and does not restart them.
+        except (ControllerError, RayActorError, OSError) as error:
+            cause = getattr(error, "controller_failure", error)
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from None
+            # Ray Train's controller reads and writes the storage when it starts, and does not try
+            # again if that fails, or if the workers fail to connect to each other. Its process may
+            # also be lost with its machine.
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
             if attempt > workers.max_failures:
-                raise
+                raise UserError(
+                    f"Ray Train's controller of run {config.run_name} failed {attempt} times; the"
+                    f" last error: {reason}"
+                ) from error
+            restarts.step = restarts.newest_step()
+            restarts.record(f"Ray Train's controller failed: {reason}")
             time.sleep(Restarts.pause(attempt))
 
 

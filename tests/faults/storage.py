@@ -554,6 +554,10 @@ FAULTS = [
         "a bit altered on the way",
         through(lambda e: corrupt(e) if e.turn == 1 and "manifest" not in e.path else e.answer()),
     ),
+    Fault(
+        "bits altered for a while",
+        through(lambda e: corrupt(e) if e.turn < 6 and e.is_shard else e.answer()),
+    ),
     Fault("not HTTP", through(first_times(1, garbage))),
     Fault("nobody listens for a while", gone_for_a_while),
     Fault("server killed and restarted in mid-epoch", server_killed),
@@ -638,6 +642,10 @@ FAULTS = [
         cached(lambda e: corrupt(e) if e.turn == 1 and e.is_shard else e.answer()),
     ),
     Fault(
+        "cache: bits altered for a while",
+        cached(lambda e: corrupt(e) if e.turn < 6 and e.is_shard else e.answer()),
+    ),
+    Fault(
         "cache: always altered",
         cached(always(corrupt)),
         rf"{SHARD_NAME} is damaged: it has \d+ bytes and sha256",
@@ -696,11 +704,12 @@ def run() -> tuple[int, int]:
 def attempts(fault: Fault) -> Iterator[None]:
     """Give up on permanent faults after four attempts, to save time.
 
-    Temporary faults have the usual number of attempts.
+    Temporary faults have the usual number of attempts, whatever was damaged before.
     """
-    kept = resume.READ_ATTEMPTS
-    resume.READ_ATTEMPTS = 4 if fault.name.startswith("always") else kept
+    resume._has_damage = False
+    kept = resume.ATTEMPTS
+    resume.ATTEMPTS = 4 if fault.name.startswith("always") else kept
     try:
         yield
     finally:
-        resume.READ_ATTEMPTS = kept
+        resume.ATTEMPTS = kept

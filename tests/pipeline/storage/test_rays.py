@@ -1,4 +1,4 @@
-"""Ray's own records reach a server that is slow to answer."""
+"""Ray's own records reach a server that is slow to answer, or away for a while."""
 
 import pickle
 import socket
@@ -23,6 +23,7 @@ class Late(socketserver.BaseRequestHandler):
     """Passes a connection on; the first answer of each comes late."""
 
     port: ClassVar[int]
+    silence: ClassVar[float] = SILENCE
 
     def handle(self) -> None:
         with socket.create_connection(("127.0.0.1", self.port)) as server:
@@ -32,17 +33,31 @@ class Late(socketserver.BaseRequestHandler):
 
     def answer(self, server: socket.socket) -> None:
         data = server.recv(1 << 16)
-        time.sleep(SILENCE)
+        time.sleep(self.silence)
         while data:
             self.request.sendall(data)
             data = server.recv(1 << 16)
 
 
-def test_a_server_that_answers_late_gets_what_ray_writes(
-    storage_server: ObjectStorageServer, monkeypatch: pytest.MonkeyPatch
+class Away(Late):
+    """Hangs up on four requests, one more than Arrow alone makes."""
+
+    silence: ClassVar[float] = 0.0
+    refused: ClassVar[list[bytes]]
+
+    def handle(self) -> None:
+        if len(self.refused) < 4:
+            self.refused.append(self.request.recv(1 << 16))
+        else:
+            super().handle()
+
+
+@pytest.mark.parametrize("bad", [Late, Away])
+def test_a_bad_server_gets_what_ray_writes(
+    bad: type[Late], storage_server: ObjectStorageServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    late = type("LateServer", (Late,), {"port": storage_server.port})
-    with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), late)) as relay:
+    handler = type("Handler", (bad,), {"port": storage_server.port, "refused": []})
+    with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)) as relay:
         relay.daemon_threads = True
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{relay.server_address[1]}")
         arguments = ray_storage("s3://tests/late")

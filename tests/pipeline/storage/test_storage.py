@@ -335,10 +335,53 @@ def test_an_object_replaced_during_a_read_is_an_error(
         open_storage("s3://tests/bad", bad.url).read("big")
 
 
+def test_requests_are_repeated_while_their_answers_are_lost(
+    storage_server: ObjectStorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "BACKOFF", 0.01)
+    (tmp_path / "file").write_bytes(b"uploaded")
+    kept = open_storage("s3://tests/lost")
+    kept.write("old/a", b"1")
+    requests: dict[str, Callable[[Storage], object]] = {
+        "list": lambda storage: storage.list("old"),
+        "exists": lambda storage: storage.exists("old/a"),
+        "write": lambda storage: storage.write("new/a", b"2"),
+        "create": lambda storage: storage.create("new/b", b"3"),  # by the attempt that seems lost
+        "upload": lambda storage: storage.upload("new/c", tmp_path / "file"),
+        "delete": lambda storage: storage.delete(["old/a"]),
+    }
+    answers = {}
+    for name, request in requests.items():
+        with closing(BadConnection(storage_server.port, [30] * 4)) as bad:
+            answers[name] = request(open_storage("s3://tests/lost", bad.url))
+    assert answers["list"] == ["old/a"]
+    assert answers["exists"] is answers["create"] is True
+    assert {key: kept.read(key) for key in kept.list()} == {
+        "new/a": b"2",
+        "new/b": b"3",
+        "new/c": b"uploaded",
+    }
+
+
+def test_what_arrives_altered_is_read_for_a_while_before_it_is_damaged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses = list[float]()
+    monkeypatch.setattr(resume.time, "sleep", pauses.append)
+    monkeypatch.setattr(resume, "_has_damage", False)
+    assert next(resume.rereads(True)) == 1
+    assert list(resume.rereads(False)) == [1, 2], "a disk does not alter for a while"
+    assert not pauses
+    resume._has_damage = False
+    assert len(list(resume.rereads(True))) == 8
+    assert 10 < sum(pauses) < 30
+    assert len(list(resume.rereads(True))) == 2, "once something is damaged"
+
+
 def test_a_connection_that_always_breaks_is_an_error(
     storage_server: ObjectStorageServer, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume, "READ_ATTEMPTS", 3)
+    monkeypatch.setattr(resume, "ATTEMPTS", 3)
     with (
         closing(BadConnection(storage_server.port, [1_000] * 20)) as bad,
         pytest.raises(

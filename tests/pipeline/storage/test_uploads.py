@@ -113,7 +113,7 @@ def test_an_error_in_the_block_lets_pending_writes_finish() -> None:
 def test_an_object_is_written_when_the_server_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.s3.WRITE_ATTEMPTS", 1)
+    monkeypatch.setattr("pipeline.storage.resume.ATTEMPTS", 1)
     with ObjectStorageServer(tmp_path, "uploads") as server:
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
