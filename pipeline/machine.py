@@ -5,8 +5,10 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 """Bytes of this machine's memory."""
@@ -22,7 +24,7 @@ per cent of a step on a CPU are page table lookups.
 """
 
 
-def num_threads(device: torch.device) -> int:
+def num_threads(device: "torch.device") -> int:
     """The number of batches to process at once: one on a GPU, else one for each available core.
 
     OMP_NUM_THREADS overrides the number of cores; Ray sets it for its workers.
@@ -59,11 +61,13 @@ def keep_freed_memory() -> None:
             libc.mallopt(mmap_threshold, 32 << 20)  # the largest that glibc accepts
 
 
-def device() -> torch.device:
+def device() -> "torch.device":
     """The device that models run on: a GPU if there is one.
 
     Its float32 is float32: by default PyTorch's convolutions round their inputs to 10 bits there
     (TF32), and figures would not be those of a CPU.
     """
+    import torch  # here, since programs without a model import this module, too
+
     torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,7 +17,7 @@ from pipeline.storage import open_storage
 from pipeline.storage.base import ObjectNotFound, Storage
 from pipeline.storage.resume import rereads
 from pipeline.values import JsonObject
-from vlae.factory import MODEL_FILE, WEIGHTS_FILE
+from vlae.files import MODEL_FILE, WEIGHTS_FILE
 
 Metrics: TypeAlias = JsonObject
 """What a run measured, by name."""
@@ -116,7 +116,7 @@ class Run:
         restarts: list[JsonObject] = self.storage.read_json(RESTARTS)
         return restarts
 
-    def publish(self, model: vlae.VLAE, training: JsonObject) -> None:
+    def publish(self, model: "vlae.VLAE", training: JsonObject) -> None:
         """Write a model, ready for ``vlae.load``, and the record of its training to ``model/``."""
         with tempfile.TemporaryDirectory() as folder:
             vlae.save(model, folder)
@@ -233,7 +233,7 @@ class OpenedModel:
 
     reference: str
     """A run's address, or ``models:/...``."""
-    network: vlae.VLAE
+    network: "vlae.VLAE"
     training: JsonObject
     """The record of its training."""
     weights: str
@@ -260,7 +260,7 @@ class OpenedModel:
         return Binarization[self.training["config"]["dataset"]["binarization"]]
 
 
-def load(folder: Path) -> vlae.VLAE:
+def load(folder: Path) -> "vlae.VLAE":
     """The model in a folder, in float32. Raises UserError if there is none, or it is damaged."""
     try:
         return vlae.load(folder).float()

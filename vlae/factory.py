@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from vlae import pretrained
+from vlae.files import MODEL_FILE, WEIGHTS_FILE
 from vlae.flow import AutoregressiveFlow
 from vlae.likelihood import BernoulliLikelihood, Likelihood, LogisticMixtureLikelihood
 from vlae.model import VLAE
@@ -28,8 +29,6 @@ from vlae.networks.encoder import Encoder
 from vlae.networks.layers import ACTIVATIONS, Trunk, scales
 from vlae.prior import Prior, StandardNormal
 from vlae.window import Window
-
-WEIGHTS_FILE, MODEL_FILE = "model.safetensors", "model.json"
 
 
 @dataclass(frozen=True)

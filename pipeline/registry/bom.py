@@ -16,7 +16,7 @@ import vlae
 from pipeline.errors import UserError
 from pipeline.registry import card
 from pipeline.values import JsonObject, Measured
-from vlae.factory import WEIGHTS_FILE
+from vlae.files import WEIGHTS_FILE
 
 BOM_FILE = "bom.json"
 LIBRARIES = ("torch", "numpy", "safetensors")

@@ -13,16 +13,10 @@ from pipeline.evaluation import evaluation
 from pipeline.evaluation.measure import concatenate, estimates, images_in_pass, pairs_in_pass
 from pipeline.evaluation.moments import Moments
 from pipeline.machine import device, keep_freed_memory, num_threads
+from pipeline.registry.summaries import COMPARED, PARTS
 from pipeline.runs import OpenedModel, open_data
 from pipeline.values import JsonObject, Measured
 
-COMPARED = {"nll": "negative log-likelihood", "code_length": "code length", "rate": "rate"}
-"""What is measured of both models on every image, in nats.
-
-``nll`` decides; with one sample it equals ``code_length``.
-"""
-PARTS = ("version", "other", "difference")
-"""The figures of each quantity: of both models, and of the first less the second."""
 CERTAIN = 2.0
 """A model is better if its lead exceeds this many standard errors of the difference."""
 
@@ -106,27 +100,3 @@ def _per_image(
             bar.update(len(part.iwae))
     estimate = concatenate(parts)
     return {"nll": -estimate.iwae, "code_length": -estimate.elbo, "rate": estimate.rate}
-
-
-def format_comparison(comparison: JsonObject) -> str:
-    """A comparison as a table."""
-    data, k = comparison["dataset"], comparison["bounds"]["samples"]
-    images = f"{comparison['num_images']:,} {data['split']} images of {data['url']}"
-    version, other = f"version {comparison['version']}", f"version {comparison['other']}"
-    lines = [
-        f"{images}, binarization {data['binarization']}; nats per image:",
-        f"  {'':<26}{version:>18}{other:>18}{'difference':>18}",
-    ]
-    for name, label in COMPARED.items():
-        row = comparison["nats"][name]
-        shown = "".join(f"{Measured.from_json(row, part).text(3):>18}" for part in PARTS)
-        lines.append(f"  {label + f', k = {k}' * (name == 'nll'):<26}{shown}")
-    difference = comparison["nats"]["nll"]["difference"]
-    verdict = (
-        "is better"
-        if comparison["better"]
-        else "is not better"
-        if difference >= 0
-        else "may be better, but not by two standard errors"
-    )
-    return "\n".join([*lines, f"{version} {verdict}"])

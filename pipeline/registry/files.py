@@ -11,7 +11,7 @@ from pipeline.registry import bom, card, signing
 from pipeline.runs import EVALUATION, TRAINING_FILE, Run, load, sha256_of_file
 from pipeline.storage.base import to_json
 from pipeline.values import JsonObject
-from vlae.factory import WEIGHTS_FILE
+from vlae.files import WEIGHTS_FILE
 
 CARD_FILE = "README.md"
 PYFUNC_FILE = "MLmodel"

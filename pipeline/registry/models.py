@@ -9,7 +9,6 @@ from pathlib import Path
 from pipeline.config.sections import RegistryOptions, StorageOptions
 from pipeline.data import DataSet
 from pipeline.errors import UserError
-from pipeline.registry.versions import Registry
 from pipeline.runs import EVALUATION, OpenedModel, Run, open_data
 from pipeline.values import JsonObject
 from vlae import pretrained
@@ -28,6 +27,8 @@ def open_model(reference: str, registry: RegistryOptions, storage: StorageOption
         return _open_pretrained(reference, storage)
     if not reference.startswith("models:/"):
         return Run.at(reference, storage.endpoint_url).open()
+    from pipeline.registry.versions import Registry  # here, since MLflow takes seconds
+
     versions = Registry(registry)
     version = versions.resolve(reference)
     with tempfile.TemporaryDirectory() as folder:
@@ -68,6 +69,8 @@ def copy_evaluation(
         return evaluation
     with tempfile.TemporaryDirectory() as place:
         if model.version:
+            from pipeline.registry.versions import Registry
+
             source = Registry(registry).download(*model.version, Path(place))
         else:
             source = pretrained.folder(model.reference.removeprefix(PRETRAINED))

@@ -1,8 +1,16 @@
-"""What the registry tells of a model, of a version, and of the check of a version."""
+"""What the registry tells of a model, a version, the check of a version, and a comparison."""
 
 from dataclasses import asdict, dataclass
 
-from pipeline.values import JsonObject
+from pipeline.values import JsonObject, Measured
+
+COMPARED = {"nll": "negative log-likelihood", "code_length": "code length", "rate": "rate"}
+"""What is measured of both models on every image, in nats.
+
+``nll`` decides; with one sample it equals ``code_length``.
+"""
+PARTS = ("version", "other", "difference")
+"""The figures of each quantity: of both models, and of the first less the second."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +68,27 @@ class Verification:
 
     def to_json(self) -> JsonObject:
         return asdict(self)
+
+
+def format_comparison(comparison: JsonObject) -> str:
+    """A comparison as a table."""
+    data, k = comparison["dataset"], comparison["bounds"]["samples"]
+    images = f"{comparison['num_images']:,} {data['split']} images of {data['url']}"
+    version, other = f"version {comparison['version']}", f"version {comparison['other']}"
+    lines = [
+        f"{images}, binarization {data['binarization']}; nats per image:",
+        f"  {'':<26}{version:>18}{other:>18}{'difference':>18}",
+    ]
+    for name, label in COMPARED.items():
+        row = comparison["nats"][name]
+        shown = "".join(f"{Measured.from_json(row, part).text(3):>18}" for part in PARTS)
+        lines.append(f"  {label + f', k = {k}' * (name == 'nll'):<26}{shown}")
+    difference = comparison["nats"]["nll"]["difference"]
+    verdict = (
+        "is better"
+        if comparison["better"]
+        else "is not better"
+        if difference >= 0
+        else "may be better, but not by two standard errors"
+    )
+    return "\n".join([*lines, f"{version} {verdict}"])

@@ -29,7 +29,7 @@ from pipeline.registry.champions import PROMOTED, ROLLED_BACK, ChampionChange
 from pipeline.registry.summaries import ModelSummary, Verification, Version
 from pipeline.registry.tracking import Connection, ignore_existing, short_timeouts, training_run
 from pipeline.runs import MODEL_FILES, Run, sha256_of_file
-from vlae.factory import WEIGHTS_FILE
+from vlae.files import WEIGHTS_FILE
 
 CHECKSUM = "sha256."
 """The prefix of a version's tags that hold the checksums of its files."""

@@ -34,7 +34,7 @@ from tests.faults.registry import Team
 from tests.faults.storage import Exchange, FaultyServer
 from tests.faults.strikes import CLOCK, KINDS, Command, Skipped, Stage, Strike, draw, rpc_failures
 from tests.pipeline import strokes
-from vlae.factory import WEIGHTS_FILE
+from vlae.files import WEIGHTS_FILE
 
 WEIGHTS = "model/model.safetensors"
 PATIENCE = 600.0

@@ -1,5 +1,7 @@
 """A run's model is read as it was written, or not at all."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,28 @@ def test_damaged_weights_are_named(storage: Storage, tmp_path: Path) -> None:
         UserError, match=rf"{run.url}/model/model.safetensors is damaged: its sha256"
     ):
         run.open()
+
+
+OPENED = """
+import sys
+from pipeline.config.sections import RegistryOptions, StorageOptions
+from pipeline.registry.models import open_model
+open_model(sys.argv[1], RegistryOptions(), StorageOptions())
+import torch, vlae
+with torch.device("meta"):
+    vlae.build(image_shape=(3, 32, 32), code="maps", latents=4, flow_depth=2, posterior_depth=1)
+"""
+LISTED = "import sys, pipeline.registry.versions"
+
+
+@pytest.mark.parametrize(
+    ("script", "heavy"),
+    [(OPENED, ["mlflow", "ray", "sympy", "torch._dynamo"]), (LISTED, ["torch", "ray"])],
+    ids=["a model is opened", "versions are listed"],
+)
+def test_what_is_not_needed_is_not_loaded(tmp_path: Path, script: str, heavy: list[str]) -> None:
+    run = prepare_run(open_storage(str(tmp_path)), 1)
+    found = f"print([name for name in {heavy} if name in sys.modules])"
+    command = [sys.executable, "-c", f"{script}\n{found}", run.url]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

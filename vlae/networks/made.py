@@ -111,9 +111,7 @@ class MapMADE(nn.Module):
         self.shape, self.outputs = shape, outputs
         channels, height, width = shape
         masks, self.seen = _masks(channels, outputs, hidden, layers, lowest=-1)
-        self.hidden, self.head = _layers(
-            torch.cat([torch.ones(len(mask), 4 * mask.shape[1]), mask], 1) for mask in masks
-        )
+        self.hidden, self.head = _layers(map(_with_neighbours, masks))
         self.from_context = nn.Linear(context, hidden, bias=False) if context else None
         # The indices of each position's five taps in maps padded by a row of zeros above and a
         # column on either side. They are computed on the CPU even if the weights are made on
@@ -203,7 +201,7 @@ def _masks(
             f"a MADE over {size} inputs needs at least {num_degrees} hidden units, not {hidden}; "
             "raise flow_hidden"
         )
-    position = torch.arange(size)
+    position = torch.tensor(range(size))
     degrees = [lowest + unit * num_degrees // hidden for unit in range(hidden)]
     degree, next_degree = torch.tensor(degrees), torch.tensor([each + 1 for each in degrees])
     masks = [_at_least(degree, position)]
@@ -212,11 +210,21 @@ def _masks(
     return masks, [bisect_left(degrees, i) for i in range(size)]
 
 
+def _with_neighbours(mask: Tensor) -> Tensor:
+    """The mask of a position's inputs, after those of four neighbours, of which all are seen:
+    (rows, columns) -> (rows, 5 * columns).
+    """
+    rows, columns = mask.shape
+    if mask.is_meta:
+        return torch.empty(rows, 5 * columns, device="meta")
+    return torch.cat([torch.ones(rows, 4 * columns), mask], 1)
+
+
 def _at_least(left: Tensor, right: Tensor) -> Tensor:
     """left_i >= right_j: (rows,), (columns,) -> (rows, columns).
 
     On the device meta, where a mask has no values, comparing would load PyTorch's compiler: seconds
-    whenever a process first opens a model.
+    whenever a process first opens a model. So would ``arange`` and ``cat``.
     """
     if left.is_meta:
         return torch.empty(len(left), len(right), dtype=torch.bool, device="meta")

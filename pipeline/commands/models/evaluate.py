@@ -33,7 +33,6 @@ def run(config: EvaluateConfig) -> JsonObject:
     """
     from pipeline.evaluation.evaluation import evaluate
     from pipeline.registry.models import open_model
-    from pipeline.registry.versions import Registry
 
     model = open_model(config.model, config.registry, config.storage)
 
@@ -44,6 +43,8 @@ def run(config: EvaluateConfig) -> JsonObject:
 
     result = evaluate(config, model, connect)
     if model.version:
+        from pipeline.registry.versions import Registry  # which imports MLflow
+
         name, number = model.version
         measured = result[config.split]
         Registry(config.registry).log_evaluation(name, number, config.split, measured)

@@ -243,7 +243,7 @@ def _version(registry: "Registry", name: str, number: int | None) -> "Version":
 
 def format_result(config: RegistryConfig, result: JsonObject) -> str:
     """The result of the action as text."""
-    from pipeline.registry.compare import format_comparison
+    from pipeline.registry.summaries import format_comparison
 
     name = result.get("name")
     if config.action is Action.list:

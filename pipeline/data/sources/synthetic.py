@@ -3,14 +3,12 @@
 import math
 
 import numpy as np
-import torch
 
 from pipeline.config.sections import DatasetOptions, ShardOptions
 from pipeline.data.sources.base import SPLITS, Images, ImageSource, Labels
 from pipeline.errors import UserError
 from pipeline.noise import Purpose, uniform
 from pipeline.values import JsonObject
-from vlae.synthetic import clouds
 
 
 class SyntheticSource(ImageSource):
@@ -30,6 +28,8 @@ class SyntheticSource(ImageSource):
         return cls(options.seed)
 
     def __init__(self, seed: int) -> None:
+        from vlae.synthetic import clouds  # here, since other sources do not need PyTorch
+
         self._seed, self._distribution = seed, clouds()
 
     @property
@@ -49,6 +49,8 @@ class SyntheticSource(ImageSource):
         return {"train": 50_000, "valid": 10_000, "test": 10_000}
 
     def read(self, split: str, start: int, stop: int) -> tuple[Images, Labels]:
+        import torch
+
         first = sum(
             count for name, count in self.splits.items() if SPLITS.index(name) < SPLITS.index(split)
         )
