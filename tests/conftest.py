@@ -1,5 +1,6 @@
 """Shared fixtures: the real object storage server, storages on it and in a folder, and Ray."""
 
+import gc
 import os
 import secrets
 import socket
@@ -45,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return path.stem != "test_main_job", "e2e" not in path.parts, path not in long
 
     items.sort(key=turn)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector leaves alone what collecting made: going through it takes seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup() -> None:
