@@ -185,7 +185,7 @@ class Proposer(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         row = self.trials.next()
         if row is None:
-            return Searcher.FINISHED
+            return None if self.trials.may_give_again() else Searcher.FINISHED
         self.trials.begin(row)
         return {"number": row.number, "point": row.point}
 
@@ -352,10 +352,14 @@ class Recorder(Callback):
     ) -> None:
         row = self.trials.numbered(trial.config["number"])
         cause = trial.get_error()
-        row.status, row.error = (
-            Status.failed,
-            (str(cause).strip().splitlines() or [type(cause).__name__])[-1],
-        )
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
+        # Ray Tune gives a trial up, whatever retries it has left, if two calls of one process fail
+        # together.
+        if self.trials.give_again(row):
+            self.tracking.end(self.tracked[row.number], "KILLED")
+            self._say(row, f"{reason}; retry {row.failures}")
+            return
+        row.status, row.error = Status.failed, reason
         self.trials.save(row)
         self.tracking.end(self.tracked[row.number], "FAILED")
         self._say(row, f"failed: {row.error}")

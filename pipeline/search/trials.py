@@ -133,6 +133,22 @@ class Trials:
             self.rows.append(row)
         self.save(row)
 
+    def give_again(self, row: Trial) -> bool:
+        """Let a trial that was lost be the next one, unless that happened too often.
+
+        Returns whether it will be; its record then counts one more failure.
+        """
+        if row.failures >= self.config.cluster.max_failures:
+            return False
+        row.failures += 1
+        self.interrupted.append(row)
+        self.save(row)
+        return True
+
+    def may_give_again(self) -> bool:
+        """Whether a trial that runs may be lost and given again."""
+        return not self.exhausted() and any(row.status is Status.running for row in self.rows)
+
     def save(self, row: Trial) -> None:
         """Update a trial's times and write its record."""
         now = time.monotonic()

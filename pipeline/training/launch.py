@@ -79,7 +79,8 @@ class Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         every = super()._create_default_callbacks()
-        return [each for each in every if not isinstance(each, DatasetsCallback)]
+        kept = [each for each in every if not isinstance(each, DatasetsCallback)]
+        return sorted(kept, key=lambda each: not isinstance(each, StartWatch))
 
 
 def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:

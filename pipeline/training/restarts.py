@@ -87,12 +87,24 @@ class StartWatch(WorkerGroupCallback):
     """Kills the workers of a group that is not ready after ``seconds``; Ray Train starts another.
 
     A worker that stops running while the group starts would be waited for without limit: Ray Train
-    polls workers only once they train.
+    polls workers only once they train. And it forgets a group that fails between the start of its
+    workers and that of their training. That group's resources are freed here, before another one
+    waits for them. This must be the first callback, to know a group at which others fail.
     """
 
     def __init__(self, record: Callable[[str], None], seconds: float) -> None:
         self.record, self.seconds = record, seconds
         self.ready: threading.Event | None = None
+        self.group: Any = None
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        if self.group is not None and self.group.has_started():
+            self.record("its workers were lost at their start")
+            self.group.abort()
+        self.group = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self.group = worker_group
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         self.ready = threading.Event()

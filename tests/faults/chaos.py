@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,17 @@ from pipeline.storage.server import ObjectStorageServer
 from tests.faults import suite
 from tests.faults.registry import Team
 from tests.faults.storage import Exchange, FaultyServer
-from tests.faults.strikes import CLOCK, KINDS, Command, Skipped, Stage, Strike, draw, rpc_failures
+from tests.faults.strikes import (
+    CLOCK,
+    KINDS,
+    LOG,
+    Command,
+    Skipped,
+    Stage,
+    Strike,
+    draw,
+    rpc_failures,
+)
 from tests.pipeline import strokes
 from vlae.files import WEIGHTS_FILE
 
@@ -121,6 +132,7 @@ class Round:
         Raises AssertionError if a command fails for another reason, or does not end.
         """
         strokes.write(strokes.data_storage(self.root))
+        (self.stage.folder / LOG).unlink(missing_ok=True)
         struck = 0
         for phase in phases:
             drawn = [] if seed is None else draw(seed, self.number, phase, count)
@@ -259,8 +271,9 @@ def run(seeds: Sequence[int], minutes: float) -> tuple[int, int]:
     """Play rounds of each seed for ``minutes``, at least one, and compare them with an undisturbed
     one.
 
-    Prints a line of JSON for each seed. Returns the number of faults that struck, and of those in
-    rounds that ended as undisturbed.
+    Prints a line of JSON for each seed. Of a round that did not end as undisturbed, it keeps all
+    that its commands printed, in a file of this folder. Returns the number of faults that struck,
+    and of those in rounds that ended as undisturbed.
     """
     total = total_passed = 0
     with (
@@ -282,7 +295,9 @@ def run(seeds: Sequence[int], minutes: float) -> tuple[int, int]:
                     assert_same(disturbed.outcome(), expected)
                     passed += struck
                 except (AssertionError, UserError, subprocess.SubprocessError) as error:
-                    outcome = f"FAILED: {error}"
+                    log = Path(f"chaos-{seed}-{number}.log").absolute()
+                    shutil.copyfile(started.folder / LOG, log)
+                    outcome = f"FAILED, all that its commands printed is in {log}: {error}"
                 faults += struck
                 suite.print_row(f"seed {seed}, round {number}: {struck} faults", start, outcome)
             print(json.dumps({"seed": seed, "faults": faults, "passed": passed}), flush=True)

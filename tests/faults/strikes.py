@@ -28,6 +28,8 @@ from tests.faults.storage import (
     stall,
 )
 
+LOG = "command.log"
+"""What all commands print, in the folder of the stage."""
 AS_TYPED = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,7 +50,7 @@ class Command:
 
     def start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        with (self.folder / "command.log").open("ab") as log:
+        with (self.folder / LOG).open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", AS_TYPED, *self.arguments],
                 cwd=self.folder,
@@ -78,7 +80,7 @@ class Command:
 
     def tail(self) -> str:
         """The end of all that it has printed."""
-        return (self.folder / "command.log").read_text(errors="replace")[-3000:]
+        return (self.folder / LOG).read_text(errors="replace")[-3000:]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pipeline.config.compose import build
 from pipeline.config.options import to_dict
 from pipeline.config.search import Sampler, SearchOptions, Stopping, TuneConfig
 from pipeline.search.proposals import is_outperformed, known, propose
+from pipeline.search.runner import Proposer
 from pipeline.search.trial import Point, Status, Trial
 from pipeline.search.trials import Trials, shortfall, table, trial_config
 from pipeline.storage import open_storage
@@ -455,6 +456,29 @@ def test_what_was_begun_comes_first_and_a_point_whose_record_is_deleted_is_tried
     assert second is not None
     assert (second.number, second.point) == (4, begun[1].point)
     assert again.seconds() >= begun[2].search_seconds, "time goes on from where it was"
+
+
+def test_a_trial_that_is_lost_is_given_again_as_often_as_allowed(tmp_path: Path) -> None:
+    values = {"search.num_trials": 2, "cluster.max_failures": 2}
+    trials = Trials.load(tune_config(**values), open_storage(str(tmp_path)))
+    proposer = Proposer(trials)
+
+    def given() -> Any:
+        found = proposer.suggest("trial")
+        return found["number"] if isinstance(found, dict) else found
+
+    assert [given(), given()] == [1, 2]
+    assert given() is None, "those that run may be lost"
+    lost, other = trials.rows
+    for failures in (1, 2):
+        assert trials.give_again(lost)
+        assert (given(), given()) == (1, None)
+        assert trials.storage.read_json("trials/0001.json")["failures"] == failures
+    assert not trials.give_again(lost)
+    lost.status = Status.failed
+    assert given() is None
+    other.status = Status.finished
+    assert given() == Proposer.FINISHED
 
 
 def test_a_budget_of_time_counts_what_was_spent_before(tmp_path: Path) -> None:

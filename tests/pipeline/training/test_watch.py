@@ -5,13 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from pipeline.cluster import connect
 from pipeline.config.sections import ClusterOptions, StorageOptions
+from pipeline.runs import Run
+from pipeline.training import launch
 from pipeline.training.watch import Heartbeats, StepWatch, heartbeat, take_stuck
+from tests.pipeline import strokes
 
 WORKER = """
 import time
@@ -97,3 +103,28 @@ def test_the_rank_behind_the_others_is_named_once_and_a_stopped_process_is_lost(
         os.kill(pid, signal.SIGKILL)
     with pytest.raises(ray.exceptions.WorkerCrashedError):
         ray.get(beating)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_that_are_lost_at_their_start_leave_the_cluster_to_those_that_follow(
+    tmp_path: Path,
+) -> None:
+    class Lost(WorkerGroupCallback):
+        """Kills the first workers, as they are about to connect to each other."""
+
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            if not (tmp_path / "lost").exists():
+                (tmp_path / "lost").touch()
+                for worker in worker_group.get_workers():
+                    ray.kill(worker.actor)
+                ray.get(worker.actor.get_metadata.remote())  # raises
+
+    strokes.write(strokes.data_storage(str(tmp_path)))
+    # The two workers take the whole cluster.
+    config = strokes.train_config(str(tmp_path), "name=lost", "cluster.num_workers=2")
+    connect(config.cluster, config.storage)
+    launch.check(config)
+    launch.fit(config, [Lost()])
+    run = Run.of(config)
+    assert run.is_finished
+    assert [each["reason"] for each in run.restarts()] == ["its workers were lost at their start"]
