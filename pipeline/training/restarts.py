@@ -18,7 +18,11 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2._internal.execution.callback import WorkerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import (
+    ControllerCallback,
+    WorkerCallback,
+    WorkerGroupCallback,
+)
 
 from pipeline import background
 from pipeline.cluster import HEALTH_CHECK_TIMEOUT
@@ -83,13 +87,14 @@ class Restarts(UserCallback):
         return 0.0 if failures == 1 else min(60.0, 5.0 * 2 ** (failures - 2))
 
 
-class StartWatch(WorkerGroupCallback):
+class StartWatch(WorkerGroupCallback, ControllerCallback):
     """Kills the workers of a group that is not ready after ``seconds``; Ray Train starts another.
 
     A worker that stops running while the group starts would be waited for without limit: Ray Train
     polls workers only once they train. And it forgets a group that fails between the start of its
     workers and that of their training. That group's resources are freed here, before another one
-    waits for them. This must be the first callback, to know a group at which others fail.
+    waits for them, of this controller or, if this one fails, of the next. This must be the first
+    callback, to know a group at which others fail.
     """
 
     def __init__(self, record: Callable[[str], None], seconds: float) -> None:
@@ -98,10 +103,19 @@ class StartWatch(WorkerGroupCallback):
         self.group: Any = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        if self.group is not None and self.group.has_started():
+        if self._free():
             self.record("its workers were lost at their start")
+
+    def after_controller_finish(self, result: Any) -> None:
+        self._free()
+
+    def _free(self) -> bool:
+        """Free what a forgotten group holds. Returns whether there was one."""
+        forgotten = self.group is not None and self.group.has_started()
+        if forgotten:
             self.group.abort()
         self.group = None
+        return forgotten
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self.group = worker_group

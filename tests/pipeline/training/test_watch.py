@@ -106,25 +106,31 @@ def test_the_rank_behind_the_others_is_named_once_and_a_stopped_process_is_lost(
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("moment", "reason"),
+    [
+        ("after_worker_group_start", "its workers were lost at their start"),
+        ("after_worker_group_training_start", "Ray Train's controller failed: "),
+    ],
+)
 def test_workers_that_are_lost_at_their_start_leave_the_cluster_to_those_that_follow(
-    tmp_path: Path,
+    moment: str, reason: str, tmp_path: Path
 ) -> None:
-    class Lost(WorkerGroupCallback):
-        """Kills the first workers, as they are about to connect to each other."""
+    def lose(callback: WorkerGroupCallback, group: Any) -> None:
+        if not (tmp_path / "lost").exists():
+            (tmp_path / "lost").touch()
+            for worker in group.get_workers():
+                ray.kill(worker.actor)
+            ray.get(worker.actor.get_metadata.remote())  # raises
 
-        def after_worker_group_start(self, worker_group: Any) -> None:
-            if not (tmp_path / "lost").exists():
-                (tmp_path / "lost").touch()
-                for worker in worker_group.get_workers():
-                    ray.kill(worker.actor)
-                ray.get(worker.actor.get_metadata.remote())  # raises
-
+    lost = type("Lost", (WorkerGroupCallback,), {moment: lose})()
     strokes.write(strokes.data_storage(str(tmp_path)))
     # The two workers take the whole cluster.
     config = strokes.train_config(str(tmp_path), "name=lost", "cluster.num_workers=2")
     connect(config.cluster, config.storage)
     launch.check(config)
-    launch.fit(config, [Lost()])
+    launch.fit(config, [lost])
     run = Run.of(config)
     assert run.is_finished
-    assert [each["reason"] for each in run.restarts()] == ["its workers were lost at their start"]
+    (restart,) = run.restarts()
+    assert restart["reason"].startswith(reason)
