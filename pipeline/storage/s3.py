@@ -163,17 +163,17 @@ class S3Storage(Storage):
         )
 
     def delete(self, keys: Iterable[str]) -> None:
-        remaining = [self._key(key) for key in keys]
+        remaining = list(keys)
         while remaining:
             batch, remaining = remaining[:1000], remaining[1000:]  # the most that S3 accepts
             self._delete(batch)
 
-    def _delete(self, names: list[str]) -> None:
+    def _delete(self, keys: list[str]) -> None:
         answer = self._ask(
-            names[0],
+            keys[0],
             lambda client: client.delete_objects(
                 Bucket=self.bucket,
-                Delete={"Objects": [{"Key": name} for name in names], "Quiet": True},
+                Delete={"Objects": [{"Key": self._key(key)} for key in keys], "Quiet": True},
             ),
         )
         for error in answer.get("Errors", []):

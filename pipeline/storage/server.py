@@ -36,8 +36,10 @@ START_SECONDS = 30.0
 """Time limit for the server's start."""
 ATTEMPTS = 3
 """Attempts to start the server on free ports."""
-PORT_TAKEN = "Port allocation failed"
-"""In the server's log if another process took a port between our choice and its start."""
+PORT_TAKEN = re.compile("Port allocation failed|address already in use")
+"""In the server's log if another process took a port between our choice and its start: found by its
+own check before it starts, or after that.
+"""
 STOP_SECONDS = 5.0
 """Time limit for a clean stop, which usually takes 1.2 s.
 
@@ -100,7 +102,7 @@ class ObjectStorageServer:
                 if (
                     attempt == ATTEMPTS
                     or not self.log.exists()
-                    or PORT_TAKEN not in self.log.read_text(errors="replace")
+                    or not PORT_TAKEN.search(self.log.read_text(errors="replace"))
                 ):
                     raise
                 self.port = wanted

@@ -183,3 +183,19 @@ def test_a_port_that_another_process_takes_at_the_last_moment_is_replaced(
         monkeypatch.setattr(server, "_free_ports", choose)
         with ObjectStorageServer(tmp_path, "tests") as running:
             assert running.port == chosen[1][0]
+
+
+def test_a_port_that_is_taken_while_the_server_starts_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binary, begun = server._binary(), tmp_path / "begun"
+    late = tmp_path / "late"
+    late.write_text(
+        f'#!/bin/sh\n[ -e {begun} ] && exec {binary} "$@"\ntouch {begun}\n'
+        "echo 'S3 API Server listener error: bind: address already in use' >&2\nexit 255\n"
+    )
+    late.chmod(0o755)
+    monkeypatch.setattr(server, "_binary", lambda: str(late))
+    with ObjectStorageServer(tmp_path / "objects", "tests") as running:
+        assert begun.exists()
+        running.check()
