@@ -22,6 +22,11 @@ def lack_of_memory(error: BaseException) -> str | None:
     return reason if is_allocator else None
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of an error's message, which names the cause in one that quotes a traceback."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 class DamagedData(UserError):
     """Stored data is missing, altered or unreadable; reading it again would not help."""
 

@@ -24,7 +24,7 @@ from pipeline.config.goals import ON_THE_WAY, QUANTITIES, Measurements
 from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
 from pipeline.config.search import Stopping, TuneConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, last_line
 from pipeline.registry import tracking
 from pipeline.registry.tracking import TrackedRun, Tracking, training_run
 from pipeline.runs import TENSORBOARD, Run
@@ -351,8 +351,7 @@ class Recorder(Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
         row = self.trials.numbered(trial.config["number"])
-        cause = trial.get_error()
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
+        reason = last_line(trial.get_error())
         # Ray Tune gives a trial up, whatever retries it has left, if two calls of one process fail
         # together.
         if self.trials.give_again(row):

@@ -20,7 +20,7 @@ from pipeline.config.compose import build
 from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
 from pipeline.data import DataSet
-from pipeline.errors import UserError
+from pipeline.errors import UserError, last_line
 from pipeline.runs import IDENTITY, RESULT, Run, check_pixels
 from pipeline.storage.rays import ray_storage
 from pipeline.storage.recipe import begin_named
@@ -132,7 +132,7 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
             # Ray Train's controller reads and writes the storage when it starts, and does not try
             # again if that fails, or if the workers fail to connect to each other. Its process may
             # also be lost with its machine.
-            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
+            reason = last_line(cause)
             if attempt > workers.max_failures:
                 raise UserError(
                     f"Ray Train's controller of run {config.run_name} failed {attempt} times; the"

@@ -26,7 +26,7 @@ from ray.train.v2._internal.execution.callback import (
 
 from pipeline import background
 from pipeline.cluster import HEALTH_CHECK_TIMEOUT
-from pipeline.errors import UserError
+from pipeline.errors import UserError, last_line
 from pipeline.runs import RESTARTS, Run
 from pipeline.storage.base import Storage, Unavailable
 from pipeline.training import checkpoint
@@ -138,14 +138,13 @@ class StartWatch(WorkerGroupCallback, ControllerCallback):
 
 def explain(rank: int, error: Exception) -> str:
     """Why a worker failed, in one line that names its rank."""
-    text = str(error).strip()
-    found = dict(re.findall(r"(hostname|pid)=\W?([\w.-]+)", text))
+    found = dict(re.findall(r"(hostname|pid)=\W?([\w.-]+)", str(error)))
     worker = f"rank {rank} (process {found.get('pid', '?')} on {found.get('hostname', '?')})"
     if isinstance(error, WorkerHealthCheckTimeoutError):
         return f"{worker} has not answered for {os.environ[HEALTH_CHECK_TIMEOUT]} s"
     if isinstance(error, WorkerHealthCheckFailedError):
         return f"{worker} died"
-    return f"rank {rank}: {(text.splitlines() or [type(error).__name__])[-1]}"
+    return f"rank {rank}: {last_line(error)}"
 
 
 terminated = threading.Event()
