@@ -121,7 +121,8 @@ def test_workers_that_are_lost_at_their_start_leave_the_cluster_to_those_that_fo
             (tmp_path / "lost").touch()
             for worker in group.get_workers():
                 ray.kill(worker.actor)
-            ray.get(worker.actor.get_metadata.remote())  # raises
+            while True:  # until Ray knows of the loss, of which it may only be told later
+                ray.get(worker.actor.get_metadata.remote())
 
     lost = type("Lost", (WorkerGroupCallback,), {moment: lose})()
     strokes.write(strokes.data_storage(str(tmp_path)))
