@@ -143,6 +143,7 @@ def ray_cluster(
         "--block",
         f"--port={gcs}",
         "--num-cpus=2",
+        "--include-log-monitor=false",  # no driver of this project reads what it sends
     ]
     command += [
         "--node-ip-address=127.0.0.1",

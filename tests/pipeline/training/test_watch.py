@@ -106,32 +106,33 @@ def test_the_rank_behind_the_others_is_named_once_and_a_stopped_process_is_lost(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(
-    ("moment", "reason"),
-    [
-        ("after_worker_group_start", "its workers were lost at their start"),
-        ("after_worker_group_training_start", "Ray Train's controller failed: "),
-    ],
-)
 def test_workers_that_are_lost_at_their_start_leave_the_cluster_to_those_that_follow(
-    moment: str, reason: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    def lose(callback: WorkerGroupCallback, group: Any) -> None:
-        if not (tmp_path / "lost").exists():
-            (tmp_path / "lost").touch()
-            for worker in group.get_workers():
-                ray.kill(worker.actor)
-            while True:  # until Ray knows of the loss, of which it may only be told later
-                ray.get(worker.actor.get_metadata.remote())
+    def losing(moment: str) -> Any:
+        """A callback that kills the first workers that come to a moment of their start."""
 
-    lost = type("Lost", (WorkerGroupCallback,), {moment: lose})()
+        def lose(callback: WorkerGroupCallback, group: Any) -> None:
+            if not (tmp_path / moment).exists():
+                (tmp_path / moment).touch()
+                for worker in group.get_workers():
+                    ray.kill(worker.actor)
+                while True:  # until Ray knows of the loss, of which it may only be told later
+                    ray.get(worker.actor.get_metadata.remote())
+
+        return type("Lost", (WorkerGroupCallback,), {moment: lose})()
+
+    moments = {
+        "after_worker_group_start": "its workers were lost at their start",
+        "after_worker_group_training_start": "Ray Train's controller failed: ",
+    }
     strokes.write(strokes.data_storage(str(tmp_path)))
     # The two workers take the whole cluster.
     config = strokes.train_config(str(tmp_path), "name=lost", "cluster.num_workers=2")
     connect(config.cluster, config.storage)
     launch.check(config)
-    launch.fit(config, [lost])
+    launch.fit(config, [losing(moment) for moment in moments])
     run = Run.of(config)
     assert run.is_finished
-    (restart,) = run.restarts()
-    assert restart["reason"].startswith(reason)
+    for restart, reason in zip(run.restarts(), moments.values(), strict=True):
+        assert restart["reason"].startswith(reason)
