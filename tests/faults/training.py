@@ -360,15 +360,19 @@ def assert_same(run: Storage, whole: Storage) -> None:
 
 
 def alone(fault: Callable[[Stage], str], stage: Stage) -> str:
-    """Run a fault; if it fails, kill the command that it leaves, which would slow the next down."""
+    """Run a fault, and leave nothing of it to the next: no command, and a server that runs."""
     before = set(psutil.Process().children())
     try:
         return fault(stage)
     finally:
+        server = stage.server._process
         for left in set(psutil.Process().children()) - before:
-            for process in [*left.children(recursive=True), left]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            if left.pid != server.pid:
+                for process in [*left.children(recursive=True), left]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+        if server.poll() is not None:
+            stage.start_server()
 
 
 def run(only: Sequence[str] = ()) -> tuple[int, int]:
