@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,8 @@ MAX_METRICS, MAX_PARAMETERS = 1000, 100
 """MLflow's limits for one request."""
 FOLLOWED = "followed"
 """The tag with the time, in seconds, of the driver's last update."""
+CONFLICTS = ("IntegrityError", "UniqueViolation")
+"""What databases call the refusal of a row that exists, as MLflow's errors quote them."""
 
 MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -162,11 +164,10 @@ class Connection:
             kept = self.client.create_run(experiment, run_name=run.name, tags=tags)
         run_id = str(kept.info.run_id)
         if run.parent:
-            self.client.set_tag(
-                run_id, "mlflow.parentRunId", run.parent.run_id or self.sync(run.parent)
-            )
+            parent = run.parent.run_id or self.sync(run.parent)
+            past_conflict(self.client.set_tag, run_id, "mlflow.parentRunId", parent)
         if run.data and not (kept.inputs and kept.inputs.dataset_inputs):
-            self._log_input(run_id, run.data)
+            past_conflict(self.client.log_inputs, run_id, [data_input(run.data)])
         missing = [
             Param(key, value) for key, value in parameters.items() if key not in kept.data.params
         ]
@@ -181,19 +182,6 @@ class Connection:
         if kept.info.status in ("FAILED", "KILLED"):
             self.client.update_run(run_id, "RUNNING")
         return run_id
-
-    def _log_input(self, run_id: str, data: Data) -> None:
-        """Log the data set of a run. Of two commands that log one at once, MLflow fails the second,
-        which finds it there when it asks again.
-        """
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self.client.log_inputs(run_id, [data_input(data)])
-        except MlflowException as error:
-            if "unique" not in str(error).lower():
-                raise
-            self.client.log_inputs(run_id, [data_input(data)])
 
     def _experiment(self, name: str) -> str:
         """The id of an experiment, created if necessary.
@@ -376,3 +364,19 @@ def ignore_existing() -> Iterator[None]:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def past_conflict(write: Callable[..., object], *arguments: object) -> None:
+    """Write to MLflow; once more if somebody else has written the same at the same time.
+
+    MLflow looks for a row, and inserts it if there is none. Of two clients that do so at once, the
+    database refuses the second, which finds the row when it writes again.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        write(*arguments)
+    except MlflowException as error:
+        if not any(refused in str(error) for refused in CONFLICTS):
+            raise
+        write(*arguments)

@@ -27,7 +27,13 @@ from pipeline.errors import UserError
 from pipeline.registry import bom, champions, files, lineage, signing
 from pipeline.registry.champions import PROMOTED, ROLLED_BACK, ChampionChange
 from pipeline.registry.summaries import ModelSummary, Verification, Version
-from pipeline.registry.tracking import Connection, ignore_existing, short_timeouts, training_run
+from pipeline.registry.tracking import (
+    Connection,
+    ignore_existing,
+    past_conflict,
+    short_timeouts,
+    training_run,
+)
 from pipeline.runs import MODEL_FILES, Run, sha256_of_file
 from vlae.files import WEIGHTS_FILE
 
@@ -136,7 +142,7 @@ class Registry:
         if "champion" not in aliases:
             self.set_champion(name, number)
         elif str(aliases["champion"]) != str(number) and (new or "challenger" not in aliases):
-            self.client.set_registered_model_alias(name, "challenger", str(number))
+            past_conflict(self.client.set_registered_model_alias, name, "challenger", str(number))
 
     # --- reading ----------------------------------------------------------------------------------
 
@@ -252,7 +258,7 @@ class Registry:
                 self.set_champion(name, version)
             return
         try:
-            self.client.set_registered_model_alias(name, alias, str(version))
+            past_conflict(self.client.set_registered_model_alias, name, alias, str(version))
         except MlflowException as error:
             raise UserError(
                 f"alias={alias!r} is not possible: {str(error).splitlines()[0]}"
@@ -270,7 +276,7 @@ class Registry:
             self.client.set_registered_model_tag(
                 name, *champions.tag(now - 1, PROMOTED, int(current))
             )
-        self.client.set_registered_model_alias(name, "champion", str(version))
+        past_conflict(self.client.set_registered_model_alias, name, "champion", str(version))
         self.client.set_registered_model_tag(name, *champions.tag(now, how, version))
         if str(self.client.get_registered_model(name).aliases.get("challenger")) == str(version):
             self.client.delete_registered_model_alias(name, "challenger")

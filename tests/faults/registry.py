@@ -380,7 +380,7 @@ FAULTS = {
     "none": nothing,
     "two people register two runs at once": at_once(0, 1),
     "two people register the same run at once": at_once(0, 0),
-    "server killed before the first file": killed_before("log_artifacts"),
+    "server killed before the first file": killed_before("log_model_artifacts"),
     "server killed in mid-upload": killed_in_mid_upload,
     "server killed before the version is made": killed_before("create_model_version"),
     "server killed when the version is made": killed_after("create_model_version"),

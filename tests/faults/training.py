@@ -40,6 +40,8 @@ from tests.faults.storage import Exchange, FaultyServer
 from tests.pipeline import strokes
 
 ROOT, WEIGHTS, WORKERS = "s3://tests/training", "model/model.safetensors", 2
+OUTAGE = 140
+"""Seconds for which a server is away: S3 requests are repeated for at most 128 (``resume``)."""
 VLAE = str(Path(sys.executable).with_name("vlae"))
 OPTIONS = [
     *strokes.TINY,
@@ -266,11 +268,13 @@ def server_restarted(stage: Stage) -> str:
 
 
 def server_away(stage: Stage) -> str:
-    """The data is in the cache, so training continues during the outage."""
+    """The data is in the cache, so training continues during the outage, which is longer than S3
+    requests are repeated.
+    """
     command = Command("server-away", [f"dataset.cache={stage.folder / 'cache'}"])
     at = command.wait_for_step(300)
     stage.stop_server()
-    time.sleep(60)
+    time.sleep(OUTAGE)
     stage.start_server()
     ended = ended_as_whole(command, f"from step {at} on, without a restart")
     failures = Run(command.run).rows()[-2]["train/failed_uploads"]
@@ -322,7 +326,7 @@ FAULTS: dict[str, Callable[[Stage], str]] = {
     "training: killed in the middle of an upload": killed_in_an_upload,
     "training: the newest checkpoint is damaged": newest_damaged,
     "training: the S3 server is killed and restarted": server_restarted,
-    "training: the S3 server is away for 60 s": server_away,
+    f"training: the S3 server is away for {OUTAGE} s": server_away,
     "training: the disk is full": disk_full,
 }
 

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModelAlias
+from sqlalchemy import event
+from sqlalchemy.orm import Session
 
 import vlae
 from pipeline.config import sections
@@ -423,3 +426,29 @@ def test_two_processes_that_register_a_new_model_at_once_lose_nothing(
     assert [rows[version] for version in versions] == runs
     aliases = [alias for row in local.versions(name) for alias in row.aliases]
     assert sorted(aliases) == ["challenger", "champion"]
+
+
+@pytest.mark.parametrize("alias", ["champion", "challenger"])
+def test_an_alias_that_somebody_makes_at_the_same_time_is_no_error(
+    local: Registry, tmp_path: Path, name: str, alias: str
+) -> None:
+    for seed in range(3):
+        local.register(name, prepare_run(open_storage(str(tmp_path)), seed))
+    for given in ("champion", "challenger"):
+        local.client.delete_registered_model_alias(name, given)
+    somebody = Registry(local.config).client
+    made = []
+
+    def meanwhile(session: Session, context: object, instances: object) -> None:
+        """MLflow has looked whether there is such an alias, and is about to insert it."""
+        if not made and any(isinstance(row, SqlRegisteredModelAlias) for row in session.new):
+            made.append(alias)
+            somebody.set_registered_model_alias(name, alias, "1")
+
+    event.listen(Session, "before_flush", meanwhile)
+    try:
+        local.set_alias(name, 2, alias)
+    finally:
+        event.remove(Session, "before_flush", meanwhile)
+    assert made == [alias]
+    assert {row.number: row.aliases for row in local.versions(name)} == {1: [], 2: [alias], 3: []}
