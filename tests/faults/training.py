@@ -277,11 +277,10 @@ def server_away(stage: Stage) -> str:
     time.sleep(OUTAGE)
     stage.start_server()
     ended = ended_as_whole(command, f"from step {at} on, without a restart")
-    failures = Run(command.run).rows()[-2]["train/failed_uploads"]
-    assert failures > 0, "no upload failed during the outage"
+    assert not Run(command.run).restarts()
     attempts = len(command.run.list("tensorboard/"))
     assert attempts == 1, f"it was started {attempts} times"
-    return f"{ended}; {failures:.0f} attempts at writing failed"
+    return ended
 
 
 FULL = """
