@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil
 import pytest
@@ -202,3 +203,18 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", 
         if process.poll() is not None or time.monotonic() > give_up:
             pytest.fail(f"ray start did not come up:\n{log.read_text()}")
         time.sleep(0.2)
+
+
+def kill_with_descendants(process: "subprocess.Popen[Any] | psutil.Process") -> None:
+    """SIGKILL for a process and all below it, the driver, its Ray and the workers, as when the
+    machine's power is cut.
+
+    Left alone, the workers would train on until they notice that their driver is gone: several
+    seconds on a busy machine.
+    """
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for each in below:
+        with suppress(psutil.NoSuchProcess):  # it ended with its parent
+            each.kill()
+    process.wait()

@@ -39,8 +39,6 @@ MAX_METRICS, MAX_PARAMETERS = 1000, 100
 """MLflow's limits for one request."""
 FOLLOWED = "followed"
 """The tag with the time, in seconds, of the driver's last update."""
-CONFLICTS = ("IntegrityError", "UniqueViolation")
-"""What databases call the refusal of a row that exists, as MLflow's errors quote them."""
 
 MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -377,6 +375,6 @@ def past_conflict(write: Callable[..., object], *arguments: object) -> None:
     try:
         write(*arguments)
     except MlflowException as error:
-        if not any(refused in str(error) for refused in CONFLICTS):
+        if "unique" not in str(error).lower():
             raise
         write(*arguments)

@@ -1,6 +1,5 @@
 """Running the commands as a user does, against the real servers."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -9,12 +8,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 
 from pipeline import cli
 from pipeline.data import DataSet
 from pipeline.storage.server import ObjectStorageServer
+from tests.conftest import kill_with_descendants
 from tests.pipeline import strokes
 
 VLAE = str(Path(sys.executable).with_name("vlae"))
@@ -101,18 +100,3 @@ def begun() -> Iterator[list["subprocess.Popen[bytes]"]]:
     for process in processes:
         if process.poll() is None:
             kill_with_descendants(process)
-
-
-def kill_with_descendants(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL for a process and all below it, the driver, its Ray and the workers, as when the
-    machine's power is cut.
-
-    Left alone, the workers would train on until they notice that their driver is gone: several
-    seconds on a busy machine.
-    """
-    below = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for each in below:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended with its parent
-            each.kill()
-    process.wait()

@@ -12,7 +12,8 @@ from pipeline import commands, runs
 from pipeline.storage import open_storage
 from pipeline.storage.claims import CLAIM
 from pipeline.training import loop
-from tests.e2e.conftest import VLAE, Run, kill_with_descendants
+from tests.conftest import kill_with_descendants
+from tests.e2e.conftest import VLAE, Run
 from tests.pipeline import strokes
 
 
@@ -25,8 +26,7 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
     # most of the run to kill it in.
     options += ["train.report_seconds=0.2"]
     storage = open_storage(f"{root}/runs/killed")
-    # Its Ray is killed with the first; the second is on the cluster of the session.
-    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
     def newest() -> int:
         return int(
@@ -38,9 +38,7 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
         step = newest()
         return [row for row in runs.Run(storage).rows() if row["step"] <= step]
 
-    def start_and_wait(
-        log: Path, environment: dict[str, str] | None = None
-    ) -> "subprocess.Popen[bytes]":
+    def start_and_wait(log: Path) -> "subprocess.Popen[bytes]":
         """Start the run, and wait until it is further than it was, and has logged something that a
         resumed run keeps.
         """
@@ -60,7 +58,7 @@ def test_a_run_that_is_killed_and_then_told_to_stop_ends_as_if_neither_had_been(
         assert storage.read_json(CLAIM)["process"] == process.pid
         return process
 
-    kill_with_descendants(start_and_wait(workplace / "killed.log", own))
+    kill_with_descendants(start_and_wait(workplace / "killed.log"))
     assert not storage.exists("result.json"), "the run ended before it could be killed"
     kept = logged()
 

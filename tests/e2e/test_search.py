@@ -17,7 +17,8 @@ import pytest
 from pipeline import runs
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
-from tests.e2e.conftest import VLAE, Run, kill_with_descendants
+from tests.conftest import kill_with_descendants
+from tests.e2e.conftest import VLAE, Run
 from tests.pipeline import strokes
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "small_data")

@@ -35,13 +35,12 @@ from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.storage.server import ObjectStorageServer
 from pipeline.training import loop
+from tests.conftest import kill_with_descendants
 from tests.faults import suite
 from tests.faults.storage import Exchange, FaultyServer
 from tests.pipeline import strokes
 
 ROOT, WEIGHTS, WORKERS = "s3://tests/training", "model/model.safetensors", 2
-OUTAGE = 140
-"""Seconds for which a server is away: S3 requests are repeated for at most 128 (``resume``)."""
 VLAE = str(Path(sys.executable).with_name("vlae"))
 OPTIONS = [
     *strokes.TINY,
@@ -107,11 +106,8 @@ class Command:
         ]
 
     def kill(self) -> None:
-        """Kill the command and all its descendants with SIGKILL, as a power cut would."""
-        doomed = [*psutil.Process(self.process.pid).children(recursive=True), self.process]
-        for process in doomed:
-            process.kill()
-        self.process.wait()
+        """Kill the command and all its descendants, as a power cut would."""
+        kill_with_descendants(self.process)
 
     def output(self) -> str:
         return self.process.communicate(timeout=900)[0]
@@ -268,19 +264,18 @@ def server_restarted(stage: Stage) -> str:
 
 
 def server_away(stage: Stage) -> str:
-    """The data is in the cache, so training continues during the outage, which is longer than S3
-    requests are repeated.
-    """
+    """The data is in the cache, so training continues during the outage."""
     command = Command("server-away", [f"dataset.cache={stage.folder / 'cache'}"])
     at = command.wait_for_step(300)
     stage.stop_server()
-    time.sleep(OUTAGE)
+    time.sleep(60)
     stage.start_server()
     ended = ended_as_whole(command, f"from step {at} on, without a restart")
-    assert not Run(command.run).restarts()
+    failures = Run(command.run).rows()[-2]["train/failed_uploads"]
+    assert failures > 0, "no upload failed during the outage"
     attempts = len(command.run.list("tensorboard/"))
     assert attempts == 1, f"it was started {attempts} times"
-    return ended
+    return f"{ended}; {failures:.0f} attempts at writing failed"
 
 
 FULL = """
@@ -325,7 +320,7 @@ FAULTS: dict[str, Callable[[Stage], str]] = {
     "training: killed in the middle of an upload": killed_in_an_upload,
     "training: the newest checkpoint is damaged": newest_damaged,
     "training: the S3 server is killed and restarted": server_restarted,
-    f"training: the S3 server is away for {OUTAGE} s": server_away,
+    "training: the S3 server is away for 60 s": server_away,
     "training: the disk is full": disk_full,
 }
 
@@ -371,9 +366,7 @@ def alone(fault: Callable[[Stage], str], stage: Stage) -> str:
         server = stage.server._process
         for left in set(psutil.Process().children()) - before:
             if left.pid != server.pid:
-                for process in [*left.children(recursive=True), left]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()
+                kill_with_descendants(left)
         if server.poll() is not None:
             stage.start_server()
 
