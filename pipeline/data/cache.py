@@ -1,19 +1,20 @@
 """A local cache of shards or their pixels, bounded in bytes, shared by all processes of a machine.
 
 It is a sub-folder that the cache makes, and of the files there it counts and deletes only those
-whose names it gives. Each file of a shard is named after the sha256 of its shard, so that data sets
-cannot be confused and a changed shard is another file. It takes that name only when it is complete
-and its sha256 is verified. Space is reserved before a shard is fetched, by deleting the least
-recently used files. If the disk is full or a shard is larger than the cache, the shard is read from
-storage instead. ``pixels.py`` keeps what image files were decoded to.
+whose names it gives. Each file of a shard, or of its index, is named after the sha256 of what it
+keeps, so that data sets cannot be confused and a changed shard is another file. It takes that name
+only when it is complete and its sha256 is verified. Space is reserved before a shard is fetched, by
+deleting the least recently used files. If the disk is full or a shard is larger than the cache, the
+shard is read from storage instead. ``pixels.py`` keeps what image files were decoded to.
 """
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 SUBFOLDER = "vlae-cache"
 """Below the folder in the options: whatever else is there is not the cache's."""
 NAME = re.compile(rf"({re.escape(PARTIAL)})?[0-9a-f]{{64}}(-[0-9a-f]{{16}}\.pixels)?")
-"""The names that the cache gives: a shard, its pixels, and either while it is being made."""
+"""The names that the cache gives: a shard or index, its pixels, and each while it is made."""
 NUM_LOCKS = 256
 """Locks of a cache. Two shards that share one are not fetched at the same time."""
 
@@ -71,7 +72,12 @@ class ShardCache:
                     yield piece
                 if not length:
                     return
-            if not self._fetch(storage, key, size, sha256):
+            if not self._add(
+                sha256,
+                f"{storage.url}/{key}",
+                size,
+                lambda file: _download(file, storage, key, size, sha256),
+            ):
                 break
         yield from storage.stream(key, start, length)
 
@@ -95,8 +101,27 @@ class ShardCache:
         with suppress(OSError):
             (self.folder / sha256).unlink()
 
-    def _fetch(self, storage: Storage, key: str, size: int, sha256: str) -> bool:
-        """Fetch a shard unless it is there. Returns whether it is in the cache now."""
+    def kept(self, sha256: str, url: str, read: Callable[[], bytes]) -> bytes:
+        """The small object at ``url``: from the cache, else what ``read`` returns, which is kept.
+
+        ``read`` answers for its sha256.
+        """
+        path = self.folder / sha256
+        with suppress(OSError):
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() == sha256:
+                os.utime(path)  # most recently used
+                return content
+            path.unlink()
+        content = read()
+        self._add(sha256, url, len(content), lambda file: file.write(content))
+        return content
+
+    def _add(self, sha256: str, url: str, size: int, write: Callable[[BinaryIO], object]) -> bool:
+        """Add the object at ``url`` unless it is there. Returns whether it is in the cache now.
+
+        ``write`` writes its ``size`` bytes to a file, and answers for their sha256.
+        """
         if size > self.max_bytes:
             return False
         path, partial = self.folder / sha256, self.folder / f"{PARTIAL}{sha256}"
@@ -107,17 +132,16 @@ class ShardCache:
                     return True  # another process was faster
                 try:
                     with self._room(partial, size) as file:
-                        _download(file, storage, key, size, sha256)
+                        write(file)
                     self._publish(partial, path)
                 finally:
                     partial.unlink(missing_ok=True)
             return True
         except OSError as error:
             logger.warning(
-                "the cache %s cannot take %s/%s (%s); reading it from storage",
+                "the cache %s cannot take %s (%s); reading it from storage",
                 self.folder,
-                storage.url,
-                key,
+                url,
                 error.strerror,
             )
             return False

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 DIGEST = 16
 """Bytes of a checksum, XXH3 with 128 bits."""
 ABSENT = bytes(DIGEST)
+INDEX = 200
+"""Bytes of a sample in its shard's index, about, which the cache keeps as well."""
 PIECE = 1 << 20
 """Bytes of pixels that are read at a time: they are still in the processor's cache when they are
 checked.
@@ -53,7 +55,7 @@ class PixelCache:
             return None
         sample_bytes = int(np.prod(manifest.image_shape))
         total = sum(manifest.num_samples(split) for split in manifest.splits)
-        if total * (sample_bytes + DIGEST) > cache.max_bytes:
+        if total * (sample_bytes + DIGEST + INDEX) > cache.max_bytes:
             return None
         decoding = [manifest.image_shape, manifest.fit, images.METHOD, images.FILTER]
         stated = json.dumps([*decoding, images.library()]).encode()

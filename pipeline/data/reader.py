@@ -108,7 +108,7 @@ class Reader:
         self._cache = options.cache if self._pixels is None else None
         self._skipped, self._skipping = set[int](), threading.Lock()
         self._first_samples = np.concatenate([[0], np.cumsum(self.sizes)])  # (num_shards + 1,)
-        self._index = lru_cache(maxsize=64)(lambda shard: Index.load(storage, shard))
+        self._index = lru_cache(maxsize=64)(lambda shard: Index.load(storage, shard, options.cache))
         self._elsewhere = lru_cache(maxsize=16)(storage.elsewhere)
 
     @property

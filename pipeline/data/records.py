@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from pipeline import places as trusted
+from pipeline.data.cache import ShardCache
 from pipeline.errors import UserError
 from pipeline.storage.base import Storage
 from pipeline.storage.resume import rereads
@@ -222,9 +223,11 @@ class Index:
         ).encode()
 
     @classmethod
-    def load(cls, storage: Storage, shard: Shard) -> "Index":
+    def load(cls, storage: Storage, shard: Shard, cache: ShardCache | None = None) -> "Index":
         """The index of a shard. Raises ``UserError`` if it is missing or damaged."""
-        content = read_verified(storage, shard.index_name, shard.index_sha256)
+        name, sha256 = shard.index_name, shard.index_sha256
+        read = partial(read_verified, storage, name, sha256)
+        content = cache.kept(sha256, f"{storage.url}/{name}", read) if cache else read()
         try:
             columns = json.loads(content)
             offset, size = (np.array(columns[name], dtype=np.int64) for name in ("offset", "size"))

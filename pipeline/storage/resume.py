@@ -2,6 +2,7 @@
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,8 +54,11 @@ class Answer:
     """Bytes of the whole object."""
 
 
+failed = 0
+"""Attempts at requests and uploads of this process that failed and were repeated, so far."""
 _reached: set[str] = set()
 """The servers that have answered this process before."""
+_counting = threading.Lock()
 _has_damage = False
 """Whether this process found an object that stayed damaged however often it was read."""
 
@@ -67,6 +71,15 @@ def reached(server: str) -> None:
 def is_last(failures: int, server: str) -> bool:
     """Whether a request to ``server`` that failed so often in a row is given up."""
     return failures >= (ATTEMPTS if server in _reached else min(FIRST_ATTEMPTS, ATTEMPTS))
+
+
+def wait(problem: object, seconds: float) -> None:
+    """Log and count an attempt that failed, and wait until the next one."""
+    global failed
+    with _counting:
+        failed += 1
+    logger.warning("%s; trying again in %.1f s", problem, seconds)
+    time.sleep(seconds)
 
 
 def pause(failures: int) -> float:
@@ -138,11 +151,7 @@ def resuming_stream(
                     f" {'all' if stop is None else stop}, {failures} times in a row ({error});"
                     f" check the connection to {server}"
                 ) from error
-            seconds = pause(failures)
-            logger.warning(
-                "reading %s: %s at byte %d; trying again in %.1f s", url, error, position, seconds
-            )
-            time.sleep(seconds)
+            wait(f"reading {url}: {error} at byte {position}", pause(failures))
 
 
 def _pieces(body: urllib3.BaseHTTPResponse, size: int) -> Iterator[bytes]:

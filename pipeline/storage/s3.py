@@ -1,9 +1,7 @@
 """Objects on an S3-compatible server."""
 
 import itertools
-import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
         HeadObjectOutputTypeDef,
         ListObjectsV2RequestTypeDef,
     )
-
-logger = logging.getLogger(__name__)
 
 PART_ATTEMPTS = 5
 """The SDK's own attempts at a part of an upload, so that no whole upload is repeated for a part."""
@@ -205,9 +201,7 @@ class S3Storage(Storage):
                     raise explanation from error
                 if resume.is_last(failures, server):
                     raise explanation from error
-                seconds = resume.pause(failures)
-                logger.warning("%s; trying again in %.1f s", explanation, seconds)
-                time.sleep(seconds)
+                resume.wait(explanation, resume.pause(failures))
             else:
                 resume.reached(server)
                 return found

@@ -1,16 +1,14 @@
 """Writes in the background of training, retried while the storage is unavailable."""
 
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TypeVar
 
+from pipeline.storage import resume
 from pipeline.storage.base import Unavailable
-
-logger = logging.getLogger(__name__)
 
 MAX_OUTAGE = 600.0
 """Seconds for which the storage may be unavailable before a run fails."""
@@ -22,23 +20,20 @@ GRACE = 20.0
 Result = TypeVar("Result")
 
 
-def retry(work: Callable[[], Result], on_failure: Callable[[], None] = lambda: None) -> Result:
+def retry(work: Callable[[], Result]) -> Result:
     """The result of ``work``, which is retried while the storage is unavailable.
 
-    ``on_failure`` is called after each failed attempt. Raises Unavailable after MAX_OUTAGE seconds
-    of failures; any other error of ``work`` is raised at once.
+    Raises Unavailable after MAX_OUTAGE seconds of failures; any other error of ``work`` is raised
+    at once.
     """
     started = time.monotonic()
     for attempt in itertools.count():
         try:
             return work()
         except Unavailable as error:
-            on_failure()
             if time.monotonic() - started > MAX_OUTAGE:
                 raise Unavailable(f"{error}; retried for {MAX_OUTAGE / 60:.0f} minutes") from error
-            pause = min(MAX_PAUSE, 0.5 * 2**attempt)
-            logger.warning("%s; trying again in %.1f s", error, pause)
-            time.sleep(pause)
+            resume.wait(error, min(MAX_PAUSE, 0.5 * 2**attempt))
     raise AssertionError("unreachable")
 
 
@@ -55,8 +50,6 @@ class UploadQueue:
         self._running: str | None = None
         self._closed = False
         self._error: Exception | None = None
-        self.failures = 0
-        """Failed attempts so far."""
         self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
         self._thread.start()
 
@@ -98,7 +91,7 @@ class UploadQueue:
                 self._running = next(iter(self._waiting))
                 work = self._waiting.pop(self._running)
             try:
-                retry(work, self._count_failure)
+                retry(work)
             except Exception as error:  # noqa: BLE001  (raised in the thread that submits or joins)
                 self._error = error
             with self._changed:
@@ -106,9 +99,6 @@ class UploadQueue:
                 if self._error:
                     self._waiting.clear()
                 self._changed.notify_all()
-
-    def _count_failure(self) -> None:
-        self.failures += 1
 
     def __enter__(self) -> Self:
         return self

@@ -117,7 +117,7 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
                 callbacks=[
                     restarts,
                     SaveAtTermination(),
-                    StartWatch(restarts.record, workers.stuck_seconds),
+                    StartWatch(restarts, workers.stuck_seconds),
                     *callbacks,
                 ],
             ),
@@ -140,6 +140,7 @@ def fit(config: TrainConfig, callbacks: Sequence[UserCallback] = ()) -> None:
                 ) from error
             restarts.step = restarts.newest_step()
             restarts.record(f"Ray Train's controller failed: {reason}")
+            restarts.wait_until_written()  # the next controller writes the list, too
             time.sleep(Restarts.pause(attempt))
 
 

@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.measure import QUANTITIES, measure, report
 from pipeline.machine import keep_freed_memory
 from pipeline.runs import BEST, Metrics, Run
+from pipeline.storage import resume
 from pipeline.storage.uploads import UploadQueue, retry
 from pipeline.training import checkpoint
 from pipeline.training.learner import Learner
@@ -63,7 +64,7 @@ def fit(
     storage stays unavailable.
     """
     keep_freed_memory()
-    train, run = config.train, Run.of(config).storage
+    train, run, failed_before = config.train, Run.of(config).storage, resume.failed
     data = retry(partial(DataSet.open, config.dataset.url, config.storage.endpoint_url))
     reading = ReadOptions(open_cache(config.dataset), config.dataset.max_skipped)
     learner = Learner(config, data.manifest.image_shape, world_size, device)
@@ -135,7 +136,10 @@ def fit(
                     **learner.settings(batch.step),
                     **meter.report(train.global_batch),
                 }
-                row |= {"train/skipped_steps": skipped, "train/failed_uploads": uploads.failures}
+                row |= {
+                    "train/skipped_steps": skipped,
+                    "train/failed_requests": resume.failed - failed_before,
+                }
                 log.add(step, row)
                 if rank == 0:
                     on_report(row)

@@ -1,12 +1,11 @@
 """Restart a run on Ray after failures, and stop one on request."""
 
-import contextlib
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import Future, wait
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -29,8 +28,13 @@ from pipeline.cluster import HEALTH_CHECK_TIMEOUT
 from pipeline.errors import UserError, last_line
 from pipeline.runs import RESTARTS, Run
 from pipeline.storage.base import Storage, Unavailable
+from pipeline.storage.uploads import GRACE, retry
 from pipeline.training import checkpoint
 from pipeline.training.watch import take_stuck
+from pipeline.values import JsonObject
+
+_writing = threading.Lock()
+"""Held while a run's list of restarts is written."""
 
 
 class Restarts(UserCallback):
@@ -44,6 +48,8 @@ class Restarts(UserCallback):
     def __init__(self, run: str, storage: Storage, most: int) -> None:
         self.run, self.storage, self.most = run, storage, most
         self.failures, self.step = 0, -1
+        self.unwritten = list[JsonObject]()
+        self.writing: Future[None] | None = None
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         # Ray Train's wrapper keeps a worker's own exception in this attribute.
@@ -68,12 +74,28 @@ class Restarts(UserCallback):
         time.sleep(self.pause(self.failures))
 
     def record(self, reason: str) -> None:
-        """Add a restart to the run's list, for the command and its user."""
+        """Add a restart to the run's list, for the command and its user.
+
+        The list is written in the background, since a restart must not wait for the storage.
+        """
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        restart = {"time": now, "step": max(0, self.step), "reason": reason}
-        # A restart must not wait for the storage.
-        with contextlib.suppress(Unavailable):
-            self.storage.write_json(RESTARTS, [*Run(self.storage).restarts(), restart])
+        self.unwritten.append({"time": now, "step": max(0, self.step), "reason": reason})
+        self.writing = background.start(partial(retry, self._write), "restart record")
+
+    def _write(self) -> None:
+        with _writing:
+            new, known = list(self.unwritten), Run(self.storage).restarts()
+            # Some may be there, written by an attempt that was not answered.
+            self.storage.write_json(
+                RESTARTS, known + [restart for restart in new if restart not in known]
+            )
+            del self.unwritten[: len(new)]
+
+    def wait_until_written(self) -> None:
+        """Wait until the list is written, or the storage has been away for GRACE seconds."""
+        if self.writing:
+            wait([self.writing], GRACE)
+            self.writing = None
 
     def newest_step(self) -> int:
         try:
@@ -97,17 +119,18 @@ class StartWatch(WorkerGroupCallback, ControllerCallback):
     callback, to know a group at which others fail.
     """
 
-    def __init__(self, record: Callable[[str], None], seconds: float) -> None:
-        self.record, self.seconds = record, seconds
+    def __init__(self, restarts: Restarts, seconds: float) -> None:
+        self.restarts, self.seconds = restarts, seconds
         self.ready: threading.Event | None = None
         self.group: Any = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         if self._free():
-            self.record("its workers were lost at their start")
+            self.restarts.record("its workers were lost at their start")
 
     def after_controller_finish(self, result: Any) -> None:
         self._free()
+        self.restarts.wait_until_written()
 
     def _free(self) -> bool:
         """Free what a forgotten group holds. Returns whether there was one."""
@@ -131,7 +154,7 @@ class StartWatch(WorkerGroupCallback, ControllerCallback):
 
     def _watch(self, workers: list[Any], ready: threading.Event) -> None:
         if not ready.wait(self.seconds):
-            self.record(f"its workers were not ready to train after {self.seconds:g} s")
+            self.restarts.record(f"its workers were not ready to train after {self.seconds:g} s")
             for worker in workers:
                 ray.kill(worker.actor)
 

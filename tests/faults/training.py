@@ -26,6 +26,7 @@ from unittest import mock
 import psutil
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch.multiprocessing.spawn import spawn
 
 from pipeline import commands
@@ -264,17 +265,23 @@ def server_restarted(stage: Stage) -> str:
 
 
 def server_away(stage: Stage) -> str:
-    """The data is in the cache, so training continues during the outage."""
+    """The data is in the cache, so training and validation continue during the outage."""
     command = Command("server-away", [f"dataset.cache={stage.folder / 'cache'}"])
-    at = command.wait_for_step(300)
+    at = command.wait_for_step(600)  # after the first validation
     stage.stop_server()
     time.sleep(60)
+    back = time.time()
     stage.start_server()
     ended = ended_as_whole(command, f"from step {at} on, without a restart")
-    failures = Run(command.run).rows()[-2]["train/failed_uploads"]
+    failures = Run(command.run).rows()[-2]["train/failed_requests"]
     assert failures > 0, "no upload failed during the outage"
-    attempts = len(command.run.list("tensorboard/"))
-    assert attempts == 1, f"it was started {attempts} times"
+    attempts = command.run.list("tensorboard/")
+    assert len(attempts) == 1, f"it was started {len(attempts)} times"
+    events = stage.folder / "events"
+    events.write_bytes(command.run.read(attempts[0]))
+    last = max(EventFileLoader(str(events)).Load(), key=lambda event: event.step)
+    assert last.step == 2000, last
+    assert last.wall_time < back, f"it waited for the storage: {last.wall_time - back:.1f} s late"
     return f"{ended}; {failures:.0f} attempts at writing failed"
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from pipeline.data import DataSet, cache
 from pipeline.data.cache import ShardCache, open_cache
 from pipeline.data.loader import EvalLoader, TrainLoader
 from pipeline.data.reader import ReadOptions
+from pipeline.data.records import Index
 from pipeline.errors import DamagedData, UserError
 from pipeline.storage.base import PARTIAL, Storage
 from pipeline.storage.folder import FolderStorage
 from tests.pipeline.conftest import write
+from tests.pipeline.data import test_pixels
 
 SIZE = 10_000
 
@@ -171,6 +174,33 @@ def test_the_room_of_a_fetch_under_way_is_not_given_away(
         assert read(cache, storage, other, 0, 10) == storage.read("1.tar")[:10]
     assert "being fetched right now" in caplog.text
     assert files(cache) == [f"{PARTIAL}{slow[2]}"]
+
+
+@pytest.mark.parametrize("written", [write, test_pixels.write])
+def test_an_epoch_whose_data_is_on_this_machine_asks_the_storage_for_nothing(
+    written: Callable[[Storage], DataSet], storage: Storage, tmp_path: Path
+) -> None:
+    """So that training outlasts an outage of the storage, validations included."""
+    data, options = written(storage), ReadOptions(ShardCache(tmp_path / "cache", 10_000_000))
+
+    def epoch() -> list[np.ndarray]:
+        loader = EvalLoader(data, split="train", batch_size=9, options=options)
+        return [batch.images.numpy() for batch in loader]
+
+    first = epoch()
+    storage.delete(storage.list(""))
+    np.testing.assert_array_equal(np.concatenate(epoch()), np.concatenate(first))
+
+
+def test_a_kept_index_that_was_damaged_is_read_again(tmp_path: Path) -> None:
+    storage, cache = FolderStorage(tmp_path / "storage"), ShardCache(tmp_path / "cache", 10_000)
+    some = write(storage).manifest.shards("train")[0]
+    index = Index.load(storage, some, cache)
+    kept = cache.folder / some.index_sha256
+    intact = kept.read_bytes()
+    kept.write_bytes(intact.replace(b"1", b"2"))
+    assert Index.load(storage, some, cache).checksum == index.checksum
+    assert kept.read_bytes() == intact
 
 
 def test_the_configuration_names_a_cache(tmp_path: Path) -> None:

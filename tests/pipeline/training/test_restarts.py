@@ -1,10 +1,14 @@
 """A run is restarted after growing pauses while it progresses; a user's mistake ends it at once."""
 
+import pickle
+import threading
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import DamagedData, UserError
+from pipeline.runs import Run
+from pipeline.storage import uploads
 from pipeline.storage.base import Unavailable
 from pipeline.storage.folder import FolderStorage
 from pipeline.training import restarts
@@ -46,6 +50,31 @@ def test_a_run_that_progresses_is_restarted_without_limit(
         if number % 2 == 0:
             policy.after_exception(None, {0: RuntimeError()})
     assert pauses == [0] * 10
+
+
+def test_a_restart_in_an_outage_is_recorded_when_the_storage_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Away(FolderStorage):
+        """Its writes succeed, but are not answered."""
+
+        def write(self, key: str, data: bytes) -> None:
+            super().write(key, data)
+            if not is_back.is_set():
+                tried.set()
+                raise Unavailable("the storage does not answer")
+
+    tried, is_back = threading.Event(), threading.Event()
+    monkeypatch.setattr(uploads, "MAX_PAUSE", 0.1)
+    policy = Restarts("mine", Away(tmp_path), 3)
+    policy.record("first")
+    assert tried.wait(10)
+    policy.record("second")  # without waiting for the first
+    is_back.set()
+    policy.wait_until_written()
+    assert [each["reason"] for each in Run(policy.storage).restarts()] == ["first", "second"]
+    policy.storage = FolderStorage(tmp_path)
+    pickle.dumps(policy)  # for the next controller
 
 
 def test_a_users_mistake_ends_a_run_at_once(tmp_path: Path, pauses: list[float]) -> None:
