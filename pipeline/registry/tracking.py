@@ -375,6 +375,7 @@ def past_conflict(write: Callable[..., object], *arguments: object) -> None:
     try:
         write(*arguments)
     except MlflowException as error:
-        if "unique" not in str(error).lower():
+        # MySQL says "Duplicate entry", others that a unique constraint failed.
+        if not any(word in str(error).lower() for word in ("unique", "duplicate")):
             raise
         write(*arguments)
