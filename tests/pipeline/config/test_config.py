@@ -301,7 +301,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     (
         "train",
         ["experiment=none"],
-        "there is no such experiment; choose one of long, static, study",
+        "there is no such experiment; choose one of long, record, static, study",
     ),
     ("tune", ["dataset=imagenet"], "there is no such dataset; choose one of folder, idx, mnist"),
     # values of the wrong type
