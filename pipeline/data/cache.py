@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.config.sections import DatasetOptions
-from pipeline.errors import DamagedData
+from pipeline.errors import DamagedData, UserError
 from pipeline.storage.base import PARTIAL, PIECE, Storage
 from pipeline.storage.pieces import Counted
 from pipeline.storage.resume import rereads
@@ -37,10 +37,24 @@ NUM_LOCKS = 256
 
 
 def open_cache(dataset: DatasetOptions) -> "ShardCache | None":
-    """The cache in the options, if any."""
+    """The cache in the options, if any.
+
+    Raises ``UserError`` if this machine can have no cache there. A full disk is no such reason.
+    """
     if not dataset.cache:
         return None
-    return ShardCache(Path(dataset.cache, SUBFOLDER), int(dataset.cache_gb * 1e9))
+    folder = Path(dataset.cache, SUBFOLDER)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"dataset.cache={dataset.cache}: no files can be kept in {folder}"
+                f" ({error.strerror}); name a folder that every worker can write to"
+            ) from None
+    return ShardCache(folder, int(dataset.cache_gb * 1e9))
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,25 @@ def test_the_configuration_names_a_cache(tmp_path: Path) -> None:
     assert cache.NUM_LOCKS < 1000  # three digits in their names
 
 
+def test_a_folder_that_can_hold_no_cache_is_refused_and_a_full_disk_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / "vlae-cache").mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as it is for users other than root
+    for folder, reason in (("file", "Not a directory"), ("taken", "Permission denied")):
+        with pytest.raises(UserError) as refusal:
+            open_cache(DatasetOptions(name="x", cache=str(tmp_path / folder)))
+        assert str(refusal.value).startswith(f"dataset.cache={tmp_path / folder}: no files")
+        assert f"({reason})" in str(refusal.value)
+
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", no_space)
+    assert open_cache(DatasetOptions(name="x", cache=str(tmp_path / "taken"))) is not None
+
+
 # --- skipping -------------------------------------------------------------------------------------
 
 
