@@ -160,6 +160,18 @@ def _digest(content: JsonObject) -> str:
     ).hexdigest()
 
 
+def _command(url: str) -> str:
+    """The command that makes the data set at ``url``."""
+    folder, _, name = url.rpartition("/")
+    if name == "mnist":
+        return "vlae shard dataset=mnist"
+    name = name if folder.endswith("/datasets") else "NAME"
+    return (
+        f"vlae shard dataset=folder dataset.path=FOLDER dataset.name={name}; for images that are"
+        " not in a folder, see: vlae shard --help"
+    )
+
+
 def load(storage: Storage) -> Manifest:
     """The manifest in ``storage``.
 
@@ -170,7 +182,7 @@ def load(storage: Storage) -> Manifest:
         content = storage.read_json(MANIFEST_KEY)
     except ObjectNotFound:
         raise ObjectNotFound(
-            f"there is no data set at {storage.url}; make one with: vlae shard dataset=NAME"
+            f"there is no data set at {storage.url}; make one with: {_command(storage.url)}"
         ) from None
     url = f"{storage.url}/{MANIFEST_KEY}"
     if not isinstance(content, dict) or "version" not in content:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from pipeline import cli, commands, help
+from pipeline.cluster import connect
 from pipeline.config import options
+from pipeline.config.sections import ClusterOptions, StorageOptions
 from pipeline.data.manifest import Manifest
 from pipeline.storage import open_storage
 from pipeline.storage.folder import FolderStorage
@@ -111,6 +113,8 @@ def test_a_mistake_ends_with_code_2_and_one_sentence_before_any_compute(
 def test_more_workers_than_the_cluster_holds_are_such_a_mistake(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    connect(ClusterOptions(), StorageOptions())  # tells that it waits for the cluster
+    capsys.readouterr()
     options = ["dataset.name=small", "model=tiny", "train.global_batch=8", "cluster.num_workers=5"]
     check_mistake(capsys, "train", [f"storage.root={root}", *options], ["cluster.num_workers=5"])
 

@@ -37,10 +37,16 @@ def test_the_digest_stands_for_the_content(numbered: DataSet) -> None:
 
 
 def test_a_missing_data_set_says_how_to_make_one(storage: Storage) -> None:
-    with pytest.raises(
-        UserError, match=f"no data set at {storage.url}; make one with: vlae shard dataset=NAME"
+    for name, command in (
+        ("datasets/mnist", "vlae shard dataset=mnist"),
+        ("datasets/birds", "vlae shard dataset=folder dataset.path=FOLDER dataset.name=birds"),
+        ("birds", "vlae shard dataset=folder dataset.path=FOLDER dataset.name=NAME"),
     ):
-        manifest.load(storage)
+        place = storage.child(name)
+        with pytest.raises(
+            UserError, match=f"no data set at {place.url}; make one with: {command}"
+        ):
+            manifest.load(place)
 
 
 def test_an_unknown_split_is_named_with_the_known_ones(numbered: DataSet) -> None:
