@@ -23,6 +23,7 @@ from typing import BinaryIO
 from pipeline.config.sections import DatasetOptions
 from pipeline.errors import DamagedData, UserError
 from pipeline.storage.base import PARTIAL, PIECE, Storage
+from pipeline.storage.folder import TEMPORARY
 from pipeline.storage.pieces import Counted
 from pipeline.storage.resume import rereads
 
@@ -39,7 +40,8 @@ NUM_LOCKS = 256
 def open_cache(dataset: DatasetOptions) -> "ShardCache | None":
     """The cache in the options, if any.
 
-    Raises ``UserError`` if this machine can have no cache there. A full disk is no such reason.
+    Raises ``UserError`` if this machine can have no cache there. A full disk, or another error that
+    may pass, is no such reason.
     """
     if not dataset.cache:
         return None
@@ -49,7 +51,7 @@ def open_cache(dataset: DatasetOptions) -> "ShardCache | None":
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in TEMPORARY:
             raise UserError(
                 f"dataset.cache={dataset.cache}: no files can be kept in {folder}"
                 f" ({error.strerror}); name a folder that every worker can write to"

@@ -375,7 +375,6 @@ def past_conflict(write: Callable[..., object], *arguments: object) -> None:
     try:
         write(*arguments)
     except MlflowException as error:
-        # MySQL says "Duplicate entry", others that a unique constraint failed.
-        if not any(word in str(error).lower() for word in ("unique", "duplicate")):
+        if "unique" not in str(error).lower():
             raise
         write(*arguments)

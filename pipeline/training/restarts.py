@@ -1,5 +1,6 @@
 """Restart a run on Ray after failures, and stop one on request."""
 
+import logging
 import os
 import re
 import signal
@@ -32,6 +33,8 @@ from pipeline.storage.uploads import GRACE, retry
 from pipeline.training import checkpoint
 from pipeline.training.watch import take_stuck
 from pipeline.values import JsonObject
+
+logger = logging.getLogger(__name__)
 
 _writing = threading.Lock()
 """Held while a run's list of restarts is written."""
@@ -84,7 +87,10 @@ class Restarts(UserCallback):
 
     def _write(self) -> None:
         with _writing:
-            new, known = list(self.unwritten), Run(self.storage).restarts()
+            new = list(self.unwritten)
+            if not new:
+                return  # the thread of an earlier restart has written it
+            known = Run(self.storage).restarts()
             # Some may be there, written by an attempt that was not answered.
             self.storage.write_json(
                 RESTARTS, known + [restart for restart in new if restart not in known]
@@ -94,7 +100,9 @@ class Restarts(UserCallback):
     def wait_until_written(self) -> None:
         """Wait until the list is written, or the storage has been away for GRACE seconds."""
         if self.writing:
-            wait([self.writing], GRACE)
+            for done in wait([self.writing], GRACE).done:
+                if error := done.exception():
+                    logger.warning("restarts of run %s are not recorded: %s", self.run, error)
             self.writing = None
 
     def newest_step(self) -> int:
