@@ -139,10 +139,7 @@ def _start(cluster: ClusterOptions) -> None:
                 f"Ray does not start on this machine: {reason.rstrip('.')}; where other programs"
                 " keep the cores busy, run the command again later"
             ) from error
-        raise UserError(
-            f"no Ray cluster answers at {address}: {reason}; start one with `ray start --head`, or"
-            " leave out cluster.address to use this machine alone"
-        ) from error
+        raise _no_answer(address, reason) from error
     if context.dashboard_url:
         token = "; it asks for the token, which `ray get-auth-token` prints" if _has_token() else ""
         print(
@@ -192,7 +189,11 @@ def _check_answers(address: str, tls: ssl.SSLContext | None = None) -> None:
         except OSError as error:
             reason = error.strerror or "no answer"
         time.sleep(0.5)
-    raise UserError(
+    raise _no_answer(address, reason)
+
+
+def _no_answer(address: str, reason: str) -> UserError:
+    return UserError(
         f"no Ray cluster answers at {address}: {reason}; start one with `ray start --head`, or"
         " leave out cluster.address to use this machine alone"
     )

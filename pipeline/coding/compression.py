@@ -297,7 +297,7 @@ def _check(header: Header, model: OpenedModel, network: VLAE, url: str, most_lik
     if header.model != model.weights:
         raise UserError(
             f"{url} was compressed with the model of sha256 {header.model[:12]}, not with"
-            f" {model.reference} of sha256 {model.weights[:12]}; give model= that one"
+            f" {model.reference} of sha256 {model.weights[:12]}; give that model by model="
         )
     if header.image_shape != list(network.image_shape):
         raise DamagedData(

@@ -180,7 +180,8 @@ class TrainOptions:
             )
             require(
                 self.free_groups == 1,
-                "train.free_groups is of train.free_bits=hard; with soft, leave it at 1",
+                "train.free_groups divides the floor of train.free_bits=hard; with soft, leave it"
+                " at 1",
             )
             require(
                 self.rate_warmup_fraction == 0,

@@ -161,8 +161,8 @@ class TuneConfig(TrainConfig):
         size = math.prod(map(len, typed.values()))
         require(
             size <= MOST_POINTS,
-            f"search.space has {size:,} combinations; it may have {MOST_POINTS:,}: leave out"
-            " values",
+            f"search.space has {size:,} combinations; use fewer values, for at most"
+            f" {MOST_POINTS:,}",
         )
         for values in itertools.product(*typed.values()):
             point = dict(zip(typed, values, strict=True))
@@ -261,5 +261,8 @@ def _taken(trial: DictConfig, key: str, value: Any) -> Any:
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"search.space.{key}: {reason_of(error)}") from None
     plain = taken.value if isinstance(taken, Enum) else taken
-    require(plain == value, f"search.space.{key}: {value!r} is taken for {plain!r}; write it so")
+    require(
+        plain == value,
+        f"search.space.{key}: {value!r} would be read as {plain!r}; write {plain!r}",
+    )
     return taken

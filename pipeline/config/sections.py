@@ -155,8 +155,8 @@ class ClusterOptions:
             and (
                 numbers is not self.num_workers or (len(numbers) == 2 and numbers[0] <= numbers[1])
             ),
-            f"cluster.num_workers is {self.num_workers}; it must be at least 1, or such numbers"
-            " [MIN,MAX]",
+            f"cluster.num_workers is {self.num_workers}; it must be at least 1, or a range"
+            " [MIN,MAX] of such numbers",
         )
 
 

@@ -30,7 +30,7 @@ def open_storage(url: str, endpoint_url: str | None = None) -> Storage:
         return HttpStorage(url.rstrip("/"))
     bucket, _, prefix = rest.partition("/")
     if scheme != "s3" or not bucket:
-        raise UserError(f"cannot keep anything at {url}; use s3://BUCKET/PREFIX or a local folder")
+        raise UserError(f"cannot store anything at {url}; use s3://BUCKET/PREFIX or a local folder")
     from pipeline.storage.s3 import S3Storage  # here, since the SDK takes long to import
 
     given = {"storage.endpoint_url": endpoint_url} | {

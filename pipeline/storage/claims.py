@@ -117,7 +117,7 @@ def _take(storage: Storage, what: str) -> Claim:
         if first is None:
             first = data
             logger.warning(
-                "%s may be alive, in %s; this is known in %g s at most", what, holder, LOST_SECONDS
+                "%s may be alive, in %s; waiting up to %g s to see", what, holder, LOST_SECONDS
             )
         elif data != first:
             raise UserError(
@@ -135,7 +135,7 @@ def _beat(storage: Storage, what: str, claim: Claim, ended: threading.Event) -> 
         with suppress(UserError):  # the storage is away; the next beat may reach it
             if not _is_held(storage, claim):
                 logger.warning(
-                    "%s is worked on by another command, too, which took this one for dead", what
+                    "another command works on %s as well, because it took this one for dead", what
                 )
                 return
             storage.write(CLAIM, to_json(asdict(replace(claim, beat=beat))))

@@ -76,7 +76,7 @@ def run(config: CompressConfig) -> JsonObject:
             require(
                 rate <= MAX_BITS,
                 f"the codes of {model.reference} carry {rate:.1f} bits an image, more than the"
-                f" {MAX_BITS} of the longest code; give bits={MAX_BITS} for what fits into these",
+                f" {MAX_BITS} of the longest code; give bits={MAX_BITS} to send only what fits",
             )
             bits = max(1, math.ceil(rate))
         if model.is_nested:

@@ -321,7 +321,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     (
         "tune",
         ["search.space.model.latents=['16']"],
-        "search.space.model.latents: '16' is taken for 16; write it so",
+        "search.space.model.latents: '16' would be read as 16; write 16",
     ),
     (
         "tune",
@@ -474,7 +474,8 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     (
         "train",
         {"cluster.num_workers": [3, 2]},
-        "cluster.num_workers is [3, 2]; it must be at least 1, or such numbers [MIN,MAX]",
+        "cluster.num_workers is [3, 2]; it must be at least 1, or a range [MIN,MAX] of such"
+        " numbers",
     ),
     ("train", {"cluster.num_workers": [1, 2, 3]}, "cluster.num_workers is [1, 2, 3]; it must"),
     ("train", {"cluster.num_workers": "two"}, "cluster.num_workers is two; it must"),
@@ -573,7 +574,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     (
         "train",
         {"train.free_bits": "soft", "train.free_groups": 2},
-        "train.free_groups is of train.free_bits=hard",
+        "train.free_groups divides the floor of train.free_bits=hard",
     ),
     (
         "train",
@@ -651,7 +652,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
     (
         "tune",
         {"search.space.optim.learning_rate": [n / 1000 for n in range(1, 600)]},
-        "search.space has 26,955 combinations; it may",
+        "search.space has 26,955 combinations; use fewer values",
     ),
     (
         "tune",

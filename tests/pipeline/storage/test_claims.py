@@ -127,7 +127,7 @@ def test_who_was_taken_for_dead_neither_takes_the_claim_back_nor_deletes_it(
                 changed(storage, holder="other")
                 time.sleep(1)
         assert storage.read_json(CLAIM)["holder"] == "other"
-    assert "run mine is worked on by another command, too" in caplog.text
+    assert "another command works on run mine as well" in caplog.text
 
 
 @pytest.mark.parametrize(

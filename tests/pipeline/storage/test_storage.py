@@ -106,7 +106,7 @@ def test_a_storage_can_be_pickled(storage: Storage) -> None:
 def test_another_scheme_is_refused() -> None:
     with pytest.raises(
         UserError,
-        match="cannot keep anything at gs://bucket/x; use s3://BUCKET/PREFIX or a local folder",
+        match="cannot store anything at gs://bucket/x; use s3://BUCKET/PREFIX or a local folder",
     ):
         open_storage("gs://bucket/x")
 
