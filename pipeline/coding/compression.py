@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline import noise
 from pipeline.coding import blocks, container, lossy
@@ -32,6 +31,7 @@ from pipeline.data.writer import write_images
 from pipeline.errors import DamagedData, UserError
 from pipeline.machine import keep_freed_memory
 from pipeline.noise import Purpose
+from pipeline.progress import progress_bar
 from pipeline.runs import OpenedModel
 from pipeline.storage.base import Storage
 from pipeline.tasks import here_or_in_tasks
@@ -100,7 +100,7 @@ def compress(
                 calls,
                 connect if num_blocks > 1 else None,
             )
-            with tqdm(total=total, unit=" images", desc=f"{split}", dynamic_ncols=True) as bar:
+            with progress_bar(total, split) as bar:
                 for frame in parts:
                     writer.add(frame)
                     bar.update(frame.images)
@@ -210,7 +210,7 @@ def decompress(
     shards: dict[int, Shard] = {}
     calls = ((header, url, most_likely, frame) for frame in reader.frames())
     given = (network, output, codes)
-    with tqdm(total=header.images, unit=" images", desc="images", dynamic_ncols=True) as bar:
+    with progress_bar(header.images, "images") as bar:
         shards_made = here_or_in_tasks(
             decompress_block, given, calls, connect if header.blocks > 1 else None
         )

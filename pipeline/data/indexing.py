@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from braceexpand import braceexpand
-from tqdm import tqdm
 
 from pipeline import cluster
 from pipeline.config.sections import (
@@ -35,6 +34,7 @@ from pipeline.data.sources.members import SampleReader
 from pipeline.data.sources.names import stated_splits
 from pipeline.errors import UserError
 from pipeline.places import is_address, is_below, remember
+from pipeline.progress import progress_bar
 from pipeline.storage import open_storage
 from pipeline.storage.base import ObjectNotFound, Storage
 from pipeline.storage.pieces import Counted, Pieces
@@ -212,17 +212,12 @@ def _index_all(
         for number, tar in enumerate(splits[split])
     ]
     waiting = [job for job in jobs if job[1] not in finished]
-    with tqdm(
-        total=len(jobs),
-        initial=len(jobs) - len(waiting),
-        desc="indexing",
-        unit=" shards",
-        mininterval=1.0,
-    ) as progress:
+    initial = len(jobs) - len(waiting)
+    with progress_bar(len(jobs), "indexing", initial=initial, unit="shards") as bar:
         for _ in cluster.in_tasks(
             index_shard, ((storage, journal, job, url, options) for _, job, url in waiting)
         ):
-            progress.update()
+            bar.update()
     found = [journal.read(job) for _, job, _ in jobs]
     for each in found:
         account.add(Account.from_json(each["account"]))

@@ -4,7 +4,6 @@ from collections import Counter
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from pipeline import cluster
 from pipeline.config.sections import ClusterOptions, StorageOptions
@@ -14,6 +13,7 @@ from pipeline.data.loader import EvalLoader
 from pipeline.data.reader import Reader, Rows
 from pipeline.data.records import Index
 from pipeline.errors import UserError
+from pipeline.progress import progress_bar
 from pipeline.storage.pieces import Counted, Pieces
 from pipeline.values import JsonObject
 
@@ -47,11 +47,11 @@ def verify(data: DataSet, workers: ClusterOptions, place: StorageOptions) -> Jso
         for number in range(len(shards))
     ]
     damaged, checked = [], 0
-    with tqdm(total=len(calls), desc="verifying", unit=" shards", mininterval=1.0) as progress:
+    with progress_bar(len(calls), "verifying", unit="shards") as bar:
         for name, size, reason in cluster.in_tasks(verify_shard, calls):
             checked += size
             damaged += [{"shard": name, "reason": reason}] if reason else []
-            progress.update()
+            bar.update()
     return {
         "shards_checked": len(calls),
         "bytes_checked": checked,

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from tqdm import tqdm
 
 from pipeline import cluster
 from pipeline.config.options import digest
@@ -37,6 +36,7 @@ from pipeline.data.sources.account import REPORT_KEY
 from pipeline.data.sources.base import ImageSource
 from pipeline.data.writer import write_images
 from pipeline.errors import UserError
+from pipeline.progress import progress_bar
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.values import JsonObject
@@ -185,9 +185,7 @@ def _write_all(
 
     unreadable = sum(len(made["unreadable"]) for made in done.values())
     total, behind = sum(source.splits.values()), sum(job.stop - job.start for job in waiting)
-    with tqdm(
-        total=total, initial=total - behind, desc="sharding", unit=" images", mininterval=1.0
-    ) as progress:
+    with progress_bar(total, "sharding", initial=total - behind) as bar:
         calls = (
             (storage, needed(job), journal, job, block_size, encoding, options.max_unreadable)
             for job in waiting
@@ -195,7 +193,7 @@ def _write_all(
         for job, made in cluster.in_tasks(write_job, calls):
             done[job] = made
             unreadable += len(made["unreadable"])
-            progress.update(job.stop - job.start)
+            bar.update(job.stop - job.start)
             if unreadable > options.max_unreadable:
                 break
     if unreadable > options.max_unreadable:

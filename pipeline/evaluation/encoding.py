@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tqdm import tqdm
 
 import vlae
 from pipeline.config.sections import Binarization
@@ -25,6 +24,7 @@ from pipeline.data.order import even_part
 from pipeline.errors import UserError
 from pipeline.evaluation.probe import code_noise
 from pipeline.machine import device, keep_freed_memory
+from pipeline.progress import progress_bar
 from pipeline.runs import OpenedModel
 from pipeline.storage.base import Storage
 from pipeline.storage.recipe import begin
@@ -76,13 +76,7 @@ def encode_split(
         settings = (split, model.binarization, seed)
         ends = [even_part(total, part, num_parts) for part in missing]
         left = sum(stop - start for start, stop in ends)
-        with tqdm(
-            total=total,
-            initial=total - left,
-            unit=" images",
-            desc=f"codes of {split}",
-            dynamic_ncols=True,
-        ) as bar:
+        with progress_bar(total, f"codes of {split}", initial=total - left) as bar:
             calls = ((*settings, part, num_parts) for part in missing)
             for count in here_or_in_tasks(encode_part, shared, calls, connect, use_gpu):
                 bar.update(count)

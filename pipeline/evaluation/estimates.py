@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from tqdm import tqdm
 
 import vlae
 from pipeline.config.evaluation import BoundOptions
@@ -22,6 +21,7 @@ from pipeline.data.loader import EvalLoader
 from pipeline.errors import UserError
 from pipeline.evaluation.measure import concatenate, estimates, images_in_pass, pairs_in_pass
 from pipeline.machine import device, keep_freed_memory, num_threads
+from pipeline.progress import progress_bar
 from pipeline.runs import OpenedModel
 from pipeline.storage.base import Storage, to_json
 from pipeline.tasks import here_or_in_tasks
@@ -64,9 +64,7 @@ def estimate_split(
         connect = None
     settings = (split, model.binarization, bounds.seed, bounds.samples)
     name = f"IWAE-{bounds.samples}"
-    with tqdm(
-        total=total, initial=total - left, unit=" images", desc=name, dynamic_ncols=True
-    ) as bar:
+    with progress_bar(total, name, initial=total - left) as bar:
         progress = bar.update if connect is None else None  # a task cannot reach the bar
         shared = (model.network.cpu(), data)
         calls = ((*settings, *each, progress) for each in missing)

@@ -1,11 +1,9 @@
 """Evaluating a model: its bounds on held-out images, the information in its codes, its pictures."""
 
 from collections.abc import Callable, Iterator
-from typing import Never
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.config.evaluation import BoundOptions, EvaluateConfig
 from pipeline.config.options import to_dict
@@ -20,6 +18,7 @@ from pipeline.evaluation.moments import Moments
 from pipeline.evaluation.probe import Codes, Probes, TooFewLabels, code_noise, encode
 from pipeline.evaluation.resolution import resolution
 from pipeline.machine import device, keep_freed_memory, num_threads
+from pipeline.progress import progress_bar
 from pipeline.runs import EVALUATION, RESULT, OpenedModel, Run, open_data
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
@@ -156,7 +155,7 @@ class Evaluation:
             noise = code_noise(self.model, batch, bounds.seed).to(self.device)
             return posterior, noise, Codes.of(posterior, noise, batch.labels)
 
-        with progress_bar(images, f"codes of {config.split}") as bar:
+        with progress_bar(images.num_samples, f"codes of {config.split}") as bar:
             encoded = map_batches(encode, images, num_threads(self.device))
             for (posterior, noise, codes), estimate in zip(
                 encoded, in_batches(blocks, CODES_BATCH), strict=True
@@ -188,7 +187,7 @@ class Evaluation:
         """Measure codes cut to each length, their resolution and what a linear probe knows."""
         config = self.config
         images = self.loader(config.split, nested.BATCH, config.bounds.num_images)
-        with progress_bar(images, "codes of each length") as bar:
+        with progress_bar(images.num_samples, "codes of each length") as bar:
             rows = nested.measure_curve(
                 self.model,
                 nested.lengths(self.model.latents),
@@ -219,7 +218,7 @@ class Evaluation:
             return {}
         images = self.loader(self.config.split, CODES_BATCH, num_images)
         name = "resolution" if sent is None else f"resolution, {sent} latents"
-        with progress_bar(images, name) as bar:
+        with progress_bar(images.num_samples, name) as bar:
             return resolution(
                 self.model,
                 images,
@@ -270,7 +269,7 @@ class Evaluation:
     def codes(self, split: str, num_images: int | None) -> Codes:
         """The codes of a split's first images; None is all."""
         images = self.loader(split, CODES_BATCH, num_images)
-        with progress_bar(images, f"codes of {split}") as bar:
+        with progress_bar(images.num_samples, f"codes of {split}") as bar:
             return encode(
                 self.model,
                 images,
@@ -280,7 +279,3 @@ class Evaluation:
                 threads=num_threads(self.device),
                 progress=bar.update,
             )
-
-
-def progress_bar(images: EvalLoader, name: str) -> "tqdm[Never]":
-    return tqdm(total=images.num_samples, unit=" images", desc=name, dynamic_ncols=True)

@@ -9,10 +9,10 @@ from pipeline.config.options import to_dict
 from pipeline.config.sections import Binarization, StorageOptions
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import UserError
-from pipeline.evaluation import evaluation
 from pipeline.evaluation.measure import concatenate, estimates, images_in_pass, pairs_in_pass
 from pipeline.evaluation.moments import Moments
 from pipeline.machine import device, keep_freed_memory, num_threads
+from pipeline.progress import progress_bar
 from pipeline.registry.summaries import COMPARED, PARTS
 from pipeline.runs import OpenedModel, open_data
 from pipeline.values import JsonObject, Measured
@@ -94,7 +94,7 @@ def _per_image(
         threads=num_threads(place),
     )
     parts = list[vlae.Estimate]()
-    with evaluation.progress_bar(loader, model.reference.removeprefix("models:/")) as bar:
+    with progress_bar(loader.num_samples, model.reference.removeprefix("models:/")) as bar:
         for part in found:
             parts.append(part)
             bar.update(len(part.iwae))

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 import xxhash
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.data import DataSet
 from pipeline.data.batch import Batch, binarize, pick
@@ -20,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import encoding
 from pipeline.evaluation.measure import map_batches
 from pipeline.machine import device, num_threads
+from pipeline.progress import progress_bar
 from pipeline.runs import OpenedModel
 from pipeline.storage.base import Storage
 
@@ -83,9 +83,7 @@ def collect(
         return codes, thumbnails(batch.images), batch.labels, loader.keys(batch), hashes
 
     seen = []
-    with tqdm(
-        total=loader.num_samples, unit=" images", desc=f"codes of {split}", dynamic_ncols=True
-    ) as bar:
+    with progress_bar(loader.num_samples, f"codes of {split}") as bar:
         for each in map_batches(see, loader, num_threads(device())):
             seen.append(each)
             bar.update(len(each[2]))

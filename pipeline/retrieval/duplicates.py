@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.data import DataSet
 from pipeline.evaluation import sheets
 from pipeline.evaluation.encoding import as_text
+from pipeline.progress import progress_bar
 from pipeline.retrieval.collection import Collection, images_at
 from pipeline.retrieval.nearest import nearest
 from pipeline.values import JsonObject
@@ -79,7 +79,7 @@ def _near(codes: Tensor, pixels: Tensor, threads: int) -> list[tuple[int, int, f
         return []
     usual, found = torch.empty(count, dtype=torch.float64), dict[tuple[int, int], float]()
     searched = nearest(codes, codes, CANDIDATES, torch.arange(count), threads)
-    with tqdm(total=count, unit=" images", desc="duplicates", dynamic_ncols=True) as bar:
+    with progress_bar(count, "duplicates") as bar:
         for start, _, numbers in searched:
             own = pixels[start : start + len(numbers), None].float()
             squares = (pixels[numbers].float() - own).square().mean(-1).double()

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline import noise
 from pipeline.data import DataSet
@@ -20,6 +19,7 @@ from pipeline.evaluation import sheets
 from pipeline.evaluation.encoding import as_text
 from pipeline.machine import device, num_threads
 from pipeline.noise import Purpose
+from pipeline.progress import progress_bar
 from pipeline.retrieval.collection import Collection, images_at
 from pipeline.retrieval.nearest import nearest, scores
 from pipeline.values import JsonObject
@@ -97,9 +97,7 @@ class Search:
         file, writer, (codes, among) = io.BytesIO(), None, self.spaces()[model]
         own = None if self.own is None else self.own[: self.num_queries]
         found = nearest(codes[: self.num_queries], among, k, own, num_threads(device()))
-        with tqdm(
-            total=self.num_queries, unit=" images", desc="neighbours", dynamic_ncols=True
-        ) as bar:
+        with progress_bar(self.num_queries, "neighbours") as bar:
             for start, distances, numbers in found:
                 count, width = numbers.shape
                 samples, neighbours = (

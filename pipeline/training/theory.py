@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import vlae
 from pipeline.config.model import ModelOptions
@@ -32,6 +31,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import pictures
 from pipeline.evaluation.moments import Moments
 from pipeline.machine import keep_freed_memory
+from pipeline.progress import progress_bar
 from pipeline.runs import TRAINING_FILE, Run
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
@@ -146,9 +146,7 @@ def _work_all(config: Experiment, jobs: list[str]) -> dict[str, JsonObject]:
     done: dict[str, JsonObject] = {}
     lengths: dict[str, float] = {}
     images = sum(config.images for job in jobs if job != KNOWN)
-    with tqdm(
-        total=images, unit=" images", desc="training", dynamic_ncols=True, mininterval=1.0
-    ) as bar:
+    with progress_bar(images, "training") as bar:
         while waiting or running:
             while waiting and len(running) < cores:
                 job = waiting.pop(0)

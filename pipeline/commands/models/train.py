@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-from tqdm import tqdm
-
 from pipeline import background
 from pipeline.commands import Command, follow_manifest
 from pipeline.config.options import to_dict
 from pipeline.config.run import TrainConfig
 from pipeline.errors import Interrupted
+from pipeline.progress import progress_bar
 from pipeline.values import JsonObject
 
 STOP_SECONDS = 60.0
@@ -106,14 +105,11 @@ def progress(config: TrainConfig) -> Iterator[None]:
     def follow() -> None:
         nonlocal num_shown
         log, train, valid = MetricReader(run.storage), dict[str, float](), dict[str, float]()
-        with tqdm(
-            total=config.train.images,
+        with progress_bar(
+            config.train.images,
+            config.run_name,
             initial=resumed,
-            unit=" images",
-            unit_scale=True,
-            desc=config.run_name,
-            dynamic_ncols=True,
-            postfix="the workers are starting",
+            note="the workers are starting",
         ) as bar:
             while True:
                 stop = done.wait(2.0)
@@ -121,7 +117,8 @@ def progress(config: TrainConfig) -> Iterator[None]:
                     # Before the rows, which are read only once.
                     restarts, rows = run.restarts(), log.rows()
                 except Unavailable:
-                    bar.set_postfix_str("the storage is unavailable")
+                    unavailable = "the storage is unavailable"
+                    bar.set_postfix_str(unavailable, refresh=bar.postfix != unavailable)
                     restarts, rows = [], []
                 for restart in restarts[num_shown:]:
                     bar.write(

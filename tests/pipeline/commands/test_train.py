@@ -24,6 +24,6 @@ def test_the_progress_bar_of_a_resumed_run_begins_at_its_checkpoint(
             measured = {"images": 8 * step, "train/code_length": 50.0, "train/rate": 5.0}
             log.add(step, measured)
         log.flush()
-    shown = [text for text in capsys.readouterr().err.split("\r") if text.strip()]
+    shown = capsys.readouterr().err.splitlines()
     assert re.search(r"resumed: +33%.*80\.0/240", shown[0])
     assert re.search(r"resumed: +40%.*96\.0/240 .*code length 50.00 nats, rate 5.00", shown[-1])
