@@ -46,5 +46,5 @@ def progress_bar(
         bar_format=None if is_terminal else LOG_FORMAT,
         dynamic_ncols=is_terminal,
         mininterval=seconds,
-        maxinterval=max(10.0, seconds),
+        maxinterval=max(10.0, seconds),  # tqdm's own, after which it draws whatever was counted
     )
