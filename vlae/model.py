@@ -65,6 +65,18 @@ class VLAE(nn.Module):
         """Whether each term of ``rate_per_latent`` is the rate of a single latent."""
         return self.prior.splits_over_latents and self.encoder.splits_over_latents
 
+    def hidden_weights(self) -> list[nn.Parameter]:
+        """The weights of hidden layers that have two or more dimensions, for optimizers like Muon.
+
+        These are the weights of the encoder and the decoder, without the layer that sees the image
+        and the one that returns the parameters of the pixels. Autoregressive flows are left out,
+        because their weights are masked.
+        """
+        flow = self.encoder.flow.parameters() if self.encoder.flow else ()
+        others = {self.encoder.layers[0].weight, self.decoder.head.weight, *flow}
+        parts = (*self.encoder.parameters(), *self.decoder.parameters())
+        return [weight for weight in parts if weight.dim() > 1 and weight not in others]
+
     def forward(self, x: Tensor, noise: Tensor, sent: Tensor | int | None = None) -> Bound:
         """The bound of images, whose pixels are 0 or 1, or k / 255, as the likelihood requires.
 

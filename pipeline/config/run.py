@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 class Algorithm(Enum):
     adam = "adam"
     adamax = "adamax"
+    muon = "muon"
 
 
 @dataclass
 class OptimOptions:
     algorithm: Algorithm = option(
-        "adam, or adamax, which scales steps by the largest recent gradient"
+        "adam; adamax, which scales steps by the largest recent gradient; or muon, which is Adam"
+        " but orthogonalizes the gradients of hidden layers"
     )
     learning_rate: float = option("the highest step size", above=0, below=math.inf)
     warmup_steps: int = option("steps over which it rises from zero", at_least=0)

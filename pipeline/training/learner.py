@@ -47,7 +47,8 @@ class Learner:
         self.model = config.build(image_shape).to(device, self.dtype)
         self.weights = vlae.flatten(self.model)
         self.ema = vlae.EMA(self.model, optim.ema_decay)
-        self.optimizer, self.guard = make_optimizer(optim, self.weights), Guard(device)
+        self.optimizer = make_optimizer(optim, self.weights, self.model.hidden_weights())
+        self.guard = Guard(device)
         self.soft = (
             vlae.SoftFreeBits(train.free_nats, device) if train.free_bits is FreeBits.soft else None
         )
@@ -120,7 +121,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=False)
         distortion, rates = self.backward(x, noise, number, sent)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, optim.clip_norm)
-        taken = self.guard.step(self.optimizer, norm, rates)
+        with self._autocast():  # for the matrix products of Muon
+            taken = self.guard.step(self.optimizer, norm, rates)
         self.ema.update(self.weights, number + 1)
         if self.soft:
             self.soft.update(rates.sum())

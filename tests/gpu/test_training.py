@@ -73,7 +73,7 @@ def test_a_run_continues_on_the_other_device(root: str, gpu: torch.device) -> No
     assert_same_weights(fit(root, "moved", CPU, DOUBLE), fit(root, "stayed", CPU, DOUBLE))
 
 
-@pytest.mark.parametrize("optim", ["adam", "adamax"])
+@pytest.mark.parametrize("optim", ["adam", "adamax", "muon"])
 def test_bfloat16_learns_as_float32_does(optim: str, root: str, gpu: torch.device) -> None:
     found = {}
     for precision in ("float32", "bfloat16"):

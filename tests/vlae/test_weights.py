@@ -11,6 +11,32 @@ from torch import Tensor, nn
 import vlae
 from vlae import EMA, VLAE, flatten
 
+
+@pytest.mark.parametrize(
+    ("widths", "flows"),
+    [
+        ({}, ("prior.",)),
+        ({"posterior_depth": 2}, ("prior.", "encoder.flow.")),
+        ({"context_layers": 2, "image_blocks": 1}, ("prior.",)),
+    ],
+)
+def test_hidden_weights_are_those_between_the_image_and_the_pixels(
+    make_model: Callable[..., VLAE], widths: dict[str, int], flows: tuple[str, ...]
+) -> None:
+    model = make_model((1, 7, 6), "4x2", **widths)
+    hidden = {id(weight) for weight in model.hidden_weights()}
+    others = {
+        name
+        for name, weight in model.named_parameters()
+        if id(weight) not in hidden and weight.dim() > 1 and not name.startswith(flows)
+    }
+    assert others == {"encoder.layers.0.weight", "decoder.head.weight"}
+    assert {weight.dim() for weight in model.hidden_weights()} == {2, 4}
+    assert not any(
+        id(weight) in hidden for name, weight in model.named_parameters() if name.startswith(flows)
+    )
+
+
 # --- weights in one tensor ---
 
 

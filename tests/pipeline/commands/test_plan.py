@@ -72,7 +72,7 @@ def test_sizes_of_the_state_and_a_checkpoint_are_those_of_a_real_step(
     flat = vlae.flatten(trained)
     ema, optimizer, guard = (
         vlae.EMA(trained, 0.9),
-        make_optimizer(TINY.optim, flat),
+        make_optimizer(TINY.optim, flat, trained.hidden_weights()),
         Guard(torch.device("cpu")),
     )
     loss = -trained(torch.rand(4, *SHAPE).round(), torch.randn(4, trained.latents)).elbo.mean()

@@ -33,7 +33,7 @@ class Training:
         self.model = vlae.build(image_shape=(1, 6, 5), **to_dict(config)["model"])
         self.weights = vlae.flatten(self.model)
         self.ema = vlae.EMA(self.model, 0.9)
-        self.optimizer = optimizer.make(config.optim, self.weights)
+        self.optimizer = optimizer.make(config.optim, self.weights, self.model.hidden_weights())
         self.guard, self.soft = optimizer.Guard(torch.device("cpu")), vlae.SoftFreeBits(3.0)
         self.parts: dict[str, checkpoint.Stateful] = {
             "model": self.model,

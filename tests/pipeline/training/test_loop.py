@@ -291,9 +291,10 @@ def test_it_learns(root: str) -> None:
         ["train.free_bits=soft", "train.free_nats=30"],
         ["train.free_groups=2"],
         ["optim=adamax", "optim.ema_decay=0.9"],
+        ["optim=muon"],
         ["train.nested=true"],
     ],
-    ids=["soft free bits", "groups", "adamax", "nested"],
+    ids=["soft free bits", "groups", "adamax", "muon", "nested"],
 )
 def test_with_any_options_an_interrupted_run_ends_with_the_same_weights(
     overrides: list[str], root: str
@@ -396,7 +397,7 @@ def test_after_many_skipped_steps_the_run_stops_at_its_last_good_state(
     assert run.read(WEIGHTS) == whole.read(WEIGHTS)
 
 
-@pytest.mark.parametrize("optim", ["adam", "adamax"])
+@pytest.mark.parametrize("optim", ["adam", "adamax", "muon"])
 def test_diverged_weights_end_the_run_before_a_checkpoint(root: str, optim: str) -> None:
     config = configure(
         root,
@@ -480,6 +481,7 @@ PRECISIONS = {"float32": 1e-3, "float64": 1e-9}
 MICRO = ["train.precision=float64", "train.micro_batch=2", *LONG]
 """Two of three ranks then have one micro-batch, and one has two."""
 NESTED = ["train.precision=float64", "train.nested=true"]
+MUON = ["train.precision=float64", "optim=muon", *LONG]
 CHANGED = {f"changed-{name}": [f"train.precision={name}", *LONG] for name in PRECISIONS}
 """Runs that three ranks begin and two end."""
 
@@ -504,7 +506,7 @@ def on_three_ranks(root: str) -> list[dict[str, Any]]:
     One start of three processes serves all runs, since it takes longer than a run.
     """
     long = {f"three-{name}": [f"train.precision={name}", *LONG] for name in PRECISIONS}
-    others = {"three-micro": MICRO, "three-nested": NESTED, "three-faulty": []}
+    others = {"three-micro": MICRO, "three-nested": NESTED, "three-muon": MUON, "three-faulty": []}
     return train_on(3, root, long | others | CHANGED, dict.fromkeys(CHANGED, 100))
 
 
@@ -559,6 +561,14 @@ def test_a_stopped_run_resumes_on_another_number_of_ranks_with_the_same_losses(
         assert_same_losses(
             open_storage(f"{root}/runs/changed-{name}"), on_one_rank[name], tolerance
         )
+
+
+def test_muon_trains_on_three_ranks_as_on_one(
+    root: str, on_three_ranks: list[dict[str, Any]]
+) -> None:
+    alone = loop.fit(configure(root, "one-muon", *MUON))
+    for each in on_three_ranks:
+        assert each["three-muon"] == pytest.approx(alone, rel=PRECISIONS["float64"])
 
 
 def test_a_fault_on_one_rank_is_skipped_by_all(

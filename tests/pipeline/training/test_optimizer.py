@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -16,6 +18,7 @@ from pipeline.training import optimizer
 from pipeline.training.optimizer import Guard
 
 CPU = torch.device("cpu")
+seeds = st.integers(0, 2**32 - 1)
 
 
 class Training:
@@ -25,8 +28,9 @@ class Training:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
         self.weights = vlae.flatten(self.model)
+        self.hidden = [self.model[0].weight]
         self.optimizer = optimizer.make(
-            commands.load("train", [f"optim={algorithm.value}"]).optim, self.weights
+            commands.load("train", [f"optim={algorithm.value}"]).optim, self.weights, self.hidden
         )
         self.guard = Guard(CPU)
 
@@ -71,12 +75,16 @@ def test_a_skipped_step_changes_neither_weights_nor_optimizer(
     assert undisturbed.guard.read() == (0, 0)
 
 
-@pytest.mark.parametrize("algorithm", Algorithm)
-def test_steps_equal_those_of_pytorchs_own_optimizer(algorithm: Algorithm) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "kind"),
+    [(Algorithm.adam, torch.optim.Adam), (Algorithm.adamax, torch.optim.Adamax)],
+)
+def test_steps_equal_those_of_pytorchs_own_optimizer(
+    algorithm: Algorithm, kind: type[torch.optim.Adam | torch.optim.Adamax]
+) -> None:
     training, plain = Training(algorithm), Training(algorithm)
-    kinds = {Algorithm.adam: torch.optim.Adam, Algorithm.adamax: torch.optim.Adamax}
     learning_rate = plain.optimizer.param_groups[0]["lr"]
-    plain.optimizer = kinds[algorithm](plain.model.parameters(), learning_rate)
+    plain.optimizer = kind(plain.model.parameters(), learning_rate)
     for number in range(20):
         training.step(number)
         plain.gradients(number)
@@ -95,6 +103,51 @@ def test_steps_equal_those_of_pytorchs_own_optimizer(algorithm: Algorithm) -> No
                 else state[name]
             )
             torch.testing.assert_close(own, moment)
+
+
+def test_steps_of_muon_equal_those_of_pytorchs_own() -> None:
+    training, plain = Training(Algorithm.muon), Training(Algorithm.muon)
+    learning_rate = plain.optimizer.param_groups[0]["lr"]
+    others = [weight for weight in plain.model.parameters() if weight is not plain.model[0].weight]
+    adam = torch.optim.Adam(others, learning_rate)
+    muon = torch.optim.Muon(
+        plain.hidden,
+        learning_rate,
+        weight_decay=0,
+        momentum=0.9,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    before = plain.model[0].weight.detach().clone()
+    for number in range(20):
+        training.step(number)
+        plain.gradients(number)
+        adam.step()
+        muon.step()
+    for weight, expected in zip(training.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=0, atol=2e-4)  # PyTorch's is in bfloat16
+    assert (plain.model[0].weight - before).abs().max() > 2e-3
+
+
+@given(
+    rows=st.integers(1, 40), columns=st.integers(1, 40), log_scale=st.integers(-3, 6), seed=seeds
+)
+def test_an_orthogonalized_matrix_keeps_only_the_directions(
+    rows: int, columns: int, log_scale: int, seed: int
+) -> None:
+    generator, rank = torch.Generator().manual_seed(seed), min(rows, columns)
+    u, _ = torch.linalg.qr(torch.randn(rows, rank, generator=generator, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(columns, rank, generator=generator, dtype=torch.float64))
+    sizes = torch.rand(rank, generator=generator, dtype=torch.float64) + 0.05
+    found = optimizer.orthogonalized(10.0**log_scale * u * sizes @ v.T)
+    inside = u.T @ found @ v
+    torch.testing.assert_close(u @ inside @ v.T, found)
+    torch.testing.assert_close(inside, inside.diagonal().diag())
+    assert inside.diagonal().min() > 0.65
+    assert inside.diagonal().max() < 1.25
+
+
+def test_a_matrix_of_zeros_stays_zero() -> None:
+    assert not optimizer.orthogonalized(torch.zeros(3, 5)).any()
 
 
 def test_any_value_that_is_not_finite_skips_the_step() -> None:
@@ -143,11 +196,14 @@ def test_counts_are_restored() -> None:
     assert resumed.read() == (2, 1)
 
 
-def test_a_step_reads_no_value_from_the_device() -> None:
+@pytest.mark.parametrize("algorithm", [Algorithm.adam, Algorithm.muon])
+def test_a_step_reads_no_value_from_the_device(algorithm: Algorithm) -> None:
+    optim = commands.load("train", [f"optim={algorithm.value}"]).optim
     with FakeTensorMode():  # tensors without values: asking for one is an error
-        weights = vlae.flatten(nn.Linear(3, 2))
-        adam, guard = optimizer.make(commands.load("train", []).optim, weights), Guard(CPU)
+        layer, guard = nn.Linear(3, 2), Guard(CPU)
+        weights = vlae.flatten(layer)
+        made = optimizer.make(optim, weights, [layer.weight])
         for _ in range(2):
-            taken = guard.step(adam, torch.nn.utils.clip_grad_norm_(weights, 1.0))
+            taken = guard.step(made, torch.nn.utils.clip_grad_norm_(weights, 1.0))
         with pytest.raises(DataDependentOutputException):
             bool(taken)
