@@ -249,6 +249,9 @@ def test_a_configuration_survives_json(command: str) -> None:
 def test_an_experiment_is_laid_over_the_other_choices() -> None:
     assert load("train", []).dataset.binarization.value == "auto"
     assert load("train", ["experiment=static"]).dataset.binarization.value == "static"
+    record = load("train", ["experiment=record"])
+    assert (record.optim.algorithm.value, record.optim.learning_rate) == ("muon", 1e-3)
+    assert load("train", ["experiment=record", "optim=adam"]).optim == load("train", []).optim
 
 
 def test_the_last_of_several_overrides_of_one_option_counts() -> None:
