@@ -41,6 +41,8 @@ class Eager(Optimizer):
     Loading it takes a process two seconds of processor time.
     """
 
+    found_inf: Tensor
+
     add_param_group = inspect.unwrap(Optimizer.add_param_group)
     zero_grad = inspect.unwrap(Optimizer.zero_grad)
     state_dict = inspect.unwrap(Optimizer.state_dict)
@@ -57,8 +59,8 @@ class Muon(Adam):
     """Adam, except that the weights of hidden layers step along their orthogonalized gradient.
 
     The step of a matrix has all singular values nearly equal, so that directions in which the
-    gradient is small are learned as fast as the others. The gradient is Nesterov's: the mean of
-    Adam's first moment and of the last gradient. Steps are scaled to a root mean square of 0.2,
+    gradient is small are learned as fast as the others. The gradient is Nesterov's: Adam's first
+    moment with the last gradient added once more. Steps are scaled to a root mean square of 0.2,
     which is about that of Adam's, so that learning rates carry over. Convolutions are matrices with
     a row for each output channel.
 
@@ -72,19 +74,19 @@ class Muon(Adam):
 
     RMS = 0.2
 
-    found_inf: Tensor
-
     def __init__(
         self, weights: nn.Parameter, hidden: Sequence[nn.Parameter], learning_rate: float
     ) -> None:
         super().__init__([weights], learning_rate, fused=True)
-        self.weights, self.hidden = weights, hidden
+        self.hidden = hidden
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         before = [weight.clone() for weight in self.hidden]
         loss = super().step(closure)
-        (group,), moments = self.param_groups, self.state[self.weights]["exp_avg"]
+        (group,) = self.param_groups
+        (weights,) = group["params"]
+        moments = self.state[weights]["exp_avg"]
         skip = self.found_inf.bool()
         for weight, old in zip(self.hidden, before, strict=True):
             assert weight.grad is not None
@@ -121,7 +123,6 @@ class Adamax(Eager, torch.optim.Adamax):
     section 7.1.
     """
 
-    found_inf: Tensor
     _update = inspect.unwrap(torch.optim.Adamax.step)
 
     @torch.no_grad()
