@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -37,6 +38,17 @@ FINAL_SYNC_SECONDS = 20.0
 """How long the end of a command waits for a server that does not answer."""
 MAX_METRICS, MAX_PARAMETERS = 1000, 100
 """MLflow's limits for one request."""
+REPEATABLE = (
+    "log_batch",
+    "log_inputs",
+    "set_registered_model_alias",
+    "set_registered_model_tag",
+    "set_tag",
+)
+"""The methods of MLflow's client by which several people write the same.
+
+A second call with the same arguments changes nothing.
+"""
 FOLLOWED = "followed"
 """The tag with the time, in seconds, of the driver's last update."""
 
@@ -107,6 +119,8 @@ class Connection:
         if config.uri.startswith("sqlite:///"):
             create_database(Path(config.uri.removeprefix("sqlite:///")).absolute())
         self.client = MlflowClient(config.uri, config.uri)
+        for name in REPEATABLE:
+            setattr(self.client, name, partial(past_conflict, getattr(self.client, name)))
         # A server decides itself where files are kept; its clients need no access to that place.
         self.artifacts = None if config.uri.startswith("http") else config.artifacts
 
@@ -163,9 +177,9 @@ class Connection:
         run_id = str(kept.info.run_id)
         if run.parent:
             parent = run.parent.run_id or self.sync(run.parent)
-            past_conflict(self.client.set_tag, run_id, "mlflow.parentRunId", parent)
+            self.client.set_tag(run_id, "mlflow.parentRunId", parent)
         if run.data and not (kept.inputs and kept.inputs.dataset_inputs):
-            past_conflict(self.client.log_inputs, run_id, [data_input(run.data)])
+            self.client.log_inputs(run_id, [data_input(run.data)])
         missing = [
             Param(key, value) for key, value in parameters.items() if key not in kept.data.params
         ]
@@ -364,7 +378,7 @@ def ignore_existing() -> Iterator[None]:
             raise
 
 
-def past_conflict(write: Callable[..., object], *arguments: object) -> None:
+def past_conflict(write: Callable[..., object], *arguments: object, **more: object) -> None:
     """Write to MLflow; once more if somebody else has written the same at the same time.
 
     MLflow looks for a row, and inserts it if there is none. Of two clients that do so at once, the
@@ -373,8 +387,8 @@ def past_conflict(write: Callable[..., object], *arguments: object) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        write(*arguments)
+        write(*arguments, **more)
     except MlflowException as error:
         if "unique" not in str(error).lower():
             raise
-        write(*arguments)
+        write(*arguments, **more)

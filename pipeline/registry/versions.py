@@ -30,7 +30,6 @@ from pipeline.registry.summaries import ModelSummary, Verification, Version
 from pipeline.registry.tracking import (
     Connection,
     ignore_existing,
-    past_conflict,
     short_timeouts,
     training_run,
 )
@@ -142,7 +141,7 @@ class Registry:
         if "champion" not in aliases:
             self.set_champion(name, number)
         elif str(aliases["champion"]) != str(number) and (new or "challenger" not in aliases):
-            past_conflict(self.client.set_registered_model_alias, name, "challenger", str(number))
+            self.client.set_registered_model_alias(name, "challenger", str(number))
 
     # --- reading ----------------------------------------------------------------------------------
 
@@ -258,7 +257,7 @@ class Registry:
                 self.set_champion(name, version)
             return
         try:
-            past_conflict(self.client.set_registered_model_alias, name, alias, str(version))
+            self.client.set_registered_model_alias(name, alias, str(version))
         except MlflowException as error:
             raise UserError(
                 f"alias={alias!r} is not possible: {str(error).splitlines()[0]}"
@@ -276,7 +275,7 @@ class Registry:
             self.client.set_registered_model_tag(
                 name, *champions.tag(now - 1, PROMOTED, int(current))
             )
-        past_conflict(self.client.set_registered_model_alias, name, "champion", str(version))
+        self.client.set_registered_model_alias(name, "champion", str(version))
         self.client.set_registered_model_tag(name, *champions.tag(now, how, version))
         if str(self.client.get_registered_model(name).aliases.get("challenger")) == str(version):
             self.client.delete_registered_model_alias(name, "challenger")

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow.entities import Metric, Param
 
 from pipeline.config.sections import StorageOptions
-from pipeline.registry import tracking
+from pipeline.registry import lineage, tracking
 from pipeline.registry.models import open_model
 from pipeline.registry.tracking import Tracking, training_run
 from pipeline.registry.versions import Registry
@@ -31,6 +33,34 @@ def test_a_run_that_two_people_register_at_once_is_one_version(
     team: registry_faults.Team, tmp_path: Path
 ) -> None:
     registry_faults.check(registry_faults.at_once(0, 0), team, "at-once", tmp_path)
+
+
+def test_two_clients_that_write_the_same_at_once_both_succeed(
+    team: registry_faults.Team, tmp_path: Path
+) -> None:
+    registry = Registry(team.options)
+    name, run = "same", prepare_run(open_storage(str(tmp_path)), 0)
+    registry.register(name, run)
+    version = registry.client.get_model_version(name, "1")
+    data = lineage.Data("other", "s3://elsewhere", "e" * 64)
+    writes: dict[str, tuple[Any, ...]] = {
+        "set_tag": (version.run_id, "new", "1"),
+        "log_inputs": (version.run_id, [lineage.data_input(data)]),
+        "set_registered_model_alias": (name, "new", "1"),
+        "set_registered_model_tag": (name, "new", "1"),
+    }
+    batches = {"metrics": [Metric("new", 1.0, 1, 1)], "params": [Param("new", "1")]}
+    for method, arguments in writes.items():
+        team.at_once(lambda each: getattr(each.client, method)(*arguments))  # noqa: B023
+    for kind, batch in batches.items():
+        team.at_once(lambda each: each.client.log_batch(version.run_id, **{kind: batch}))  # noqa: B023
+    assert {*writes, "log_batch"} == set(tracking.REPEATABLE)
+    found = registry.client.get_run(version.run_id)
+    assert found.data.tags["new"] == found.data.params["new"] == "1"
+    assert found.data.metrics["new"] == 1.0
+    assert len(found.inputs.dataset_inputs) == 2
+    model = registry.client.get_registered_model(name)
+    assert model.tags["new"] == model.aliases["new"] == "1"
 
 
 def test_only_the_server_reads_and_writes_files_in_s3(

