@@ -89,7 +89,7 @@ def parallel(style: ChartStyle, rows: Sequence[Row], goals: Goals) -> Figure | N
             gid=f"trial{row['number']}.parallel",
             zorder=3 if row["feasible"] else 2,
         )
-    axes.set(xlim=(-0.6, len(varied) + len(results) - 0.8), ylim=(-0.04, 1.1))
+    axes.set(xlim=(-0.6, len(varied) + len(results) - 0.6), ylim=(-0.04, 1.1))
     axes.set_axis_off()
     style.legend(axes)
     return figure

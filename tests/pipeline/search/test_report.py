@@ -10,14 +10,17 @@ import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from pipeline import commands
 from pipeline.config import compose, options, run, search
+from pipeline.evaluation.style import STYLE
 from pipeline.runs import Run
 from pipeline.search import effects, report, study, trials
+from pipeline.search.chart_style import ChartStyle
 from pipeline.search.trial import Status, Trial
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
@@ -136,6 +139,21 @@ def test_the_charts_are_drawings_whose_parts_have_ids_of_their_own(written: Stor
     assert {f"trial{number}.front" for number in range(1, 6)} <= set(ids)
     assert {f"trial{number}.parallel" for number in range(1, 5)} <= set(ids)
     assert "<5x2>" not in page
+
+
+def test_the_legend_leaves_room_for_the_last_heading(tmp_path: Path) -> None:
+    loaded = searched(str(tmp_path))
+    rows = [dict(row, resolution_px=5.0 + row["number"]) for row in trials.table(loaded, made())]
+    with matplotlib.rc_context(STYLE):
+        figure = effects.parallel(ChartStyle(loaded), rows, loaded.search.goals)
+        assert figure is not None
+        figure.draw_without_rendering()
+    (axes,) = figure.axes
+    texts = [each for each in axes.texts if each.get_text() == "resolution, px"]
+    legend = axes.get_legend()
+    assert texts
+    assert legend is not None
+    assert texts[0].get_window_extent().x1 < legend.get_window_extent().x0
 
 
 def test_importances_are_estimated_from_ten_finished_trials_on(
