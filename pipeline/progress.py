@@ -8,9 +8,10 @@ from tqdm import tqdm
 TERMINAL_SECONDS, LOG_SECONDS = 0.5, 30.0
 """Seconds between two displays on a terminal, and elsewhere, as in the log of a submitted job."""
 
-LOG_FORMAT = (
-    "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-)
+# tqdm's own format turns a low rate into seconds per unit.
+FIGURES = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+TERMINAL_FORMAT = f"{{l_bar}}{{bar}}| {FIGURES}"
+LOG_FORMAT = f"{{desc}}: {{percentage:.0f}}% {FIGURES}"
 
 
 class _Lines:
@@ -43,7 +44,7 @@ def progress_bar(
         unit_scale=True,
         postfix=note,
         file=None if is_terminal else _Lines(sys.stderr),
-        bar_format=None if is_terminal else LOG_FORMAT,
+        bar_format=TERMINAL_FORMAT if is_terminal else LOG_FORMAT,
         dynamic_ncols=is_terminal,
         mininterval=seconds,
         maxinterval=max(10.0, seconds),  # tqdm's own, after which it draws whatever was counted

@@ -35,6 +35,15 @@ def test_a_long_count_adds_a_line_now_and_then(
     assert capfd.readouterr().err.count("\n") > 2
 
 
+def test_a_slow_count_has_a_rate_too_and_not_seconds_for_each(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with progress_bar(2, "counting") as bar:
+        bar.start_t -= 100  # as if it had begun earlier
+        bar.update(2)
+    assert "[01:40<00:00, 0.02 images/s]" in capfd.readouterr().err
+
+
 def test_a_terminal_shows_a_bar_that_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     shown_by, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
