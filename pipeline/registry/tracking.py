@@ -13,13 +13,13 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pipeline.config import options, sections
 from pipeline.config.options import identity
@@ -27,6 +27,9 @@ from pipeline.config.run import TrainConfig
 from pipeline.registry.lineage import Data, data_input
 from pipeline.runs import MetricReader, Run
 from pipeline.storage.base import Storage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -120,7 +123,7 @@ class Connection:
             create_database(Path(config.uri.removeprefix("sqlite:///")).absolute())
         self.client = MlflowClient(config.uri, config.uri)
         for name in REPEATABLE:
-            setattr(self.client, name, partial(past_conflict, getattr(self.client, name)))
+            setattr(self.client, name, partial(past_conflict, self.client, name))
         # A server decides itself where files are kept; its clients need no access to that place.
         self.artifacts = None if config.uri.startswith("http") else config.artifacts
 
@@ -378,7 +381,9 @@ def ignore_existing() -> Iterator[None]:
             raise
 
 
-def past_conflict(write: Callable[..., object], *arguments: object, **more: object) -> None:
+def past_conflict(
+    client: "MlflowClient", method: str, *arguments: object, **options: object
+) -> None:
     """Write to MLflow; once more if somebody else has written the same at the same time.
 
     MLflow looks for a row, and inserts it if there is none. Of two clients that do so at once, the
@@ -386,9 +391,10 @@ def past_conflict(write: Callable[..., object], *arguments: object, **more: obje
     """
     from mlflow.exceptions import MlflowException
 
+    write = partial(getattr(type(client), method), client, *arguments, **options)
     try:
-        write(*arguments, **more)
+        write()
     except MlflowException as error:
         if "unique" not in str(error).lower():
             raise
-        write(*arguments, **more)
+        write()
