@@ -201,7 +201,7 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", 
     give_up = time.monotonic() + 120
     while not condition():
         if process.poll() is not None or time.monotonic() > give_up:
-            pytest.fail(f"ray start did not come up:\n{log.read_text()}")
+            pytest.fail(f"it ended, or time is up; its log:\n{log.read_text()}")
         time.sleep(0.2)
 
 

@@ -43,18 +43,17 @@ def test_two_clients_that_write_the_same_at_once_both_succeed(
     registry.register(name, run)
     version = registry.client.get_model_version(name, "1")
     data = lineage.Data("other", "s3://elsewhere", "e" * 64)
-    writes: dict[str, tuple[Any, ...]] = {
-        "set_tag": (version.run_id, "new", "1"),
-        "log_inputs": (version.run_id, [lineage.data_input(data)]),
-        "set_registered_model_alias": (name, "new", "1"),
-        "set_registered_model_tag": (name, "new", "1"),
-    }
-    batches = {"metrics": [Metric("new", 1.0, 1, 1)], "params": [Param("new", "1")]}
-    for method, arguments in writes.items():
-        team.at_once(lambda each: getattr(each.client, method)(*arguments))  # noqa: B023
-    for kind, batch in batches.items():
-        team.at_once(lambda each: each.client.log_batch(version.run_id, **{kind: batch}))  # noqa: B023
-    assert {*writes, "log_batch"} == set(tracking.REPEATABLE)
+    writes: list[tuple[str, *tuple[Any, ...]]] = [
+        ("log_batch", version.run_id, [Metric("new", 1.0, 1, 1)]),
+        ("log_batch", version.run_id, [], [Param("new", "1")]),
+        ("log_inputs", version.run_id, [lineage.data_input(data)]),
+        ("set_registered_model_alias", name, "new", "1"),
+        ("set_registered_model_tag", name, "new", "1"),
+        ("set_tag", version.run_id, "new", "1"),
+    ]
+    for method, *arguments in writes:
+        team.write_at_once(method, *arguments)
+    assert {method for method, *_ in writes} == set(tracking.REPEATABLE)
     found = registry.client.get_run(version.run_id)
     assert found.data.tags["new"] == found.data.params["new"] == "1"
     assert found.data.metrics["new"] == 1.0

@@ -37,7 +37,7 @@ from pipeline.runs import Run
 from pipeline.storage import open_storage
 from pipeline.storage.base import Storage
 from pipeline.storage.server import ObjectStorageServer
-from tests.conftest import free_ports
+from tests.conftest import free_ports, wait_for
 from tests.faults import suite
 from tests.pipeline.models import prepare_run
 
@@ -167,30 +167,28 @@ class Team:
             os.killpg(self._server.pid, signal.SIGKILL)
         self._server.wait()
 
-    def at_once(self, write: Callable[[Registry], object]) -> None:
-        """Write with two clients, neither of which writes before both have read.
+    def write_at_once(self, method: str, *arguments: object) -> None:
+        """Call a method of two MLflow clients, neither of which writes before both have read.
 
         Raises what either raises.
         """
-        registries = [Registry(self.options) for _ in range(2)]
+        clients = [Registry(self.options).client for _ in range(2)]
         with (
             psycopg.connect(self._postgres.get_uri()) as database,
-            ThreadPoolExecutor(len(registries)) as threads,
+            ThreadPoolExecutor(len(clients)) as threads,
         ):
+
+            def all_wait() -> bool:
+                waiting = "SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted"
+                return database.execute(waiting).fetchone() == (len(clients),)
+
             tables = database.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
             names = sql.SQL(", ").join(sql.Identifier(name) for (name,) in tables.fetchall())
             # Others can still read them.
             database.execute(sql.SQL("LOCK TABLE {} IN SHARE MODE").format(names))
-            writes = [threads.submit(write, registry) for registry in registries]
+            writes = [threads.submit(getattr(client, method), *arguments) for client in clients]
             try:
-                waiting, give_up = 0, time.monotonic() + 60
-                while waiting < len(writes):
-                    assert time.monotonic() < give_up, f"{waiting} of {len(writes)} writes wait"
-                    time.sleep(0.05)
-                    found = database.execute(
-                        "SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted"
-                    ).fetchone()
-                    waiting = found[0] if found else 0
+                wait_for(all_wait, self._server, self.folder / "server.log")
             finally:
                 database.rollback()
             for each in writes:
